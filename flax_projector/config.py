@@ -1,0 +1,343 @@
+"""Every configuration of the project: frozen dataclasses, their checks and the named presets.
+
+The dataclasses are the only home of defaults. Tower and projector configs keep the field names of
+their PyTorch counterparts, so that a `config.json` and a dataclass read alike. Modules receive their
+own sub-config; only the programs see a whole `TrainConfig`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SAMPLE_RATE = 16_000  # Hz; the only rate Whisper knows
+HOP_LENGTH = 160  # samples between mel frames: 100 mel frames per second
+SAMPLES_PER_FRAME = 2 * HOP_LENGTH  # conv2 has stride 2: 50 encoder frames per second
+
+DTypeName = Literal["float32", "bfloat16"]
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+
+_POSITIVE: _Rule = (lambda v: v >= 1, "must be at least 1")
+_NOT_NEGATIVE: _Rule = (lambda v: (v or 0) >= 0, "must be at least 0")
+_ABOVE_ZERO: _Rule = (lambda v: v > 0, "must be greater than 0")
+_RATE: _Rule = (lambda v: 0 <= v < 1, "must be in [0, 1)")
+_NOT_EMPTY: _Rule = (lambda v: len(v) > 0, "must not be empty")
+_ASCENDING: _Rule = (
+    lambda v: len(v) > 0 and list(v) == sorted(set(v)),
+    "must be ascending, without repeats, not empty",
+)
+_AXIS: _Rule = (lambda v: v >= 1 or v == -1, "must be at least 1, or -1 for the devices left over")
+
+
+def _multiple_of(divisor: int, what: str) -> _Rule:
+    return (
+        lambda v: divisor >= 1 and v % divisor == 0,
+        f"must be a multiple of {what} = {divisor}",
+    )
+
+
+def _require(config: object, **rules: _Rule) -> None:
+    """Raises one ValueError that lists every field whose rule fails."""
+    problems = [
+        f"{type(config).__name__}.{name} = {value!r}: {text}"
+        for name, (is_ok, text) in rules.items()
+        if not is_ok(value := getattr(config, name))
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """The projector's shape and initialisation, with the field names of the PyTorch config.
+
+    Source: the attributes that `ResidualAudioProjector` reads from its config, with its fallbacks.
+    `rms_norm_eps` is a constant there (1e-6; one late variant used 1e-8).
+    """
+
+    encoder_dim: int
+    """Width E of the encoder's frames."""
+    llm_dim: int
+    """Width D of the LLM's embeddings."""
+    projector_pool_stride: int = 4
+    """Encoder frames concatenated into one audio token (k): 4 gives 12.5 tokens per second."""
+    projector_hidden_dim: int | None = None
+    """Width of the residual MLPs; None or 0 means 4 x llm_dim."""
+    projector_num_layers: int = 2
+    """Residual MLP blocks, each followed by a norm."""
+    projector_dropout: float = 0.0
+    """Dropout rate after the activation, after fc2 and on the output."""
+    projector_init_std: float = 0.02
+    """Standard deviation of the initial kernels; fc2 starts at a tenth of it."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every norm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            encoder_dim=_POSITIVE,
+            llm_dim=_POSITIVE,
+            projector_pool_stride=_POSITIVE,
+            projector_hidden_dim=_NOT_NEGATIVE,
+            projector_num_layers=_NOT_NEGATIVE,
+            projector_dropout=_RATE,
+            projector_init_std=_ABOVE_ZERO,
+            rms_norm_eps=_ABOVE_ZERO,
+        )
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the residual MLPs, resolved."""
+        return self.projector_hidden_dim or 4 * self.llm_dim
+
+
+@dataclass(frozen=True)
+class WhisperConfig:
+    """The Whisper encoder's shape, with the field names of HF's `WhisperConfig`."""
+
+    num_mel_bins: int
+    d_model: int
+    encoder_layers: int
+    encoder_attention_heads: int
+    encoder_ffn_dim: int
+    max_source_positions: int = 1500
+    """Encoder frames of the full window: 1500 = 30 seconds."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            num_mel_bins=_POSITIVE,
+            encoder_layers=_POSITIVE,
+            encoder_ffn_dim=_POSITIVE,
+            max_source_positions=_POSITIVE,
+            encoder_attention_heads=_POSITIVE,
+            d_model=_multiple_of(self.encoder_attention_heads, "encoder_attention_heads"),
+        )
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """A Llama-family decoder's shape, with the field names of HF's `LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            vocab_size=_POSITIVE,
+            hidden_size=_POSITIVE,
+            intermediate_size=_POSITIVE,
+            num_hidden_layers=_POSITIVE,
+            num_key_value_heads=_POSITIVE,
+            num_attention_heads=_multiple_of(self.num_key_value_heads, "num_key_value_heads"),
+            head_dim=_POSITIVE,
+            rms_norm_eps=_ABOVE_ZERO,
+            rope_theta=_ABOVE_ZERO,
+        )
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The texts around the audio, in ChatML; a prompt at inference must be the one of training."""
+
+    system: str = "/no_think /system_override"
+    """System message; empty leaves the system turn out."""
+    user: str = "Transcribe: "
+    """User message; the audio follows it."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; their product must be the number of devices."""
+
+    data: int = -1
+    """Data-parallel replicas; -1 takes all devices that the other axes leave."""
+    fsdp: int = 1
+    """Ways that parameters are split, each also taking its share of the batch."""
+    tensor: int = 1
+    """Ways that heads and MLP columns are split."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            data=_AXIS,
+            fsdp=_AXIS,
+            tensor=_AXIS,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and into which static shapes."""
+
+    train: tuple[str, ...] = ()
+    """Manifests (.jsonl or .tsv) of the training utterances."""
+    eval: tuple[str, ...] = ()
+    """Manifests that are evaluated, each reported under its file name."""
+    batch_size: int = 8
+    """Utterances per optimizer step, over all devices."""
+    eval_batch_size: int = 16
+    """Utterances per decoding batch, over all devices."""
+    window_secs: float = 30.0
+    """Audio window of the encoder, in seconds. Whisper was trained on 30; a shorter one costs less,
+    and the projector must be used with the window it was trained with."""
+    bucket_secs: tuple[float, ...] = (5.0, 10.0, 15.0)
+    """Upper bounds of the audio-length buckets, in seconds: one compiled step each. Longer clips
+    than the last are left out, never cut."""
+    max_text_tokens: int = 128
+    """Label positions per utterance (transcript and end of turn); longer ones are left out."""
+    cache_features: bool = False
+    """Compute the frozen encoder's frames once and keep them in the run folder."""
+    num_threads: int = 4
+    """Threads that read and resample audio."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            batch_size=_POSITIVE,
+            eval_batch_size=_POSITIVE,
+            window_secs=_ABOVE_ZERO,
+            bucket_secs=_ASCENDING,
+            max_text_tokens=_POSITIVE,
+            num_threads=_POSITIVE,
+        )
+        if self.bucket_secs[-1] > self.window_secs:
+            raise ValueError(
+                f"DataConfig.bucket_secs ends at {self.bucket_secs[-1]} s, beyond the encoder's "
+                f"window of {self.window_secs} s: lower it or raise window_secs"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; the defaults are the recipe of tiny-audio."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    warmup_steps: int = 500
+    """Steps from 0 to the peak."""
+    final_lr_rate: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Applied to kernels only: norms and biases are not decayed."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            learning_rate=_ABOVE_ZERO,
+            warmup_steps=_NOT_NEGATIVE,
+            final_lr_rate=_RATE,
+            b1=_RATE,
+            b2=_RATE,
+            eps=_ABOVE_ZERO,
+            weight_decay=_NOT_NEGATIVE,
+            clip_norm=_ABOVE_ZERO,
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    encoder: str
+    """Frozen Whisper: HF folder or hub id."""
+    llm: str
+    """Frozen Llama-family LLM: HF folder or hub id."""
+    projector: ProjectorConfig
+    """The part that is trained."""
+    out: str = "runs/default"
+    """Run folder: config, checkpoints, metrics and the final projector. A run found there is
+    resumed."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    dtype: DTypeName = "bfloat16"
+    """Compute dtype, and storage of the frozen towers; master weights are always float32."""
+    remat: bool = False
+    """Recompute the LLM's layers in the backward pass: less memory, a third more compute."""
+    num_steps: int = 20_000
+    """Optimizer steps of the whole run."""
+    log_every_steps: int = 10
+    eval_every_steps: int = 1000
+    """0 evaluates only before the first and after the last step."""
+    save_every_steps: int = 500
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    max_new_tokens: int = 96
+    """Tokens decoded per utterance in evaluation."""
+    seed: int = 0
+    """Seeds initialisation, shuffling and dropout."""
+    init_projector: str | None = None
+    """Start from this projector (a converted folder or an HF folder) instead of a random one."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            encoder=_NOT_EMPTY,
+            llm=_NOT_EMPTY,
+            out=_NOT_EMPTY,
+            num_steps=_POSITIVE,
+            log_every_steps=_POSITIVE,
+            eval_every_steps=_NOT_NEGATIVE,
+            save_every_steps=_POSITIVE,
+            keep_checkpoints=_POSITIVE,
+            max_new_tokens=_POSITIVE,
+        )
+
+
+_SPEECH = "docs/demo/speech"
+_WHISPER_BASE_SMOLLM2 = TrainConfig(
+    encoder="openai/whisper-base",
+    llm="HuggingFaceTB/SmolLM2-135M-Instruct",
+    projector=ProjectorConfig(encoder_dim=512, llm_dim=576),
+    out="runs/whisper-base-smollm2-135m",
+)
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "demo": (
+        "Spoken commands on two CPU cores in minutes: what `make demo` runs.",
+        dataclasses.replace(
+            _WHISPER_BASE_SMOLLM2,
+            out="runs/demo",
+            data=DataConfig(
+                train=(f"{_SPEECH}/train.jsonl",),
+                eval=(
+                    f"{_SPEECH}/heldout_seen_voices.jsonl",
+                    f"{_SPEECH}/heldout_unseen_voices.jsonl",
+                ),
+                window_secs=6.0,
+                bucket_secs=(2.0, 2.8, 6.0),
+                max_text_tokens=20,
+                eval_batch_size=20,
+                cache_features=True,
+            ),
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+            dtype="float32",
+            num_steps=360,
+            eval_every_steps=0,
+            save_every_steps=100,
+            max_new_tokens=24,
+        ),
+    ),
+    "whisper-base-smollm2-135m": (
+        "The smallest pair of real towers, with tiny-audio's recipe.",
+        _WHISPER_BASE_SMOLLM2,
+    ),
+}
