@@ -1,11 +1,13 @@
 """Every configuration of the project: frozen dataclasses, their checks and the named presets.
 
 The dataclasses are the only home of defaults. Tower and projector configs keep the field names of
-their PyTorch counterparts, so that a `config.json` and a dataclass read alike. Modules receive their
-own sub-config; only the programs see a whole `TrainConfig`.
+their PyTorch counterparts, so that a `config.json` and a dataclass read alike. Modules receive
+their own sub-config; only the programs see a whole `TrainConfig`.
 """
 
 import dataclasses
+import json
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -212,11 +214,18 @@ class DataConfig:
             max_text_tokens=_POSITIVE,
             num_threads=_POSITIVE,
         )
+        if self.window_samples % SAMPLES_PER_FRAME:
+            raise ValueError(f"DataConfig.window_secs = {self.window_secs}: use a multiple of 0.02")
         if self.bucket_secs[-1] > self.window_secs:
             raise ValueError(
                 f"DataConfig.bucket_secs ends at {self.bucket_secs[-1]} s, beyond the encoder's "
                 f"window of {self.window_secs} s: lower it or raise window_secs"
             )
+
+    @property
+    def window_samples(self) -> int:
+        """Samples N of the encoder's window."""
+        return round(self.window_secs * SAMPLE_RATE)
 
 
 @dataclass(frozen=True)
@@ -262,8 +271,9 @@ class TrainConfig:
     projector: ProjectorConfig
     """The part that is trained."""
     out: str = "runs/default"
-    """Run folder: config, checkpoints, metrics and the final projector. A run found there is
-    resumed."""
+    """Run folder: config, checkpoints, metrics and the final projector."""
+    resume: bool = True
+    """Continue a run that is found in `out`; otherwise that is an error."""
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -286,6 +296,8 @@ class TrainConfig:
     """Seeds initialisation, shuffling and dropout."""
     init_projector: str | None = None
     """Start from this projector (a converted folder or an HF folder) instead of a random one."""
+    distributed: bool = False
+    """Several hosts: call jax.distributed.initialize first."""
 
     def __post_init__(self) -> None:
         _require(
@@ -316,6 +328,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         dataclasses.replace(
             _WHISPER_BASE_SMOLLM2,
             out="runs/demo",
+            prompt=PromptConfig(system=""),
             data=DataConfig(
                 train=(f"{_SPEECH}/train.jsonl",),
                 eval=(
@@ -341,3 +354,59 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         _WHISPER_BASE_SMOLLM2,
     ),
 }
+
+
+def to_json(config: TrainConfig) -> str:
+    """The resolved config, as it is saved in the run folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> TrainConfig:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: if a field is unknown or missing.
+    """
+    return _build(TrainConfig, json.loads(text))
+
+
+def _build(cls: Any, values: dict[str, Any]) -> Any:
+    types = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - set(types)):
+        raise ValueError(f"{cls.__name__} has no field {unknown}: written by another version?")
+    kwargs = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = _build(types[name], value)
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from error
+
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints", "mesh"}
+    | {"resume", "distributed", "max_new_tokens", "out", "remat"}
+)
+
+
+def changes(saved: TrainConfig, current: TrainConfig) -> list[str]:
+    """Fields that differ and decide what is learnt, as `name: saved -> current`."""
+
+    def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+        flat = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if dataclasses.is_dataclass(value):
+                flat |= flatten(value, f"{prefix}{f.name}.")
+            else:
+                flat[prefix + f.name] = value
+        return flat
+
+    before, now = flatten(saved), flatten(current)
+    return [
+        f"{name}: {before[name]!r} -> {now[name]!r}"
+        for name in before
+        if before[name] != now[name] and name.split(".")[0] not in MAY_CHANGE_ON_RESUME
+    ]

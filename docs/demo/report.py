@@ -1,0 +1,119 @@
+"""Draws the curves of a demo run and writes its results as Markdown.
+
+Example:
+
+  python docs/demo/report.py --run runs/demo --parity runs/demo/parity.json --out runs/demo/report
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+from flax_projector import config as configs
+
+log = logging.getLogger("flax_projector.demo")
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """All records of a run; where steps were repeated after a restart, the last ones."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return list({(r["step"], "loss" in r, *sorted(r)): r for r in records}.values())
+
+
+def read_transcripts(run: Path, name: str) -> list[dict]:
+    """The last evaluation's transcripts of a set."""
+    path = max((run / "transcripts").glob(f"{name}-*.jsonl"))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def eval_curves(records: list[dict], metric: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of a metric, by evaluation set."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith("eval/") and key.endswith(f"/{metric}"):
+                curves.setdefault(key.split("/")[1], []).append((record["step"], value))
+    return {name: sorted(points) for name, points in sorted(curves.items())}
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Training loss and held-out word error rate over the steps."""
+    steps = sorted((r["step"], r["loss"]) for r in records if "loss" in r)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(*zip(*steps, strict=True), label="training", color="black", linewidth=1.2)
+    for name, points in eval_curves(records, "loss").items():
+        left.plot(*zip(*points, strict=True), "o--", markersize=4, linewidth=0.8, label=name)
+    left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    for name, points in eval_curves(records, "wer").items():
+        xs, ys = zip(*points, strict=True)
+        right.plot(xs, [100 * y for y in ys], "o-", markersize=4, label=name)
+    right.set(xlabel="step", ylabel="word error rate (%)", ylim=(0, 110))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def markdown(run: Path, records: list[dict], parity: dict) -> str:
+    """Word error rates before and after, sample transcripts and the table of parity."""
+    config = configs.from_json((run / "config.json").read_text())
+    train = [r for r in records if "loss" in r]
+    train_secs = sum(r["step_secs"] * r["num_steps"] for r in train)
+    lines = [
+        f"{config.num_steps} steps of {config.data.batch_size} utterances, seed {config.seed}: "
+        f"{train_secs / 60:.1f} minutes of training steps, final loss {train[-1]['loss']:.3f}.",
+        "",
+        "| held-out set | utterances | WER before | WER after | loss after |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    losses = eval_curves(records, "loss")
+    for name, points in eval_curves(records, "wer").items():
+        count = len(read_transcripts(run, name))
+        before, after = 100 * points[0][1], 100 * points[-1][1]
+        loss = losses[name][-1][1]
+        lines.append(f"| {name} | {count} | {before:.1f}% | {after:.1f}% | {loss:.3f} |")
+    for name in losses:
+        lines += ["", f"First transcripts of {name}:", "", "| said | heard |", "| --- | --- |"]
+        shown = read_transcripts(run, name)[:8]
+        lines += [f"| {t['reference']} | {t['hypothesis']} |" for t in shown]
+    same = sum(clip["same_tokens"] for clip in parity["clips"])
+    lines += [
+        "",
+        f"PyTorch (Hugging Face towers, exported projector) against JAX on {len(parity['clips'])} "
+        f"held-out clips: the same tokens for {same}.",
+        "",
+        "| stage | largest difference | RMS of the values |",
+        "| --- | --- | --- |",
+    ]
+    for name, stage in parity["stages"].items():
+        lines.append(f"| {name} | {stage['max_abs_error']:.1e} | {stage['rms']:.2g} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="finished run folder")
+    parser.add_argument("--parity", type=Path, required=True, help="from pytorch_check.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = read_metrics(args.run)
+    draw(records, args.out / "curves.png")
+    text = markdown(args.run, records, json.loads(args.parity.read_text()))
+    (args.out / "results.md").write_text(text)
+    log.info("%s\nReport: %s and curves.png", text, args.out / "results.md")
+
+
+if __name__ == "__main__":
+    main()

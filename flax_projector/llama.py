@@ -1,0 +1,233 @@
+"""The Llama-family decoder, frozen: `embed`, `blocks` and `logits` apart, so that audio can be
+spliced between the first two and logits taken only where they are needed."""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_projector.attention import attend
+from flax_projector.config import LlamaConfig
+from flax_projector.layers import RMSNorm, dense
+from flax_projector.sharding import abstract_params
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of every layer, in a buffer of static length.
+
+    Attributes:
+      k: [layers, B, C, K, d] rotated keys.
+      v: [layers, B, C, K, d] values.
+    """
+
+    k: Float[Array, "layers B C K d"]
+    v: Float[Array, "layers B C K d"]
+
+
+def make_cache(config: LlamaConfig, batch_size: int, length: int, dtype=jnp.float32) -> KVCache:
+    """An empty cache for `length` positions."""
+    c = config
+    shape = (c.num_hidden_layers, batch_size, length, c.num_key_value_heads, c.head_dim)
+    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def causal_mask(length: int) -> Bool[Array, "1 L L"]:
+    """True where key position <= query position."""
+    return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+def _rotary(
+    positions: Int[Array, "#B T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "#B T 1 d"], Float[Array, "#B T 1 d"]]:
+    """cos and sin of the rotary angles, f32, repeated for the two halves of a head."""
+    inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq  # [B, T, d/2]
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]  # [B, T, 1, d]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(
+    x: Float[Array, "B T H d"], cos: Float[Array, "#B T 1 d"], sin: Float[Array, "#B T 1 d"]
+) -> Float[Array, "B T H d"]:
+    """Applies rotary embeddings in f32; halves are (first, second), as in HF's weights."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, rotary, key_valid, cache, cache_index):
+        c = self.config
+        b, t, _ = x.shape
+        q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+        def project(features: int, name: str) -> Array:
+            y = dense(self, features, ("embed", "heads"), name, use_bias=False)(x)
+            return y.reshape(b, t, -1, c.head_dim)
+
+        q = _rotate(project(q_dim, "q_proj"), *rotary)
+        k = _rotate(project(kv_dim, "k_proj"), *rotary)
+        v = project(kv_dim, "v_proj")
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=1)
+            cache = KVCache(k=k, v=v)
+        out = attend(q, k, v, key_valid=key_valid).reshape(b, t, q_dim)
+        return dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=False)(out), cache
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        gate = dense(self, c.intermediate_size, ("embed", "mlp"), "gate_proj", use_bias=False)(x)
+        up = dense(self, c.intermediate_size, ("embed", "mlp"), "up_proj", use_bias=False)(x)
+        down = dense(self, c.hidden_size, ("mlp", "embed"), "down_proj", use_bias=False)
+        return down(nn.silu(gate) * up)
+
+
+class LlamaLayer(nn.Module):
+    """Pre-norm transformer layer, in the form `nn.scan` wants: (carry, ...) -> (carry, output)."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, rotary, key_valid, cache, cache_index):
+        c = self.config
+        args = (c, self.dtype, self.param_dtype)
+        norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
+        attention = LlamaAttention(*args, name="self_attn")
+        h = RMSNorm(*norm_args, name="input_layernorm")(x)
+        h, cache = attention(h, rotary, key_valid, cache, cache_index)
+        x = x + h
+        h = RMSNorm(*norm_args, name="post_attention_layernorm")(x)
+        x = x + LlamaMLP(*args, name="mlp")(h)
+        return nn.with_logical_constraint(x, ("batch", None, None)), cache
+
+
+class LlamaDecoder(nn.Module):
+    """Llama decoder with scanned layers: parameters of all layers are stacked on axis 0.
+
+    Attributes:
+      config: shape.
+      dtype: compute dtype; norms, rotary embeddings, softmax and logits are in f32 at least.
+      param_dtype: storage dtype.
+      remat: recompute each layer in the backward pass.
+
+    Source: `LlamaForCausalLM` (transformers).
+    """
+
+    config: LlamaConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("vocab", "embed")
+            ),
+        )
+        layer = nn.remat(LlamaLayer, prevent_cse=False) if self.remat else LlamaLayer
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype, self.param_dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
+        if not c.tie_word_embeddings:
+            wide = jnp.promote_types(self.dtype, jnp.float32)
+            self.lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.with_logical_partitioning(
+                    nn.initializers.normal(0.02), ("embed", "vocab")
+                ),
+                dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=wide),
+            )
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Input embeddings of token ids."""
+        return self.embed_tokens(tokens)
+
+    def blocks(
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        positions: Int[Array, "#B L"],
+        key_valid: Bool[Array, "#B L C"],
+        cache: KVCache | None = None,
+        cache_index: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """All layers and the final norm.
+
+        Args:
+          x: input embeddings, text and audio merged.
+          positions: rotary position of each input.
+          key_valid: True where a query may see a key; C is the cache length, or L without a cache.
+          cache: keys and values so far; the new ones are written from `cache_index` on.
+          cache_index: first slot that is written.
+
+        Returns:
+          Hidden states after the final norm, and the new cache (None without one).
+        """
+        c = self.config
+        rotary = _rotary(positions, c.head_dim, c.rope_theta)
+        x, cache = self.layers(x, rotary, key_valid, cache, cache_index)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Next-token logits, accumulated in f32 at least, of hidden states after the final norm."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        embedding = self.embed_tokens.embedding.astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=wide)
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Logits of a right-padded batch of texts, at every position."""
+        length = tokens.shape[1]
+        hidden, _ = self.blocks(
+            self.embed(tokens),
+            positions=jnp.arange(length)[None],
+            key_valid=causal_mask(length),
+        )
+        return self.logits(hidden)
+
+
+def abstract_decoder(
+    config: LlamaConfig, *, param_dtype=jnp.float32, mesh: Mesh | None = None
+) -> dict:
+    """Shapes, dtypes and shardings of the decoder's parameters."""
+    module = LlamaDecoder(config, param_dtype=param_dtype)
+    return abstract_params(module, jax.ShapeDtypeStruct((1, 1), jnp.int32), mesh)

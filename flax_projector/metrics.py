@@ -1,0 +1,73 @@
+"""Where the words and numbers of a run go; process 0 alone writes files."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from flax_projector.evaluate import Transcript
+
+
+def setup_logging() -> None:
+    """Shows this project's messages, and of its libraries only warnings."""
+    # absl, which Orbax imports, installs a handler of its own: force replaces it.
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    level = logging.INFO if jax.process_index() == 0 else logging.WARNING
+    for ours in ("flax_projector", "convert", "train"):
+        logging.getLogger(ours).setLevel(level)
+
+
+class MetricsWriter:
+    """Appends scalars to `metrics.jsonl` and to TensorBoard event files in the run folder."""
+
+    def __init__(self, folder: Path):
+        self._is_writer = jax.process_index() == 0
+        self._folder = folder
+        if self._is_writer:
+            self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records scalars by name at a step."""
+        if not self._is_writer:
+            return
+        record = {"step": step, "time": round(time.time(), 3), **scalars}
+        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def write_transcripts(self, step: int, name: str, transcripts: Sequence[Transcript]) -> None:
+        """Saves every transcript of an evaluation, and shows the first ten in TensorBoard."""
+        if not self._is_writer:
+            return
+        folder = self._folder / "transcripts"
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in transcripts]
+        (folder / f"{name}-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+        shown = "\n".join(f"| {t.reference} | {t.hypothesis} |" for t in transcripts[:10])
+        table = f"| reference | hypothesis |\n| --- | --- |\n{shown}"
+        self._events.add_text(f"transcripts/{name}", table, step)
+
+    def close(self) -> None:
+        if self._is_writer:
+            self._jsonl.close()
+            self._events.close()
+
+
+def require_finite(scalars: Mapping[str, float], *, step: int, utterance_ids: list[str]) -> None:
+    """Raises FloatingPointError, naming metric, step and utterances, unless all is finite."""
+    for name, value in scalars.items():
+        if not np.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value} at step {step}; utterances of the batch: {utterance_ids}. "
+                "Lower the learning rate, or look at these clips."
+            )

@@ -1,0 +1,131 @@
+"""The whole model: waveform -> frozen encoder -> projector -> prompt -> frozen LLM -> logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
+from flax_projector.llama import LlamaDecoder, causal_mask
+from flax_projector.projector import ResidualAudioProjector
+from flax_projector.prompt import AUDIO_TOKEN
+from flax_projector.whisper import WhisperEncoder, log_mel
+
+Params = Any  # nested dict of arrays
+
+
+def apply(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module on a bare parameter tree."""
+    return module.apply({"params": params}, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class SpeechLLM:
+    """Three modules and how they fit together; parameters are passed in, the frozen ones apart.
+
+    Attributes:
+      encoder: frozen.
+      projector: the part that is trained.
+      llm: frozen.
+    """
+
+    encoder: WhisperEncoder
+    projector: ResidualAudioProjector
+    llm: LlamaDecoder
+
+    def encode(self, encoder_params: Params, samples: Float[Array, "B N"]) -> Float[Array, "B S E"]:
+        """Encoder frames of 16 kHz waveforms, zero-padded to the window."""
+        mel = log_mel(samples, self.encoder.config.num_mel_bins)
+        return apply(self.encoder, encoder_params, mel)
+
+    def embed_audio(
+        self,
+        projector_params: Params,
+        frames: Float[Array, "B S E"],
+        frame_valid: Bool[Array, "B S"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B A D"]:
+        """Audio tokens; frames of padding are zeroed, as if the clip ended there.
+
+        Args:
+          projector_params: of the projector.
+          frames: encoder output.
+          frame_valid: True for frames of real audio.
+          dropout_key: None for a deterministic pass.
+        """
+        frames = jnp.where(frame_valid[..., None], frames, 0)
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return apply(
+            self.projector, projector_params, frames, deterministic=dropout_key is None, rngs=rngs
+        )
+
+    def merge(
+        self, llm_params: Params, tokens: Int[Array, "B L"], audio: Float[Array, "B A D"]
+    ) -> Float[Array, "B L D"]:
+        """Input embeddings: the i-th AUDIO_TOKEN of a row takes the row's i-th audio token."""
+        is_audio = tokens == AUDIO_TOKEN
+        text = apply(self.llm, llm_params, jnp.where(is_audio, 0, tokens), method="embed")
+        slot = jnp.clip(jnp.cumsum(is_audio, axis=1) - 1, 0, audio.shape[1] - 1)  # [B, L]
+        audio = jnp.take_along_axis(audio, slot[..., None], axis=1)  # [B, L, D]
+        return jnp.where(is_audio[..., None], audio.astype(text.dtype), text)
+
+    def label_logits(
+        self,
+        llm_params: Params,
+        inputs: Float[Array, "B L D"],
+        label_positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T V"]:
+        """Logits where labels are predicted, and nowhere else: [B, L, V] would be gigabytes.
+
+        Sequences are padded on the right, so that the causal mask alone keeps padding out.
+        """
+        length = inputs.shape[1]
+        hidden, _ = apply(
+            self.llm,
+            llm_params,
+            inputs,
+            positions=jnp.arange(length)[None],
+            key_valid=causal_mask(length),
+            method="blocks",
+        )
+        hidden = jnp.take_along_axis(hidden, label_positions[..., None], axis=1)  # [B, T, D]
+        return apply(self.llm, llm_params, hidden, method="logits")
+
+
+def make_speech_llm(
+    whisper: WhisperConfig,
+    projector: ProjectorConfig,
+    llama: LlamaConfig,
+    *,
+    dtype: jnp.dtype,
+    remat: bool = False,
+) -> SpeechLLM:
+    """Puts the modules together: towers stored and computed in `dtype`, f32 master weights.
+
+    Raises:
+      ValueError: if the projector's widths are not those of the towers.
+    """
+    widths = {"encoder_dim": whisper.d_model, "llm_dim": llama.hidden_size}
+    problems = [
+        f"projector.{name} is {getattr(projector, name)}, but the tower has width {width}: "
+        f"pass --projector.{name.replace('_', '-')} {width}"
+        for name, width in widths.items()
+        if getattr(projector, name) != width
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return SpeechLLM(
+        encoder=WhisperEncoder(whisper, dtype=dtype, param_dtype=dtype),
+        projector=ResidualAudioProjector(projector, dtype=dtype, param_dtype=jnp.float32),
+        llm=LlamaDecoder(llama, dtype=dtype, param_dtype=dtype, remat=remat),
+    )
+
+
+def rms(x: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, ""]:
+    """Root mean square of the valid vectors' elements, f32."""
+    mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)  # [B, L]
+    count = jnp.maximum(jnp.sum(valid), 1)
+    return jnp.sqrt(jnp.sum(jnp.where(valid, mean_square, 0)) / count)

@@ -1,0 +1,201 @@
+"""Whisper's front half, frozen: log-mel features and the encoder."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from transformers.audio_utils import mel_filter_bank
+
+from flax_projector.attention import attend
+from flax_projector.config import HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, WhisperConfig
+from flax_projector.layers import dense, exact_gelu
+from flax_projector.sharding import abstract_params
+
+WINDOW_LENGTH = 400  # samples of one STFT window: 25 ms
+
+
+def num_encoder_frames(num_samples: int) -> int:
+    """Encoder frames that hold `num_samples` of audio: one per 20 ms, the last partly filled."""
+    return -(-num_samples // SAMPLES_PER_FRAME)
+
+
+@functools.cache
+def _mel_filters(num_mel_bins: int) -> np.ndarray:
+    """Slaney mel filters f32[Q, M] on the Q = 201 frequencies of the STFT."""
+    filters = mel_filter_bank(
+        num_frequency_bins=1 + WINDOW_LENGTH // 2,
+        num_mel_filters=num_mel_bins,
+        min_frequency=0.0,
+        max_frequency=8000.0,
+        sampling_rate=SAMPLE_RATE,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return filters.astype(np.float32)
+
+
+def log_mel(samples: Float[Array, "B N"], num_mel_bins: int) -> Float[Array, "B M F"]:
+    """Whisper's log-mel features.
+
+    Args:
+      samples: waveform at 16 kHz in [-1, 1], zero-padded to the window (30 s: N = 480000); N must
+        be a multiple of 160 and longer than 200.
+      num_mel_bins: 80, or 128 from large-v3 on.
+
+    Returns:
+      f32[B, M, F], F = N / 160: log10 power, at most 8 below the loudest bin of the utterance's
+      window, scaled by (x + 4) / 4.
+
+    Source: `WhisperFeatureExtractor` (transformers): periodic Hann window, reflected edges, last
+    STFT frame dropped.
+    """
+    n = samples.shape[-1]
+    if n % HOP_LENGTH or n <= WINDOW_LENGTH // 2:
+        raise ValueError(f"{n} samples: need a multiple of {HOP_LENGTH} above {WINDOW_LENGTH // 2}")
+    hann = np.hanning(WINDOW_LENGTH + 1)[:-1].astype(np.float32)  # periodic
+    samples = samples.astype(jnp.float32)
+    padded = jnp.pad(samples, ((0, 0), (WINDOW_LENGTH // 2,) * 2), mode="reflect")
+    starts = HOP_LENGTH * np.arange(n // HOP_LENGTH)
+    windows = padded[:, starts[:, None] + np.arange(WINDOW_LENGTH)] * hann  # [B, F, 400]
+    power = jnp.square(jnp.abs(jnp.fft.rfft(windows, axis=-1)))  # [B, F, Q]
+    mel = jnp.einsum(
+        "BFQ,QM->BMF", power, _mel_filters(num_mel_bins), precision=jax.lax.Precision.HIGHEST
+    )
+    log = jnp.log10(jnp.maximum(mel, 1e-10))
+    log = jnp.maximum(log, jnp.max(log, axis=(1, 2), keepdims=True) - 8.0)
+    return (log + 4.0) / 4.0
+
+
+def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=1e-5,  # torch's default; flax's is 1e-6
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits on Whisper's large activations
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )
+
+
+class EncoderSelfAttention(nn.Module):
+    """Unmasked self-attention; Whisper's keys have no bias."""
+
+    config: WhisperConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+        b, s, e = x.shape
+        heads = (b, s, self.config.encoder_attention_heads, -1)
+        q = dense(self, e, ("embed", "heads"), "q_proj")(x).reshape(heads)
+        k = dense(self, e, ("embed", "heads"), "k_proj", use_bias=False)(x).reshape(heads)
+        v = dense(self, e, ("embed", "heads"), "v_proj")(x).reshape(heads)
+        out = attend(q, k, v).reshape(b, s, e)
+        return dense(self, e, ("heads", "embed"), "out_proj")(out)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer; returns (x, None) as `nn.scan` wants it."""
+
+    config: WhisperConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], None]:
+        c = self.config
+        attention = EncoderSelfAttention(c, self.dtype, self.param_dtype, name="self_attn")
+        x = x + attention(_layer_norm(self, "self_attn_layer_norm")(x))
+        h = _layer_norm(self, "final_layer_norm")(x)
+        h = exact_gelu(dense(self, c.encoder_ffn_dim, ("embed", "mlp"), "fc1")(h))
+        x = x + dense(self, c.d_model, ("mlp", "embed"), "fc2")(h)
+        return nn.with_logical_constraint(x, ("batch", None, None)), None
+
+
+class WhisperEncoder(nn.Module):
+    """Whisper's encoder with scanned layers: parameters of all layers are stacked on axis 0.
+
+    Attributes:
+      config: shape.
+      dtype: compute dtype; norms and softmax are in f32 at least.
+      param_dtype: storage dtype.
+
+    Source: `WhisperEncoder` (transformers).
+    """
+
+    config: WhisperConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, mel: Float[Array, "B M F"]) -> Float[Array, "B S E"]:
+        """Encodes log-mel features.
+
+        Args:
+          mel: [B, M, F]; 3000 frames for the 30 s window that Whisper was trained with, fewer take
+            the first position embeddings only.
+
+        Returns:
+          [B, S, E] in `dtype`, S = F / 2: frames of the whole window, silence included.
+
+        Raises:
+          ValueError: if M or F does not fit the config.
+        """
+        c = self.config
+        _, m, f = mel.shape
+        if m != c.num_mel_bins or f % 2 or f > 2 * c.max_source_positions:
+            raise ValueError(
+                f"mel features {mel.shape}: need [B, {c.num_mel_bins}, F] with F even and at most "
+                f"{2 * c.max_source_positions}"
+            )
+        x = mel.astype(self.dtype).swapaxes(1, 2)  # [B, F, M]
+        x = exact_gelu(self._conv(stride=1, axes=("kernel", "mel", "embed"), name="conv1")(x))
+        x = exact_gelu(self._conv(stride=2, axes=("kernel", "conv_in", "embed"), name="conv2")(x))
+        embed_positions = nn.Embed(
+            c.max_source_positions,
+            c.d_model,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("positions", "embed")
+            ),
+            name="embed_positions",
+        )
+        x = x + embed_positions(jnp.arange(f // 2))
+        scanned = nn.scan(
+            EncoderLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.encoder_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = scanned(c, self.dtype, self.param_dtype, name="layers")(x)
+        return _layer_norm(self, "layer_norm")(x)
+
+    def _conv(self, *, stride: int, axes: tuple[str, str, str], name: str) -> nn.Conv:
+        return nn.Conv(
+            self.config.d_model,
+            kernel_size=(3,),
+            strides=(stride,),
+            padding=1,  # torch's; "SAME" pads a strided convolution on the right only
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[2:]),
+            name=name,
+        )
+
+
+def abstract_encoder(
+    config: WhisperConfig, *, param_dtype=jnp.float32, mesh: Mesh | None = None
+) -> dict:
+    """Shapes, dtypes and shardings of the encoder's parameters."""
+    module = WhisperEncoder(config, param_dtype=param_dtype)
+    mel = jax.ShapeDtypeStruct((1, config.num_mel_bins, 2), param_dtype)
+    return abstract_params(module, mel, mesh)

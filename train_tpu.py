@@ -1,0 +1,291 @@
+"""Trains the audio projector between a frozen Whisper encoder and a frozen Llama-family LLM.
+
+Examples:
+
+  python train_tpu.py demo --encoder models/whisper-base --llm models/smollm2-135m-instruct
+  python train_tpu.py whisper-base-smollm2-135m --data.train clips.jsonl --data.eval dev.jsonl
+  python train_tpu.py whisper-base-smollm2-135m --data.train clips.jsonl --mesh.fsdp 4 \\
+      --init-projector converted/   # continue a PyTorch run, see `python -m convert to-flax`
+
+Starting the same command again continues the run. `python train_tpu.py demo --help` lists every
+option of a preset with its default.
+"""
+
+import functools
+import logging
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from convert.flax_files import save_params
+from convert.hf_config import projector_config_dict
+from convert.load import load_projector
+from flax_projector import config as configs
+from flax_projector.checkpoints import open_manager, restore, save
+from flax_projector.config import PRESETS, TrainConfig
+from flax_projector.data import make_iterator, read_manifest, to_global
+from flax_projector.metrics import MetricsWriter, require_finite, setup_logging
+from flax_projector.projector import abstract_projector
+from flax_projector.run import (
+    LoadedModel,
+    load_model,
+    make_eval_sources,
+    make_evaluator,
+    make_source,
+)
+from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
+from flax_projector.train_step import (
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    train_step,
+)
+
+log = logging.getLogger("train")
+
+
+def claim_run_folder(config: TrainConfig) -> Path:
+    """Creates the run folder, or checks that the run in it is this one.
+
+    Raises:
+      ValueError: if another run lies there.
+    """
+    folder = Path(config.out)
+    saved_path = folder / "config.json"
+    if saved_path.is_file():
+        if not config.resume:
+            raise ValueError(f"{folder} holds a run: choose another --out, or pass --resume")
+        saved = configs.from_json(saved_path.read_text())
+        if changed := configs.changes(saved, config):
+            listed = "\n  ".join(changed)
+            raise ValueError(
+                f"{folder} holds a run with another config:\n  {listed}\n"
+                "Choose another --out, or take these back."
+            )
+    elif jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved_path.write_text(configs.to_json(config))
+    return folder
+
+
+def abstract_train_state(
+    config: TrainConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of everything that is trained: moments lie as their params."""
+    params = abstract_projector(config.projector, mesh=mesh)
+    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
+    place = functools.partial(_with_sharding, sharding=replicated(mesh))
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, param: _with_sharding(leaf, param.sharding),
+        state.opt_state,
+        params,
+        transform_non_params=place,
+    )
+    return TrainState(place(state.step), params, opt_state)
+
+
+def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def make_initial_state(
+    config: TrainConfig,
+    loaded: LoadedModel,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+) -> TrainState:
+    """A fresh state, born in its shards: random, or around a given projector."""
+    init_rest = functools.partial(init_state, optimizer=optimizer)
+    if config.init_projector:
+        params = load_projector(config.init_projector, abstract.params)
+        return jax.jit(init_rest, out_shardings=shardings_of(abstract))(params)
+
+    def init(key):
+        frames = jnp.zeros((1, 1, config.projector.encoder_dim))
+        return init_rest(strip_axes(loaded.model.projector.init(key, frames)["params"]))
+
+    key = jax.random.key(config.seed)
+    return jax.jit(init, out_shardings=shardings_of(abstract))(key)
+
+
+def log_parameters(loaded: LoadedModel, state: TrainState) -> None:
+    """What trains and what does not, with counts."""
+    parts = {
+        "encoder": (loaded.encoder_params, "frozen"),
+        "projector": (state.params, "trained"),
+        "llm": (loaded.llm_params, "frozen"),
+    }
+    for name, (params, role) in parts.items():
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        log.info("%-9s %13s parameters, %s", name, f"{count:,}", role)
+
+
+def main(config: TrainConfig) -> None:
+    """Runs a config to its last step."""
+    # --- processes, run folder, mesh ---------------------------------------------------------
+    if config.distributed:
+        jax.distributed.initialize()
+    folder = claim_run_folder(config)
+    mesh = make_mesh(config.mesh)
+    log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
+
+    with use_mesh(mesh):
+        # --- frozen towers and data ----------------------------------------------------------
+        loaded = load_model(config, mesh)
+        if not config.data.train:
+            raise ValueError("no training data: pass --data.train MANIFEST.jsonl")
+        source = make_source(
+            "train",
+            [row for path in config.data.train for row in read_manifest(path)],
+            loaded,
+            config,
+            batch_size=config.data.batch_size,
+            shuffle_seed=config.seed,
+            num_batches=config.num_steps,
+        )
+        eval_sources = make_eval_sources(loaded, config)
+
+        # --- state ---------------------------------------------------------------------------
+        # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
+        optimizer = make_optimizer(config.optimizer, config.num_steps)
+        schedule = make_schedule(config.optimizer, config.num_steps)
+        abstract = abstract_train_state(config, optimizer, mesh)
+        manager = open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
+        iterator = make_iterator(source, config.data.num_threads)
+        latest = manager.latest_step()
+        if latest is not None:
+            state, data_state = restore(manager, latest, abstract)
+            iterator.set_state(data_state)
+            log.info("resumed at step %d", latest)
+        else:
+            state = make_initial_state(config, loaded, optimizer, abstract)
+        log_parameters(loaded, state)
+
+        # --- compiled functions --------------------------------------------------------------
+        step_fn = jax.jit(
+            functools.partial(
+                train_step, model=loaded.model, optimizer=optimizer, seed=config.seed
+            ),
+            in_shardings=(
+                shardings_of(abstract),
+                *map(shardings_of, loaded.frozen),
+                batch_sharding(mesh),
+            ),
+            out_shardings=(shardings_of(abstract), replicated(mesh)),
+            donate_argnums=0,
+        )
+        evaluator = make_evaluator(loaded, config)
+        writer = MetricsWriter(folder)
+
+        def evaluate(step: int) -> None:
+            for name, eval_source in eval_sources.items():
+                scores = evaluator((state.params, *loaded.frozen), eval_source, name=name)
+                writer.write(
+                    step, {f"eval/{name}/loss": scores.loss, f"eval/{name}/wer": scores.wer}
+                )
+                writer.write_transcripts(step, name, scores.transcripts)
+                log.info(
+                    "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
+                    *(step, name, 100 * scores.wer, scores.loss, len(scores.transcripts)),
+                )
+
+        # --- loop ----------------------------------------------------------------------------
+        first = int(state.step)
+        if first == 0:
+            evaluate(0)
+        progress = tqdm(
+            total=config.num_steps,
+            initial=first,
+            desc="train",
+            unit="step",
+            disable=jax.process_index() > 0,
+        )
+        pending, since = [], time.monotonic()
+        for step in range(first + 1, config.num_steps + 1):
+            batch = to_global(next(iterator), source)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, *loaded.frozen, batch)
+            pending.append(metrics)
+            progress.update()
+
+            is_last = step == config.num_steps
+            if step % config.log_every_steps == 0 or is_last:
+                scalars = summarize(jax.device_get(pending), time.monotonic() - since)
+                scalars["learning_rate"] = float(np.asarray(schedule(step - 1)))
+                batches = range(step - len(pending), step)
+                ids = [u.row.id for i in batches for u in source.members(i) if u is not None]
+                require_finite(scalars, step=step, utterance_ids=ids)
+                writer.write(step, scalars)
+                progress.set_postfix(
+                    loss=f"{scalars['loss']:.3f}",
+                    lr=f"{scalars['learning_rate']:.1e}",
+                    audio=f"{scalars['audio_secs_per_sec']:.0f}s/s",
+                )
+                pending, since = [], time.monotonic()
+            if step % config.save_every_steps == 0 or is_last:
+                save(manager, step, state, iterator.get_state())
+            if is_last or (config.eval_every_steps and step % config.eval_every_steps == 0):
+                evaluate(step)
+                since = time.monotonic()
+        progress.close()
+
+        # --- result --------------------------------------------------------------------------
+        manager.wait_until_finished()
+        manager.close()
+        writer.close()
+        save_params(
+            folder / "projector",
+            state.params,
+            projector_config_dict(
+                config.projector,
+                encoder_id=config.encoder,
+                llm_id=config.llm,
+                dtype="float32",
+                prompt=config.prompt,
+            ),
+            overwrite=True,
+        )
+        log.info("projector saved in %s", folder / "projector")
+
+
+def summarize(steps: list[dict[str, np.ndarray]], secs: float) -> dict[str, float]:
+    """Means over the steps since the last log line, with the throughput."""
+    stacked = {name: np.array([metrics[name] for metrics in steps]) for name in steps[0]}
+    labels = np.maximum(stacked["num_labels"], 1)
+    return {
+        "loss": float(np.average(stacked["loss"], weights=labels)),
+        "grad_norm": float(stacked["grad_norm"].mean()),
+        "scale_ratio": float(stacked["scale_ratio"].mean()),
+        "num_steps": len(steps),
+        "step_secs": secs / len(steps),
+        "audio_secs_per_sec": float(stacked["audio_secs"].sum()) / secs,
+    }
+
+
+def cli() -> None:
+    setup_logging()
+    config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
+    log.info("config:\n%s", configs.to_json(config))
+    with logging_redirect_tqdm():
+        try:
+            main(config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    cli()
