@@ -1,0 +1,230 @@
+"""config.json <-> our dataclasses.
+
+What our modules cannot express is an error that names the field, never a default: the right weights
+under another activation are wrong.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from convert.errors import Problem, raise_any
+from flax_projector.config import (
+    SAMPLE_RATE,
+    LlamaConfig,
+    ProjectorConfig,
+    PromptConfig,
+    WhisperConfig,
+)
+
+CONFIG = "config.json"
+
+Json = Mapping[str, Any]
+_Config = TypeVar("_Config", ProjectorConfig, WhisperConfig, LlamaConfig)
+
+_DTYPE_FIELDS = ("dtype", "torch_dtype", "model_dtype")
+
+
+@dataclass(frozen=True)
+class _Only:
+    """The values of a field that our modules can express.
+
+    Attributes:
+      values: the first is what Hugging Face means when the field is absent.
+      is_required: whether the field must be there.
+    """
+
+    values: tuple[Any, ...]
+    is_required: bool = False
+
+
+_PROJECTOR_ONLY = {
+    "model_type": _Only(("asr_model",), is_required=True),
+    "projector_type": _Only(("residual", None)),
+}
+_WHISPER_ONLY = {
+    "model_type": _Only(("whisper",), is_required=True),
+    "activation_function": _Only(("gelu",)),
+    "scale_embedding": _Only((False,)),
+    "quantization_config": _Only((None,)),
+}
+_LLAMA_ONLY = {
+    "model_type": _Only(("llama",), is_required=True),
+    "hidden_act": _Only(("silu",)),
+    "attention_bias": _Only((False,)),
+    "mlp_bias": _Only((False,)),
+    "rope_scaling": _Only((None,)),
+    "rope_parameters.rope_type": _Only(("default",)),
+    "rope_parameters.partial_rotary_factor": _Only((1.0,)),
+    "sliding_window": _Only((None,)),
+    "use_sliding_window": _Only((False,)),
+    "quantization_config": _Only((None,)),
+}
+
+
+def parse_projector(data: Json, where: str = CONFIG) -> ProjectorConfig:
+    """Reads the projector's part of a tiny-audio config.
+
+    Upstream keeps the norms' epsilon in its code; `rms_norm_eps` is read if someone wrote it down.
+    """
+    return _parse(
+        ProjectorConfig,
+        data,
+        _PROJECTOR_ONLY,
+        where,
+        may_be_null={"projector_hidden_dim"},
+        may_be_absent={"rms_norm_eps"},
+    )
+
+
+def parse_whisper(data: Json, where: str = CONFIG) -> WhisperConfig:
+    """Reads the encoder's part of a Whisper config."""
+    return _parse(WhisperConfig, data, _WHISPER_ONLY, where)
+
+
+def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
+    """Reads a Llama config: transformers 5 keeps `rope_theta` in `rope_parameters`, older ones not.
+
+    An absent `head_dim` is hidden_size / num_attention_heads, as in transformers.
+    """
+    rope = data.get("rope_parameters") or {}
+    flat = {**data, **{f"rope_parameters.{name}": value for name, value in rope.items()}}
+    if "rope_theta" in rope:
+        flat["rope_theta"] = rope["rope_theta"]
+    if flat.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= flat.keys():
+        flat["head_dim"] = flat["hidden_size"] // flat["num_attention_heads"]
+    return _parse(LlamaConfig, flat, _LLAMA_ONLY, where)
+
+
+def projector_config_dict(
+    config: ProjectorConfig,
+    *,
+    encoder_id: str,
+    llm_id: str,
+    dtype: str,
+    prompt: PromptConfig | None = None,
+) -> dict[str, Any]:
+    """A config.json for a projector that we trained, with upstream's field names.
+
+    Args:
+      config: of the projector. Its `rms_norm_eps` is written although upstream does not read it.
+      encoder_id: hub id or folder of the encoder.
+      llm_id: hub id or folder of the LLM.
+      dtype: of the projector's weights.
+      prompt: that it was trained with.
+    """
+    prompt = prompt or PromptConfig()
+    return {
+        "model_type": "asr_model",
+        "architectures": ["ASRModel"],
+        "audio_model_id": encoder_id,
+        "text_model_id": llm_id,
+        "audio_sample_rate": SAMPLE_RATE,
+        "model_dtype": dtype,
+        "projector_type": "residual",
+        "system_prompt": prompt.system,
+        "user_prompt": f"{prompt.user}<audio>",
+        **asdict(config),
+    }
+
+
+def whisper_config_dict(config: WhisperConfig) -> dict[str, Any]:
+    """The encoder's fields of HF's WhisperConfig."""
+    return {
+        "model_type": "whisper",
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        **asdict(config),
+    }
+
+
+def llama_config_dict(config: LlamaConfig) -> dict[str, Any]:
+    """HF's LlamaConfig, with `rope_theta` in both its old and its new place."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        **asdict(config),
+    }
+
+
+def config_file(path: str | Path) -> Path:
+    """Where the config.json of a folder, or of a file in it, would be."""
+    path = Path(path)
+    return (path if path.is_dir() else path.parent) / CONFIG
+
+
+def read_config_text(path: str | Path) -> str:
+    """The text of the config.json in a folder, or beside a file.
+
+    Raises:
+      ValueError: if there is none, or it is not a JSON object.
+    """
+    file = config_file(path)
+    if not file.exists():
+        raise ValueError(
+            f"{file} does not exist: shapes alone do not describe the model, put its {CONFIG} there"
+        )
+    text = file.read_text("utf-8")
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not is_object:
+        raise ValueError(f"{file} holds no JSON object")
+    return text
+
+
+def config_text(config: Json | str) -> str:
+    """A config.json: a text as it is, a dict in the form that Hugging Face writes."""
+    if isinstance(config, str):
+        return config
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def with_dtype(text: str, dtype: str) -> str:
+    """The text of a config.json whose weights now have `dtype`; unchanged if they already had."""
+    data = json.loads(text)
+    changes = {name: dtype for name in _DTYPE_FIELDS if data.get(name) not in (None, dtype)}
+    return config_text({**data, **changes}) if changes else text
+
+
+def _parse(
+    cls: type[_Config],
+    data: Json,
+    only: Mapping[str, _Only],
+    where: str,
+    *,
+    may_be_null: Collection[str] = (),
+    may_be_absent: Collection[str] = (),
+) -> _Config:
+    """Makes a dataclass from the fields that bear its names, after checking the others."""
+    names = {field.name for field in fields(cls)}
+    missing = names - data.keys() - set(may_be_absent)
+    missing |= {name for name, rule in only.items() if rule.is_required} - data.keys()
+    null = {name for name in names & data.keys() - set(may_be_null) if data[name] is None}
+    wrong = {
+        name: rule for name, rule in only.items() if name in data and data[name] not in rule.values
+    }
+    raise_any(
+        f"{where} does not describe a model that {cls.__name__} can express",
+        [Problem("missing", name, "is not in the file") for name in missing]
+        + [Problem("missing", name, "is null") for name in null]
+        + [
+            Problem("unsupported", name, f"= {data[name]!r}, supported: {_listed(rule.values)}")
+            for name, rule in wrong.items()
+        ],
+    )
+    try:
+        return cls(**{name: data[name] for name in names & data.keys()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return " or ".join(map(repr, values))

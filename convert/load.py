@@ -1,0 +1,115 @@
+"""Weights for training: from a folder or the hub into sharded device arrays, without torch."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from convert import engine
+from convert.flax_files import is_flax_folder, load_params, param_infos
+from convert.models import PROJECTOR, ModelKind
+from convert.progress import with_progress
+from convert.torch_files import open_checkpoint
+from convert.trees import flatten, unflatten
+
+_log = logging.getLogger(__name__)
+
+_HUB_FILES = ["*.safetensors", "*.json"]
+_NOT_HUB_FILES = ["*.fp32*"]  # some models come with a second copy of their weights
+
+
+def resolve_model(path_or_hub_id: str) -> Path:
+    """The folder of a model: itself, or downloaded from the Hugging Face hub (and then cached).
+
+    Raises:
+      ValueError: if there is no such folder and the hub does not give the model.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.exists():
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                path_or_hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{path_or_hub_id!r} is neither a folder here nor a model that the hub gave "
+            f"({type(error).__name__}). Check the name; if it needs a login, run `hf auth login`; "
+            "without network, copy the model's folder from a machine that has it and pass its path"
+        ) from error
+
+
+def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -> dict:
+    """Loads a model leaf by leaf.
+
+    Host memory holds the largest leaf (all layers of one kernel), never the whole model.
+
+    Args:
+      kind: what the folder holds.
+      path: an HF folder, a safetensors file, or a folder that `python -m convert` wrote.
+      abstract: nested dict of ShapeDtypeStructs with shardings.
+
+    Returns:
+      Nested dict of arrays in the shapes, dtypes and shardings of `abstract`. Other dtypes are
+      cast, and the log says so.
+
+    Raises:
+      ConversionError: if the checkpoint does not have exactly these leaves.
+    """
+    if is_flax_folder(path):
+        return _load_flax(path, abstract)
+    target = flatten(abstract)
+    checkpoint = open_checkpoint(path)
+    plan = engine.plan_to_flax(kind.table, checkpoint.infos, target)
+    _log_casts(path, plan.params, target)
+    leaves = with_progress(
+        engine.to_flax(plan, checkpoint.read),
+        plan.nbytes,
+        f"loading {kind.name}",
+        is_quiet=jax.process_index() > 0,
+    )
+    return unflatten({p: _place(array, target[p]) for p, array in leaves})
+
+
+def load_projector(path: str | Path, abstract: Mapping[str, Any]) -> dict:
+    """Loads a projector: `load_tower`, whichever form it has."""
+    return load_tower(PROJECTOR, path, abstract)
+
+
+def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Puts this host's parts of a leaf on its devices."""
+    array = array.astype(like.dtype, copy=False)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+
+
+def _load_flax(path: str | Path, abstract: Mapping[str, Any]) -> dict:
+    target = flatten(abstract)
+    infos = param_infos(path)
+    _log_casts(path, infos, target)
+    stored = {  # as on disk: Orbax would cast without a word
+        p: jax.ShapeDtypeStruct(
+            leaf.shape, infos[p].dtype if p in infos else leaf.dtype, sharding=leaf.sharding
+        )
+        for p, leaf in target.items()
+    }
+    params = load_params(path, unflatten(stored))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dict(abstract))
+
+
+def _log_casts(
+    path: str | Path, source: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    casts = {
+        f"{np.dtype(source[p].dtype)} -> {np.dtype(leaf.dtype)}"
+        for p, leaf in target.items()
+        if p in source and source[p].dtype != leaf.dtype
+    }
+    if casts:
+        _log.info("%s: casting %s", path, ", ".join(sorted(casts)))

@@ -1,0 +1,382 @@
+"""The commands, on real files: what comes back is the same, byte for byte."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert import api
+from convert.__main__ import main
+from convert.flax_files import load_params, param_infos
+from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
+from convert.rules import DTYPES
+from convert.torch_files import open_checkpoint, write_safetensors
+from flax_projector.llama import LlamaDecoder
+from flax_projector.whisper import WhisperEncoder
+
+REPO = Path(__file__).parents[1]
+FIXTURE = REPO.parent / "shared/fixtures/upstream_checkpoint"
+
+needs_fixture = pytest.mark.skipif(
+    not FIXTURE.exists(), reason=f"no upstream checkpoint in {FIXTURE.relative_to(REPO.parent)}"
+)
+
+PROJECTOR_SHAPES = {
+    "projector.input_proj.weight": (7, 15),
+    "projector.input_proj.bias": (7,),
+    "projector.ln_input.weight": (7,),
+    "projector.layers.0.fc1.weight": (11, 7),
+    "projector.layers.0.fc1.bias": (11,),
+    "projector.layers.0.fc2.weight": (7, 11),
+    "projector.layers.0.fc2.bias": (7,),
+    "projector.layer_norms.0.weight": (7,),
+}
+PROJECTOR_CONFIG = {
+    "model_type": "asr_model",
+    "encoder_dim": 5,
+    "llm_dim": 7,
+    "model_dtype": "float32",
+    "projector_pool_stride": 3,
+    "projector_hidden_dim": 11,
+    "projector_num_layers": 1,
+    "projector_dropout": 0.0,
+    "projector_init_std": 0.02,
+}
+
+
+@pytest.fixture
+def projector(tmp_path) -> Path:
+    """A random projector in an HF folder whose config.json nobody would write like that."""
+    folder = tmp_path / "projector"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    tensors = {k: rng.normal(size=s).astype(np.float32) for k, s in PROJECTOR_SHAPES.items()}
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(PROJECTOR_CONFIG, separators=(" ,", ":  ")))
+    return folder
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes()
+
+
+def same_tensors(a: Path, b: Path, *, ignore: str = "") -> None:
+    """Asserts that two torch checkpoints hold the same tensors."""
+    one, two = open_checkpoint(a), open_checkpoint(b)
+    keys = {key for key in one.infos if not (ignore and key.startswith(ignore))}
+    assert keys == set(two.infos)
+    for key in keys:
+        assert one.read(key).dtype == two.read(key).dtype
+        assert one.read(key).tobytes() == two.read(key).tobytes(), key
+
+
+@needs_fixture
+def test_upstream_checkpoint_comes_back_as_the_same_files(tmp_path) -> None:
+    assert main(["to-flax", str(FIXTURE), str(tmp_path / "flax")]) == 0
+    assert main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "hf")]) == 0
+    assert same_bytes(FIXTURE / "model.safetensors", tmp_path / "hf/model.safetensors")
+    assert same_bytes(FIXTURE / "config.json", tmp_path / "hf/config.json")
+
+
+@needs_fixture
+@pytest.mark.torch
+def test_pytorch_projector_computes_what_upstream_computes() -> None:
+    import torch
+
+    from convert.torch_projector import ResidualAudioProjector
+
+    checkpoint = open_checkpoint(FIXTURE)
+    module = ResidualAudioProjector(PROJECTOR.read_config(FIXTURE)).eval()
+    module.load_state_dict(
+        {k.removeprefix("projector."): torch.tensor(checkpoint.read(k)) for k in checkpoint.infos}
+    )
+    io = np.load(FIXTURE / "io.npz")
+    with torch.no_grad():
+        y = module(torch.tensor(io["x"]))
+    np.testing.assert_allclose(y.numpy(), io["y"], rtol=1e-5, atol=1e-5)
+
+
+def test_projector_comes_back_as_the_same_files(tmp_path, projector) -> None:
+    api.to_flax(projector, tmp_path / "flax")
+    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+    assert same_bytes(projector / "model.safetensors", tmp_path / "hf/model.safetensors")
+    assert same_bytes(projector / "config.json", tmp_path / "hf/config.json")
+
+
+def test_bare_file_is_written_and_read_with_its_prefix(tmp_path, projector) -> None:
+    api.to_flax(projector / "model.safetensors", tmp_path / "flax")
+    api.to_torch(tmp_path / "flax", tmp_path / "bare.safetensors")
+    assert same_bytes(projector / "model.safetensors", tmp_path / "bare.safetensors")
+
+
+@pytest.mark.torch
+def test_pt_file_converts_like_safetensors(tmp_path, projector) -> None:
+    import torch
+
+    checkpoint = open_checkpoint(projector)
+    state = {k.removeprefix("projector."): checkpoint.read(k) for k in checkpoint.infos}
+    torch.save({k: torch.tensor(v) for k, v in state.items()}, projector / "best.pt")
+    api.to_flax(projector / "best.pt", tmp_path / "flax")
+    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+    same_tensors(projector, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_casts_says_so_and_updates_the_config(tmp_path, projector, dtype, caplog) -> None:
+    assert main(["to-flax", str(projector), str(tmp_path / "flax"), "--dtype", dtype]) == 0
+    assert f"casting float32 to {dtype}: not bit for bit" in caplog.text
+    assert {info.dtype for info in param_infos(tmp_path / "flax").values()} == {DTYPES[dtype]}
+    assert json.loads((tmp_path / "flax/config.json").read_text())["model_dtype"] == dtype
+
+    api.to_torch(tmp_path / "flax", tmp_path / "hf", dtype="float32")
+    key = "projector.layers.0.fc1.weight"
+    expected = open_checkpoint(projector).read(key).astype(DTYPES[dtype]).astype(np.float32)
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "hf").read(key), expected)
+
+
+def test_verification_reads_what_was_written(tmp_path, projector, monkeypatch) -> None:
+    """A writer that drops bits must be caught, and nothing must be left behind."""
+    save = api.save_params
+
+    def lossy(dst, tree, config) -> None:
+        tree["ln_input"]["scale"] = tree["ln_input"]["scale"].astype(ml_dtypes.bfloat16)
+        tree["input_proj"]["bias"][3] += 1
+        save(dst, tree, config)
+
+    monkeypatch.setattr(api, "save_params", lossy)
+    with pytest.raises(ValueError, match="the round trip changed the checkpoint") as caught:
+        api.to_flax(projector, tmp_path / "flax")
+    assert "bytes   projector.input_proj.bias" in str(caught.value)
+    assert "header  projector.ln_input.weight  float32[7] -> bfloat16[7]" in str(caught.value)
+    assert not (tmp_path / "flax").exists()
+    api.to_flax(projector, tmp_path / "flax", verify=False)
+    assert (tmp_path / "flax").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to-flax", "nowhere", "x"], "nowhere does not exist"),
+        (["to-torch", "projector", "x"], "projector is not a converted checkpoint"),
+        (["to-flax", "projector", "projector"], "projector is the source"),
+        (["to-flax", "flax", "x"], "flax is a Flax folder already"),
+        (["to-flax", "projector", "flax"], "flax exists: choose another destination"),
+        (["to-flax", "bare.safetensors", "x"], "shapes alone do not describe the model"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_user_errors_are_one_clean_message(
+    tmp_path, projector, monkeypatch, caplog, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(projector / "model.safetensors", "bare.safetensors")
+    api.to_flax(projector, "flax", verify=False)
+    assert main(arguments) == 1
+    assert message in caplog.text
+    assert not Path("x").exists()
+
+
+def test_overwrite_replaces_a_conversion(tmp_path, projector) -> None:
+    for _ in range(2):
+        assert main(["to-flax", str(projector), str(tmp_path / "flax"), "--overwrite"]) == 0
+        assert main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "hf"), "--overwrite"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flax", "hf", "projector"]
+
+
+@pytest.mark.parametrize("form", ["torch", "flax", "bare"])
+def test_inspect_lists_the_headers(tmp_path, projector, capsys, form) -> None:
+    path = projector
+    if form == "flax":
+        path = api.to_flax(projector, tmp_path / "flax", verify=False)
+    elif form == "bare":
+        path = shutil.copy(projector / "model.safetensors", tmp_path / "bare.safetensors")
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("model   projector\n")
+    assert ("encoder_dim = 5" in out) == (form != "bare")
+    name = "input_proj/kernel" if form == "flax" else "projector.input_proj.weight"
+    assert name in out
+    assert "total   8 tensors, 298 parameters, 1,192 bytes" in out
+
+
+@pytest.mark.parametrize("config", [None, '{"model_type": "llama"}', "{"])
+def test_inspect_shows_what_cannot_be_converted(tmp_path, capsys, caplog, config) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"w": np.zeros((3, 2), np.float16)})
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert "cannot be converted: " in caplog.text
+    assert "model   unknown\nw  float16   [3, 2]\ntotal" in capsys.readouterr().out
+
+
+def test_command_line_runs_as_a_module(tmp_path, projector) -> None:
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "convert", *map(str, arguments)],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    done = run("to-flax", projector, tmp_path / "flax")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.splitlines()[-2:] == [
+        "verified: 8 tensors, 1192 bytes came back identical",
+        f"wrote {tmp_path / 'flax'}",
+    ]
+    failed = run("to-flax", tmp_path / "nothing", tmp_path / "x")
+    assert failed.returncode == 1
+    assert failed.stderr == f"error: {tmp_path / 'nothing'} does not exist\n"
+    assert run("to-flax").returncode == 2
+    help_text = run("--help")
+    assert "examples:" in help_text.stdout
+
+
+def randomize(model: Any) -> Any:
+    """Draws every parameter: default norms and biases would hide a swap."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_llama(is_tied: bool) -> Any:
+    """A random Llama of Hugging Face."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=31,
+        hidden_size=20,
+        intermediate_size=17,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        tie_word_embeddings=is_tied,
+    )
+    return randomize(transformers.LlamaForCausalLM(config))
+
+
+def tiny_whisper(form: str) -> Any:
+    """A random Whisper of Hugging Face: a class with encoder and decoder, or its "encoder"."""
+    import transformers
+
+    config = transformers.WhisperConfig(
+        vocab_size=31,
+        num_mel_bins=5,
+        d_model=12,
+        encoder_layers=3,
+        encoder_attention_heads=3,
+        encoder_ffn_dim=17,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=13,
+        max_source_positions=19,
+        max_target_positions=11,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    if form == "encoder":
+        return randomize(transformers.WhisperModel(config).encoder)
+    return randomize(getattr(transformers, form)(config))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("shard_size", ["1KB", "1GB"])
+def test_llama_comes_back_and_hugging_face_takes_it(tmp_path, dtype, is_tied, shard_size) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = tiny_llama(is_tied)
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "src", max_shard_size=shard_size)
+    assert (len(list((tmp_path / "src").glob("*.safetensors"))) > 1) == (shard_size == "1KB")
+
+    api.to_flax(tmp_path / "src", tmp_path / "flax")
+    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+    same_tensors(tmp_path / "src", tmp_path / "hf")
+    assert ("lm_head/kernel" in param_infos(tmp_path / "flax")) == (not is_tied)
+
+    result: Any = LlamaForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype="auto", output_loading_info=True
+    )
+    loaded, report = result
+    assert not any(report.values())
+    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("form", ["WhisperModel", "WhisperForConditionalGeneration", "encoder"])
+def test_whisper_encoder_comes_back(tmp_path, form) -> None:
+    model = tiny_whisper(form)
+    model.save_pretrained(tmp_path / "src")
+    api.to_flax(tmp_path / "src", tmp_path / "flax")
+    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+
+    before, after = open_checkpoint(tmp_path / "src"), open_checkpoint(tmp_path / "hf")
+    prefix = {"WhisperModel": "encoder.", "encoder": ""}.get(form, "model.encoder.")
+    encoder = {key for key in before.infos if key.startswith(prefix) and "decoder" not in key}
+    assert {f"model.encoder.{key.removeprefix(prefix)}" for key in encoder} == set(after.infos)
+    for key in encoder:
+        back = after.read(f"model.encoder.{key.removeprefix(prefix)}")
+        assert back.tobytes() == before.read(key).tobytes(), key
+    assert same_bytes(tmp_path / "src/config.json", tmp_path / "hf/config.json")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_converted_llama_computes_the_same(tmp_path, is_tied) -> None:
+    """The round trip cannot see two rows exchanged; the forward pass can."""
+    import torch
+
+    model = tiny_llama(is_tied)
+    model.save_pretrained(tmp_path / "hf")
+    params = load_params(api.to_flax(tmp_path / "hf", tmp_path / "flax", verify=False))
+    tokens = np.arange(14).reshape(2, 7) * 5 % 31
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    with jax.default_matmul_precision("highest"):
+        decoder = LlamaDecoder(LLAMA.read_config(tmp_path / "flax"))
+        logits = decoder.apply({"params": params}, tokens)
+    np.testing.assert_allclose(np.asarray(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.torch
+def test_converted_whisper_encoder_computes_the_same(tmp_path) -> None:
+    import torch
+
+    model = tiny_whisper("encoder")
+    model.save_pretrained(tmp_path / "hf")
+    params = load_params(api.to_flax(tmp_path / "hf", tmp_path / "flax", verify=False))
+    mel = np.random.default_rng(0).normal(size=(2, 5, 38)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor(mel)).last_hidden_state.numpy()
+    with jax.default_matmul_precision("highest"):
+        encoder = WhisperEncoder(WHISPER_ENCODER.read_config(tmp_path / "flax"))
+        frames = encoder.apply({"params": params}, mel)
+    np.testing.assert_allclose(np.asarray(frames), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_llama_config_that_cannot_be_expressed_stops_the_conversion(tmp_path, caplog) -> None:
+    config = {"model_type": "llama", "hidden_act": "gelu", "attention_bias": True}
+    write_safetensors(tmp_path / "src/model.safetensors", {"model.norm.weight": np.ones(3)})
+    (tmp_path / "src/config.json").write_text(json.dumps(config))
+    assert main(["to-flax", str(tmp_path / "src"), str(tmp_path / "flax")]) == 1
+    assert "unsupported  hidden_act" in caplog.text
+    assert "unsupported  attention_bias" in caplog.text
+    assert "missing      vocab_size" in caplog.text

@@ -1,0 +1,288 @@
+"""The engine loses no bit in either direction, and refuses whatever does not fit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from convert import engine
+from convert.errors import ConversionError
+from convert.models import KINDS, LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
+from convert.rules import DTYPES, IDENTITY, Rule, Table, TensorInfo, transpose
+from convert.trees import unflatten
+from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
+from flax_projector.projector import ResidualAudioProjector
+
+# Unequal, co-prime, not square: a forgotten transpose cannot hide in a shape.
+CONFIGS = {
+    PROJECTOR: ProjectorConfig(5, 7, projector_pool_stride=3, projector_hidden_dim=11),
+    WHISPER_ENCODER: WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13),
+    LLAMA: LlamaConfig(13, 10, 7, 3, 4, 2, head_dim=6),
+}
+TIED = dataclasses.replace(CONFIGS[LLAMA], tie_word_embeddings=True)
+
+all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def random_bits(infos: dict[str, TensorInfo], seed: int = 0) -> dict[str, np.ndarray]:
+    """Tensors of random bits: NaNs with payloads, infinities and signed zeros among them."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.frombuffer(rng.bytes(info.nbytes), info.dtype).reshape(info.shape)
+        for name, info in infos.items()
+    }
+
+
+def make_checkpoint(kind: ModelKind, config, *, dtype="float32", prefix=None):
+    """A random torch checkpoint of the model, and its headers."""
+    leaves = {p: TensorInfo(x.shape, DTYPES[dtype]) for p, x in kind.leaves(config).items()}
+    infos = engine.plan_to_torch(kind.table, leaves, leaves, prefix=prefix).tensors
+    return random_bits(infos), infos
+
+
+def plan(kind: ModelKind, config, infos):
+    return engine.plan_to_flax(kind.table, infos, kind.leaves(config))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@all_kinds
+def test_round_trip_keeps_every_bit(kind: ModelKind, dtype) -> None:
+    tensors, infos = make_checkpoint(kind, CONFIGS[kind], dtype=dtype)
+    assert any(np.isnan(t.astype(np.float32)).any() for t in tensors.values())
+    forward = plan(kind, CONFIGS[kind], infos)
+    leaves = dict(engine.to_flax(forward, tensors.__getitem__))
+    assert {p: TensorInfo(x.shape, x.dtype) for p, x in leaves.items()} == forward.params
+
+    backward = engine.plan_to_torch(kind.table, forward.params, kind.leaves(CONFIGS[kind]))
+    returned = dict(engine.to_torch(backward, leaves.__getitem__))
+    assert {k: (t.dtype, t.shape, t.tobytes()) for k, t in returned.items()} == {
+        k: (t.dtype, t.shape, t.tobytes()) for k, t in tensors.items()
+    }
+    engine.check_round_trip(infos, tensors.__getitem__, returned.items())
+
+
+def test_values_land_where_the_module_reads_them() -> None:
+    tensors, infos = make_checkpoint(WHISPER_ENCODER, CONFIGS[WHISPER_ENCODER])
+    leaves = dict(
+        engine.to_flax(plan(WHISPER_ENCODER, CONFIGS[WHISPER_ENCODER], infos), tensors.__getitem__)
+    )
+    for path, key, turned in (
+        ("conv1/kernel", "conv1.weight", lambda t: t.transpose(2, 1, 0)),
+        ("embed_positions/embedding", "embed_positions.weight", lambda t: t),
+        ("layer_norm/scale", "layer_norm.weight", lambda t: t),
+    ):
+        np.testing.assert_array_equal(leaves[path], turned(tensors[f"model.encoder.{key}"]))
+    for layer in range(3):
+        key = f"model.encoder.layers.{layer}.fc1.weight"
+        np.testing.assert_array_equal(leaves["layers/fc1/kernel"][layer], tensors[key].T)
+
+
+@pytest.mark.parametrize("prefix", ["model.encoder.", "encoder.", ""])
+def test_every_prefix_is_accepted_and_the_first_is_written(prefix) -> None:
+    kind, config = WHISPER_ENCODER, CONFIGS[WHISPER_ENCODER]
+    _, infos = make_checkpoint(kind, config, prefix=prefix)
+    forward = plan(kind, config, infos)
+    backward = engine.plan_to_torch(kind.table, forward.params, kind.leaves(config))
+    assert set(backward.tensors) == {f"model.encoder.{k.removeprefix(prefix)}" for k in infos}
+
+
+def test_decoder_is_left_out_with_its_reason(caplog) -> None:
+    kind, config = WHISPER_ENCODER, CONFIGS[WHISPER_ENCODER]
+    _, infos = make_checkpoint(kind, config)
+    extra = TensorInfo((3,), DTYPES["float32"])
+    decoder = {"model.decoder.layers.9.fc1.bias": extra, "proj_out.weight": extra}
+    with caplog.at_level("INFO", logger="convert"):
+        forward = plan(kind, config, infos | decoder)
+    assert set(forward.tensors) == set(infos)
+    assert "1 tensors model.decoder.* (the decoder is not used" in caplog.text
+
+
+def test_tied_head_may_be_absent_or_a_copy_and_is_not_written() -> None:
+    tensors, infos = make_checkpoint(LLAMA, TIED)
+    assert "lm_head.weight" not in infos
+    plan(LLAMA, TIED, infos)
+
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    infos["lm_head.weight"] = infos["model.embed_tokens.weight"]
+    forward = plan(LLAMA, TIED, infos)
+    assert "lm_head/kernel" not in dict(engine.to_flax(forward, tensors.__getitem__))
+    assert "lm_head.weight" not in forward.tensors
+
+    tensors["lm_head.weight"][3, 2] += 1
+    with pytest.raises(ConversionError, match=r"lm_head.weight  differs from model.embed_tokens"):
+        list(engine.to_flax(forward, tensors.__getitem__))
+
+
+def without(names, infos):
+    return {k: v for k, v in infos.items() if k not in names}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda infos: without({"projector.layers.1.fc2.bias"}, infos),
+            "missing  projector.layers.1.fc2.bias  [7] -> layers_1/fc2/bias",
+        ),
+        (
+            lambda infos: infos | {"projector.gate.weight": infos["projector.input_proj.bias"]},
+            "unexpected  projector.gate.weight  [7] no rule; add one to convert/tables.py",
+        ),
+        (
+            lambda infos: (
+                infos | {"projector.layers.2.fc1.bias": infos["projector.layers.1.fc1.bias"]}
+            ),
+            "unexpected  projector.layers.2.fc1.bias  [11] the config has no place for it",
+        ),
+        (
+            lambda infos: (
+                infos | {"projector.input_proj.weight": TensorInfo((7, 20), DTYPES["float32"])}
+            ),
+            "shape  projector.input_proj.weight  got [7, 20], expected [7, 15] -> input_proj/ker",
+        ),
+        (
+            lambda infos: without({k for k in infos if "layers.0." in k}, infos),
+            "gap      projector.layers.*             has 1 but not 0",
+        ),
+        (
+            lambda infos: infos | {"projector.ln_input.weight": TensorInfo((7,), np.dtype("i8"))},
+            "dtype  projector.ln_input.weight  int64 is not one of bfloat16, float16, float32",
+        ),
+    ],
+    ids=["missing", "no rule", "too many layers", "shape", "gap", "dtype"],
+)
+def test_checkpoint_that_does_not_fit_is_an_error(damage, message) -> None:
+    _, infos = make_checkpoint(PROJECTOR, CONFIGS[PROJECTOR])
+    with pytest.raises(ConversionError) as caught:
+        plan(PROJECTOR, CONFIGS[PROJECTOR], damage(infos))
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_reported_together_and_sorted() -> None:
+    _, infos = make_checkpoint(PROJECTOR, CONFIGS[PROJECTOR])
+    del infos["projector.layers.1.fc2.bias"], infos["projector.input_proj.bias"]
+    infos["projector.extra"] = TensorInfo((3, 2), DTYPES["float32"])
+    with pytest.raises(ConversionError) as caught:
+        plan(PROJECTOR, CONFIGS[PROJECTOR], infos)
+    assert str(caught.value).splitlines() == [
+        "projector: the checkpoint does not fit the config (3 problems)",
+        "  missing     projector.input_proj.bias    [7] -> input_proj/bias",
+        "  missing     projector.layers.1.fc2.bias  [7] -> layers_1/fc2/bias",
+        "  unexpected  projector.extra              [3, 2] no rule; add one to "
+        "convert/tables.py, or an Ignore with the reason",
+    ]
+
+
+def test_a_stack_of_two_dtypes_is_an_error() -> None:
+    _, infos = make_checkpoint(LLAMA, TIED)
+    key = "model.layers.1.mlp.up_proj.weight"
+    infos[key] = TensorInfo(infos[key].shape, DTYPES["bfloat16"])
+    with pytest.raises(ConversionError, match=r"mlp/up_proj/kernel  stacks bfloat16 \(model"):
+        plan(LLAMA, TIED, infos)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda leaves: without({"ln_input/scale"}, leaves), "missing  ln_input/scale  [7]"),
+        (
+            lambda leaves: leaves | {"extra/kernel": leaves["ln_input/scale"]},
+            "unexpected  extra/kernel  [7] has no place in the model",
+        ),
+        (
+            lambda leaves: leaves | {"ln_input/scale": TensorInfo((8,), DTYPES["float32"])},
+            "shape  ln_input/scale  got [8], expected [7]",
+        ),
+    ],
+)
+def test_parameters_that_do_not_fit_are_an_error(damage, message) -> None:
+    target = PROJECTOR.leaves(CONFIGS[PROJECTOR])
+    leaves = {p: TensorInfo(x.shape, DTYPES["float32"]) for p, x in target.items()}
+    with pytest.raises(ConversionError) as caught:
+        engine.plan_to_torch(PROJECTOR.table, damage(leaves), target)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([], "a/kernel  0 rows of convert/tables.py lead to this leaf"),
+        ([Rule("a", "a/kernel", IDENTITY), Rule("b", "a/kernel", IDENTITY)], "a/kernel  2 rows"),
+        ([Rule("a", "a/kernel", transpose())], "[3]: transpose moves 2 axes, the tensor has 1"),
+    ],
+)
+def test_wrong_table_is_an_error(rules, message) -> None:
+    leaf = TensorInfo((3,), DTYPES["float32"])
+    with pytest.raises(ConversionError) as caught:
+        engine.plan_to_flax(Table("toy", ("",), tuple(rules)), {"a": leaf}, {"a/kernel": leaf})
+    assert message in str(caught.value)
+
+
+def test_one_key_for_two_leaves_is_an_error() -> None:
+    leaf = TensorInfo((3,), DTYPES["float32"])
+    table = Table("toy", ("",), (Rule("a", "b/scale", IDENTITY), Rule("a", "c/scale", IDENTITY)))
+    with pytest.raises(ConversionError, match="a  used by 2 leaves"):
+        engine.plan_to_flax(table, {"a": leaf}, {"b/scale": leaf, "c/scale": leaf})
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({}, "missing  a  did not come back"),
+        ({"a": np.array([1, np.nan], "f4"), "b": np.zeros(1)}, "new  b"),
+        ({"a": np.array([1, np.nan], "f8")}, "float32[2] -> float64[2]"),
+        ({"a": np.array([[1, np.nan]], "f4")}, "float32[2] -> float32[1, 2]"),
+        ({"a": np.array([0x3F800000, 0x7FC00001], "u4").view("f4")}, "bytes  a"),
+    ],
+)
+def test_round_trip_check_sees_every_change(returned, message) -> None:
+    before = {"a": np.array([1, np.nan], "f4")}
+    infos = {"a": TensorInfo((2,), DTYPES["float32"])}
+    engine.check_round_trip(infos, before.__getitem__, before.items())
+    with pytest.raises(ConversionError) as caught:
+        engine.check_round_trip(infos, before.__getitem__, returned.items())
+    assert message in str(caught.value)
+
+
+def swapped(table: Table, a: str, b: str) -> Table:
+    """The table with the Flax paths of two rows exchanged."""
+    other = {a: b, b: a}
+    flax = {rule.torch: rule.flax for rule in table.rules}
+    rules = [
+        dataclasses.replace(rule, flax=flax[other.get(rule.torch, rule.torch)])
+        for rule in table.rules
+    ]
+    return dataclasses.replace(table, rules=tuple(rules))
+
+
+@pytest.mark.torch
+def test_only_the_forward_pass_catches_swapped_rows_of_equal_shape() -> None:
+    import torch
+
+    from convert.torch_projector import ResidualAudioProjector as TorchProjector
+
+    config = ProjectorConfig(5, 7, projector_pool_stride=3, projector_hidden_dim=7)
+    module = TorchProjector(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+        frames = torch.randn(2, 8, 5, generator=generator)
+        expected = module(frames).numpy()
+    tensors = {k: t.numpy() for k, t in module.state_dict().items()}
+    infos = {k: TensorInfo(t.shape, t.dtype) for k, t in tensors.items()}
+    target = PROJECTOR.leaves(config)
+
+    def project(table: Table) -> np.ndarray:
+        forward = engine.plan_to_flax(table, infos, target)
+        leaves = dict(engine.to_flax(forward, tensors.__getitem__))
+        back = engine.to_torch(forward, leaves.__getitem__)
+        engine.check_round_trip(infos, tensors.__getitem__, back)  # satisfied either way
+        with jax.default_matmul_precision("highest"):
+            y = ResidualAudioProjector(config).apply({"params": unflatten(leaves)}, frames.numpy())
+        return np.asarray(y)
+
+    np.testing.assert_allclose(project(PROJECTOR.table), expected, rtol=1e-5, atol=1e-5)
+    wrong = swapped(PROJECTOR.table, "layers.{i}.fc1.weight", "layers.{i}.fc2.weight")
+    assert np.abs(project(wrong) - expected).max() > 0.1

@@ -1,0 +1,158 @@
+"""config.json says the same on both sides, or the conversion stops."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from convert import hf_config
+from convert.errors import ConversionError
+from flax_projector.config import LlamaConfig, ProjectorConfig, PromptConfig, WhisperConfig
+
+FIXTURE = Path(__file__).parents[1].parent / "shared/fixtures/upstream_checkpoint"
+
+PROJECTOR = ProjectorConfig(5, 7, projector_pool_stride=3, rms_norm_eps=1e-8)
+WHISPER = WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13)
+LLAMA = LlamaConfig(13, 12, 7, 3, 4, 2, head_dim=8, rms_norm_eps=1e-5, rope_theta=130000.0)
+
+
+def projector_dict(config=PROJECTOR):
+    return hf_config.projector_config_dict(config, encoder_id="e", llm_id="l", dtype="bfloat16")
+
+
+CASES = {
+    "projector": (hf_config.parse_projector, PROJECTOR, projector_dict()),
+    "whisper": (hf_config.parse_whisper, WHISPER, hf_config.whisper_config_dict(WHISPER)),
+    "llama": (hf_config.parse_llama, LLAMA, hf_config.llama_config_dict(LLAMA)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_comes_back(name) -> None:
+    parse, config, data = CASES[name]
+    assert parse(json.loads(hf_config.config_text(data))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("projector", "projector_type", "moe", "projector_type  = 'moe', supported: 'residual'"),
+        ("projector", "model_type", "llama", "model_type  = 'llama', supported: 'asr_model'"),
+        ("whisper", "activation_function", "relu", "= 'relu', supported: 'gelu'"),
+        ("whisper", "scale_embedding", True, "scale_embedding  = True, supported: False"),
+        ("whisper", "model_type", "bert", "model_type  = 'bert'"),
+        ("llama", "hidden_act", "gelu", "hidden_act  = 'gelu', supported: 'silu'"),
+        ("llama", "model_type", "smollm3", "model_type  = 'smollm3', supported: 'llama'"),
+        ("llama", "attention_bias", True, "attention_bias  = True, supported: False"),
+        ("llama", "mlp_bias", True, "mlp_bias  = True, supported: False"),
+        ("llama", "rope_scaling", {"factor": 2}, "rope_scaling  = {'factor': 2}, supported: None"),
+        ("llama", "rope_parameters", {"rope_type": "yarn"}, "rope_type  = 'yarn', supported: 'def"),
+        ("llama", "sliding_window", 128, "sliding_window  = 128, supported: None"),
+        ("llama", "quantization_config", {"bits": 4}, "quantization_config  = {'bits': 4}"),
+    ],
+)
+def test_value_that_cannot_be_expressed_is_an_error(name, field, value, message) -> None:
+    parse, _, data = CASES[name]
+    with pytest.raises(ConversionError) as caught:
+        parse({**data, field: value}, "here/config.json")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("here/config.json does not describe a model that")
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *[("projector", f) for f in ("encoder_dim", "projector_pool_stride", "model_type")],
+        *[("whisper", f.name) for f in dataclasses.fields(WhisperConfig)],
+        *[("llama", f) for f in ("vocab_size", "rms_norm_eps", "tie_word_embeddings")],
+    ],
+)
+def test_missing_field_is_an_error(name, field) -> None:
+    parse, _, data = CASES[name]
+    with pytest.raises(ConversionError, match=f"missing  {field}  is not in the file"):
+        parse({k: v for k, v in data.items() if k != field})
+    with pytest.raises(ConversionError, match=f"{field}  (is null|= None)"):
+        parse({**data, field: None})
+
+
+@pytest.mark.parametrize("value", ["7", -7, []])
+def test_value_of_the_wrong_kind_is_an_error(value) -> None:
+    with pytest.raises(ValueError, match=r"^here/config.json: "):
+        hf_config.parse_whisper({**CASES["whisper"][2], "num_mel_bins": value}, "here/config.json")
+
+
+def test_rope_theta_is_read_from_its_old_and_its_new_place() -> None:
+    data = dict(CASES["llama"][2])
+    old = {k: v for k, v in data.items() if k != "rope_parameters"}
+    new = {k: v for k, v in data.items() if k != "rope_theta"}
+    assert hf_config.parse_llama(old) == hf_config.parse_llama(new) == LLAMA
+    neither = {k: v for k, v in old.items() if k != "rope_theta"}
+    with pytest.raises(ConversionError, match="missing  rope_theta"):
+        hf_config.parse_llama(neither)
+
+
+@pytest.mark.parametrize("absent", [{}, {"head_dim": None}])
+def test_absent_head_dim_follows_from_the_heads(absent) -> None:
+    data = {k: v for k, v in CASES["llama"][2].items() if k != "head_dim"}
+    assert hf_config.parse_llama(data | absent).head_dim == 12 // 4
+
+
+@pytest.mark.parametrize(("stored", "hidden"), [(None, 28), (0, 28), (11, 11)])
+def test_hidden_dim_may_be_left_open(stored, hidden) -> None:
+    data = projector_dict() | {"projector_hidden_dim": stored}
+    assert hf_config.parse_projector(data).hidden_dim == hidden
+
+
+def test_absent_projector_type_is_the_residual_one() -> None:
+    data = {k: v for k, v in projector_dict().items() if k != "projector_type"}
+    assert hf_config.parse_projector(data) == PROJECTOR
+
+
+def test_trained_projector_is_described_with_the_names_of_upstream() -> None:
+    data = hf_config.projector_config_dict(
+        PROJECTOR,
+        encoder_id="openai/whisper-base",
+        llm_id="some/llama",
+        dtype="float32",
+        prompt=PromptConfig(system="Be brief.", user="Write: "),
+    )
+    assert data["user_prompt"] == "Write: <audio>"
+    assert data["system_prompt"] == "Be brief."
+    assert data["audio_model_id"] == "openai/whisper-base"
+    if FIXTURE.exists():
+        upstream = json.loads((FIXTURE / "config.json").read_text())
+        assert data.keys() - upstream.keys() == {"rms_norm_eps"}
+
+
+def test_cast_changes_the_text_only_where_it_must() -> None:
+    text = '{ "dtype":"bfloat16",\n"x": 1, "model_dtype": "bfloat16"}'
+    assert hf_config.with_dtype(text, "bfloat16") == text
+    changed = json.loads(hf_config.with_dtype(text, "float32"))
+    assert changed == {"dtype": "float32", "model_dtype": "float32", "x": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "holds no JSON object")],
+)
+def test_unreadable_config_is_an_error(tmp_path, content, message) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        hf_config.read_config_text(tmp_path / "model.safetensors")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["whisper", "llama"])
+def test_hugging_face_reads_what_we_write(tmp_path, name) -> None:
+    import transformers
+
+    parse, config, data = CASES[name]
+    (tmp_path / "config.json").write_text(hf_config.config_text(data))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    for field in dataclasses.fields(config):
+        if field.name != "rope_theta":  # lies in rope_parameters
+            assert getattr(theirs, field.name) == getattr(config, field.name), field.name
+    theirs.save_pretrained(tmp_path)
+    assert parse(json.loads((tmp_path / "config.json").read_text())) == config
