@@ -36,6 +36,7 @@ test: $(VENV)/.installed
 
 # Real weights and the TPU compiler: minutes, not seconds.
 test-slow: models
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slow]'
 	FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m slow
 
 format: $(VENV)/.installed

@@ -11,6 +11,7 @@ Starting the same command again continues the run. `python train_tpu.py demo --h
 option of a preset with its default.
 """
 
+import contextlib
 import functools
 import logging
 import sys
@@ -84,7 +85,7 @@ def abstract_train_state(
     params = abstract_projector(config.projector, mesh=mesh)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
     place = functools.partial(_with_sharding, sharding=replicated(mesh))
-    opt_state = optax.tree_utils.tree_map_params(
+    opt_state = optax.tree.map_params(
         optimizer,
         lambda leaf, param: _with_sharding(leaf, param.sharding),
         state.opt_state,
@@ -143,7 +144,8 @@ def main(config: TrainConfig) -> None:
     mesh = make_mesh(config.mesh)
     log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
 
-    with use_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_mesh(mesh))
         # --- frozen towers and data ----------------------------------------------------------
         loaded = load_model(config, mesh)
         if not config.data.train:
@@ -164,7 +166,9 @@ def main(config: TrainConfig) -> None:
         optimizer = make_optimizer(config.optimizer, config.num_steps)
         schedule = make_schedule(config.optimizer, config.num_steps)
         abstract = abstract_train_state(config, optimizer, mesh)
-        manager = open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
+        manager = stack.enter_context(
+            open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
+        )
         iterator = make_iterator(source, config.data.num_threads)
         latest = manager.latest_step()
         if latest is not None:
@@ -189,7 +193,7 @@ def main(config: TrainConfig) -> None:
             donate_argnums=0,
         )
         evaluator = make_evaluator(loaded, config)
-        writer = MetricsWriter(folder)
+        writer = stack.enter_context(MetricsWriter(folder))
 
         def evaluate(step: int) -> None:
             for name, eval_source in eval_sources.items():
@@ -245,20 +249,16 @@ def main(config: TrainConfig) -> None:
 
         # --- result --------------------------------------------------------------------------
         manager.wait_until_finished()
-        manager.close()
-        writer.close()
-        save_params(
-            folder / "projector",
-            state.params,
-            projector_config_dict(
+        params = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.params))
+        if jax.process_index() == 0:
+            config_json = projector_config_dict(
                 config.projector,
                 encoder_id=config.encoder,
                 llm_id=config.llm,
                 dtype="float32",
                 prompt=config.prompt,
-            ),
-            overwrite=True,
-        )
+            )
+            save_params(folder / "projector", params, config_json, overwrite=True)
         log.info("projector saved in %s", folder / "projector")
 
 

@@ -16,7 +16,9 @@ def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
         preservation_policy=preservation_policy.LatestN(keep),
         enable_async_checkpointing=True,
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    # Named here, so that metadata can be read before anything is restored.
+    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
 
 def save(
@@ -42,13 +44,11 @@ def restore(
     Raises:
       ValueError: if a leaf was saved in another dtype, since Orbax would cast it silently.
     """
-    saved = manager.item_metadata(step)["state"]
-    saved_dtypes = [jax.numpy.dtype(leaf.dtype) for leaf in jax.tree.leaves(saved)]
-    wanted = jax.tree_util.tree_leaves_with_path(abstract_state)
+    saved = _leaves_by_name(manager.item_metadata(step)["state"])
     problems = [
-        f"  {jax.tree_util.keystr(path)}: saved as {dtype}, this run has {leaf.dtype}"
-        for (path, leaf), dtype in zip(wanted, saved_dtypes, strict=True)
-        if dtype != leaf.dtype
+        f"  {name}: saved as {saved[name].dtype}, this run has {leaf.dtype}"
+        for name, leaf in _leaves_by_name(abstract_state).items()
+        if name in saved and saved[name].dtype != leaf.dtype
     ]
     if problems:
         raise ValueError(f"checkpoint {step} in {manager.directory}:\n" + "\n".join(problems))
@@ -59,3 +59,13 @@ def restore(
         ),
     )
     return restored["state"], restored["data"]
+
+
+def _leaves_by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by path; Orbax turns dataclasses into dicts, so only the names are compared."""
+
+    def name_of(key: Any) -> str:
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name_of, path)): leaf for path, leaf in leaves}

@@ -6,10 +6,14 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_projector.evaluate import Transcript
 
@@ -33,7 +37,7 @@ class MetricsWriter:
         self._folder = folder
         if self._is_writer:
             self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(folder / "tensorboard"))
+            self._events = EventFileWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records scalars by name at a step."""
@@ -43,7 +47,7 @@ class MetricsWriter:
         self._jsonl.write(json.dumps(record) + "\n")
         self._jsonl.flush()
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            self._add_event(step, scalar_pb(name, value))
 
     def write_transcripts(self, step: int, name: str, transcripts: Sequence[Transcript]) -> None:
         """Saves every transcript of an evaluation, and shows the first ten in TensorBoard."""
@@ -55,9 +59,15 @@ class MetricsWriter:
         (folder / f"{name}-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
         shown = "\n".join(f"| {t.reference} | {t.hypothesis} |" for t in transcripts[:10])
         table = f"| reference | hypothesis |\n| --- | --- |\n{shown}"
-        self._events.add_text(f"transcripts/{name}", table, step)
+        self._add_event(step, text_pb(f"transcripts/{name}", table))
 
-    def close(self) -> None:
+    def _add_event(self, step: int, summary: Any) -> None:
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
         if self._is_writer:
             self._jsonl.close()
             self._events.close()

@@ -1,0 +1,188 @@
+"""`train_tpu.py` from end to end on tiny towers, on 8 fake devices."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train_tpu
+from convert.flax_files import load_params
+from flax_projector import __main__ as program
+from flax_projector.config import MeshConfig, ProjectorConfig, from_json, to_json
+from flax_projector.metrics import MetricsWriter
+from flax_projector.sharding import make_mesh
+from tests.tiny import read_losses, tiny_config
+
+pytestmark = pytest.mark.torch
+
+
+def final_params(config) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(load_params(Path(config.out) / "projector"))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture
+def run(tmp_path, tiny_towers):
+    """Runs a tiny config and returns it."""
+
+    def run(**overrides):
+        config = tiny_config(tmp_path / overrides.pop("name", "a"), tiny_towers, **overrides)
+        train_tpu.main(config)
+        return config
+
+    return run
+
+
+def test_a_run_learns_and_leaves_everything_behind(run):
+    config = run(num_steps=12)
+    losses, folder = read_losses(config), Path(config.out)
+    assert len(losses) == 12
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.3
+    assert from_json((folder / "config.json").read_text()) == config
+    assert list((folder / "tensorboard").iterdir())
+    transcripts = (folder / "transcripts" / "clips-000012.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in transcripts} == {f"clip{i}" for i in range(5)}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"10", "12"}
+    saved = json.loads((folder / "projector" / "config.json").read_text())
+    assert saved["projector_pool_stride"] == 4 and saved["audio_model_id"] == config.encoder
+
+
+def test_losses_do_not_depend_on_the_mesh(run, monkeypatch):
+    sharded = [
+        run(name=f"mesh{i}", num_steps=20, mesh=mesh)
+        for i, mesh in enumerate([MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
+    ]
+    monkeypatch.setattr(train_tpu, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    single = read_losses(run(name="single", num_steps=20))
+    assert len(single) == 20
+    for config in sharded:
+        np.testing.assert_allclose(read_losses(config), single, atol=1e-4, rtol=0)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(run, monkeypatch):
+    whole = run(name="whole")
+    write = MetricsWriter.write
+
+    def write_until_killed(self, step, scalars):
+        if step == 5:
+            raise KeyboardInterrupt
+        write(self, step, scalars)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsWriter, "write", write_until_killed)
+        run(name="killed")
+    resumed = run(name="killed")
+    assert read_losses(resumed)[-2:] == read_losses(whole)[-2:]
+    expected = final_params(whole)
+    for name, leaf in final_params(resumed).items():
+        assert leaf.tobytes() == expected[name].tobytes(), name
+
+
+def test_towers_stay_bitwise_unchanged(run, monkeypatch):
+    before, after = [], []
+    load_model = train_tpu.load_model
+    make_initial_state = train_tpu.make_initial_state
+
+    def load(config, mesh):
+        loaded = load_model(config, mesh)
+        after.append(loaded)
+        before.append(jax.device_get(loaded.frozen))
+        return loaded
+
+    monkeypatch.setattr(train_tpu, "load_model", load)
+    initial = []
+
+    def keep_initial(*args):
+        state = make_initial_state(*args)
+        initial.append(jax.device_get(state.params))
+        return state
+
+    monkeypatch.setattr(train_tpu, "make_initial_state", keep_initial)
+    config = run(num_steps=2)
+    jax.tree.map(np.testing.assert_array_equal, before[0], jax.device_get(after[0].frozen))
+    moved = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)),
+        initial[0],
+        load_params(Path(config.out) / "projector"),
+    )
+    assert all(jax.tree.leaves(moved)), f"some leaves did not train: {moved}"
+
+
+def test_resume_refuses_another_config(run):
+    config = run(num_steps=2)
+    changed = dataclasses.replace(config, seed=7)
+    with pytest.raises(ValueError, match=r"seed: 0 -> 7"):
+        train_tpu.main(changed)
+    with pytest.raises(ValueError, match="holds a run"):
+        train_tpu.main(dataclasses.replace(config, resume=False))
+
+
+def test_a_run_may_start_from_a_converted_projector(run):
+    first = run(name="first", num_steps=2)
+    second = run(name="second", num_steps=1, init_projector=str(Path(first.out) / "projector"))
+    # Update 1 runs at learning rate 0: the parameters are still those of the first run.
+    expected = final_params(first)
+    for name, leaf in final_params(second).items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def test_kept_features_give_the_losses_of_live_ones(run):
+    live = run(name="live")
+    kept = run(name="kept", data={"cache_features": True})
+    np.testing.assert_allclose(read_losses(kept), read_losses(live), atol=1e-5, rtol=0)
+
+
+def test_a_projector_of_other_widths_is_refused(run):
+    with pytest.raises(ValueError, match=r"--projector.llm-dim 40"):
+        run(projector=ProjectorConfig(encoder_dim=24, llm_dim=41))
+
+
+def test_missing_data_is_an_error_that_names_the_option(run):
+    with pytest.raises(ValueError, match=r"--data.train"):
+        run(data={"train": ()})
+
+
+def test_non_finite_loss_stops_with_the_clips(run, monkeypatch):
+    summarize = train_tpu.summarize
+
+    def summarize_broken(steps, secs):
+        return {**summarize(steps, secs), "loss": float("nan")}
+
+    monkeypatch.setattr(train_tpu, "summarize", summarize_broken)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; .*clip\d"):
+        run()
+
+
+def test_finished_run_transcribes_files(run, capsys):
+    config = run(num_steps=2)
+    clip = Path(config.data.eval[0]).parent / "0.wav"
+    program.cli(["transcribe", config.out, str(clip)])
+    path, _, text = capsys.readouterr().out.strip("\n").partition("\t")
+    assert path == str(clip)
+    lines = (Path(config.out) / "transcripts" / "clips-000002.jsonl").read_text().splitlines()
+    heard = {t["id"]: t["hypothesis"] for t in map(json.loads, lines)}
+    assert text == heard["clip0"]
+
+
+def test_training_never_imports_torch(tmp_path, tiny_towers):
+    config = tiny_config(tmp_path, tiny_towers, num_steps=1)
+    script = (
+        "import sys, train_tpu\n"
+        "from flax_projector.config import from_json\n"
+        "train_tpu.main(from_json(sys.stdin.read()))\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        input=to_json(config),
+        text=True,
+        capture_output=True,
+        cwd=Path(train_tpu.__file__).parent,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (Path(config.out) / "projector").is_dir()

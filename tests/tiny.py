@@ -1,0 +1,129 @@
+"""Tiny random towers, speech and configs, in the formats of real ones."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+
+from flax_projector.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+    TrainConfig,
+)
+
+ENCODER_DIM, LLM_DIM = 24, 40
+
+
+def make_tokenizer() -> Tokenizer:
+    """One token per byte, and ChatML's markers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Redraws every parameter, so that no norm is one and no bias zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.15 * noise + (parameter.ndim == 1))
+    return module
+
+
+def make_towers(folder: Path) -> dict[str, str]:
+    """HF folders: {"encoder": ..., "llm": ...}."""
+    whisper = WhisperConfig(
+        d_model=ENCODER_DIM,
+        encoder_layers=2,
+        encoder_attention_heads=3,
+        encoder_ffn_dim=36,
+        decoder_layers=1,
+        decoder_attention_heads=3,
+        decoder_ffn_dim=12,
+        vocab_size=50,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    tokenizer = make_tokenizer()
+    llama = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=LLM_DIM,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    paths = {"encoder": folder / "whisper", "llm": folder / "llama"}
+    randomize(WhisperModel(whisper), 0).save_pretrained(paths["encoder"])
+    randomize(LlamaForCausalLM(llama), 1).save_pretrained(paths["llm"])
+    tokenizer.save(str(paths["llm"] / "tokenizer.json"))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def make_speech(folder: Path, count: int, *, seed: int = 0) -> str:
+    """A manifest of noise clips of 0.3 to 1.5 seconds with short texts."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(count):
+        duration = rng.uniform(0.3, 1.5)
+        samples = 0.1 * rng.standard_normal(int(duration * 16_000))
+        soundfile.write(folder / f"{i}.wav", samples, 16_000)
+        text = " ".join(rng.choice(["go", "stop", "left", "right"], size=rng.integers(1, 4)))
+        rows.append({"id": f"clip{i}", "audio": f"{i}.wav", "text": text})
+    manifest = folder / "clips.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(manifest)
+
+
+def tiny_config(folder: Path, towers: dict[str, str], **overrides) -> TrainConfig:
+    """A run of a few steps over 13 clips, which do not divide into batches of 8."""
+    data = {
+        "train": (make_speech(folder / "speech", 13),),
+        "eval": (make_speech(folder / "heldout", 5, seed=1),),
+        "batch_size": 8,
+        "eval_batch_size": 8,
+        "window_secs": 2.0,
+        "bucket_secs": (1.0, 2.0),
+        "max_text_tokens": 20,
+        **overrides.pop("data", {}),
+    }
+    values = {
+        "projector": ProjectorConfig(
+            encoder_dim=ENCODER_DIM, llm_dim=LLM_DIM, projector_hidden_dim=32
+        ),
+        "out": str(folder / "run"),
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        "mesh": MeshConfig(),
+        "dtype": "float32",
+        "num_steps": 6,
+        "log_every_steps": 1,
+        "eval_every_steps": 0,
+        "save_every_steps": 2,
+        "max_new_tokens": 5,
+        **towers,
+        **overrides,
+    }
+    return TrainConfig(data=DataConfig(**data), **values)
+
+
+def read_losses(config: TrainConfig) -> list[float]:
+    """Training losses of a run, step by step."""
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
