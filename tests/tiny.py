@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -31,7 +32,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+def randomize(module: Any, seed: int) -> Any:
     """Redraws every parameter, so that no norm is one and no bias zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,0 +1,84 @@
+"""Configuration: defaults, checks, and what may change when a run is resumed."""
+
+import dataclasses
+
+import pytest
+
+from flax_projector.config import (
+    PRESETS,
+    DataConfig,
+    LlamaConfig,
+    MeshConfig,
+    ProjectorConfig,
+    WhisperConfig,
+    changes,
+    from_json,
+    to_json,
+)
+
+WHISPER = {
+    "num_mel_bins": 80,
+    "d_model": 12,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 3,
+    "encoder_ffn_dim": 8,
+}
+LLAMA = {
+    "vocab_size": 7,
+    "hidden_size": 12,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 2,
+}
+
+
+@pytest.mark.parametrize("hidden", [None, 0])
+def test_hidden_dim_falls_back_to_four_times_the_llm(hidden):
+    config = ProjectorConfig(encoder_dim=3, llm_dim=5, projector_hidden_dim=hidden)
+    assert config.hidden_dim == 20
+
+
+@pytest.mark.parametrize(
+    ("cls", "valid", "wrong", "message"),
+    [
+        (ProjectorConfig, {"encoder_dim": 3, "llm_dim": 5}, {"encoder_dim": 0}, "encoder_dim = 0"),
+        (
+            ProjectorConfig,
+            {"encoder_dim": 3, "llm_dim": 5},
+            {"projector_dropout": 1.0, "projector_pool_stride": 0},
+            "projector_pool_stride = 0: must be at least 1\n.*projector_dropout = 1.0",
+        ),
+        (WhisperConfig, WHISPER, {"encoder_attention_heads": 5}, "multiple of encoder_attention"),
+        (LlamaConfig, LLAMA, {"num_key_value_heads": 4}, "multiple of num_key_value_heads = 4"),
+        (MeshConfig, {}, {"fsdp": 0}, "fsdp = 0"),
+        (DataConfig, {}, {"bucket_secs": (2.0, 1.0)}, "ascending"),
+        (DataConfig, {}, {"bucket_secs": ()}, "not empty"),
+        (DataConfig, {}, {"bucket_secs": (40.0,)}, "beyond the encoder's window of 30"),
+        (DataConfig, {}, {"window_secs": 15.001}, "multiple of 0.02"),
+    ],
+)
+def test_wrong_values_name_field_value_and_rule(cls, valid, wrong, message):
+    cls(**valid)
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        cls(**{**valid, **wrong})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_the_run_folder(name):
+    config = PRESETS[name][1]
+    assert from_json(to_json(config)) == config
+
+
+def test_unknown_saved_field_is_an_error():
+    text = to_json(PRESETS["demo"][1]).replace('"seed"', '"sede"')
+    with pytest.raises(ValueError, match=r"no field.*sede"):
+        from_json(text)
+
+
+def test_only_harmless_changes_pass_unnoticed():
+    config = PRESETS["demo"][1]
+    data = dataclasses.replace(config.data, batch_size=4)
+    changed = dataclasses.replace(config, data=data, keep_checkpoints=9, mesh=MeshConfig(fsdp=2))
+    assert changes(config, changed) == ["data.batch_size: 8 -> 4"]

@@ -1,0 +1,147 @@
+"""Parity with Hugging Face on the real whisper-base and SmolLM2-135M-Instruct."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import train_tpu
+from convert.load import load_tower
+from convert.models import LLAMA, WHISPER_ENCODER
+from flax_projector.config import PRESETS, MeshConfig, PromptConfig
+from flax_projector.data import load_audio, read_manifest
+from flax_projector.decode import generate
+from flax_projector.llama import LlamaDecoder, abstract_decoder
+from flax_projector.prompt import load_tokenizer, make_prompt
+from flax_projector.sharding import make_mesh, replicated
+from flax_projector.speech_llm import make_speech_llm
+from flax_projector.whisper import WhisperEncoder, abstract_encoder, log_mel
+
+ROOT = Path(__file__).parents[1]
+MODELS = Path(os.environ.get("FLAX_PROJECTOR_MODELS", ROOT / "models"))
+SPEECH = ROOT / "docs/demo/speech/heldout_seen_voices.jsonl"
+EAGER = {"attn_implementation": "eager", "dtype": torch.float32}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.torch,
+    pytest.mark.skipif(
+        not (MODELS / "whisper-base").is_dir(),
+        reason="no real weights: run `make models`, or set FLAX_PROJECTOR_MODELS",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def load(kind, name: str, abstract, mesh):
+    folder = MODELS / name
+    config = kind.read_config(folder)
+    return config, load_tower(kind, folder, abstract(config, mesh=mesh))
+
+
+def test_encoder_equals_hugging_face_on_speech(mesh):
+    config, params = load(WHISPER_ENCODER, "whisper-base", abstract_encoder, mesh)
+    hf = transformers.WhisperModel.from_pretrained(MODELS / "whisper-base", **EAGER).encoder.eval()
+    extractor = transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    clips = [load_audio(row.audio) for row in read_manifest(SPEECH)[:2]]
+    mel = extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
+    samples = np.stack([np.pad(clip, (0, 480_000 - len(clip))) for clip in clips])
+    ours_mel = log_mel(jnp.asarray(samples), config.num_mel_bins)
+    np.testing.assert_allclose(np.asarray(ours_mel), mel.numpy(), atol=1e-4, rtol=0)
+    with torch.no_grad():
+        expected = hf(mel).last_hidden_state.numpy()
+    ours = np.asarray(WhisperEncoder(config).apply({"params": params}, ours_mel))
+    assert np.abs(ours - expected).max() < 1e-3
+    assert np.sqrt(np.mean((ours - expected) ** 2) / np.mean(expected**2)) < 1e-5
+
+
+def test_llm_equals_hugging_face_in_logits_and_tokens(mesh):
+    config, params = load(LLAMA, "smollm2-135m-instruct", abstract_decoder, mesh)
+    folder = MODELS / "smollm2-135m-instruct"
+    hf: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER)
+    hf.eval()
+    prompt = make_prompt(load_tokenizer(folder), PromptConfig())
+    text = "<|im_start|>user\nName three rivers.<|im_end|>\n<|im_start|>assistant\n"
+    ids = np.array([prompt.tokenizer.encode(text, add_special_tokens=False).ids])
+    with torch.no_grad():
+        expected = hf(torch.from_numpy(ids)).logits.numpy()
+    llm = LlamaDecoder(config)
+    logits = np.asarray(llm.apply({"params": params}, jnp.asarray(ids)))
+    assert np.abs(logits - expected).max() < 1e-3
+
+    model = make_speech_llm(
+        WHISPER_ENCODER.read_config(MODELS / "whisper-base"),
+        PRESETS["demo"][1].projector,
+        config,
+        dtype=jnp.float32,  # pyright: ignore[reportArgumentType]
+    )
+    inputs = llm.apply({"params": params}, jnp.asarray(ids), method="embed")
+    ours = jax.jit(
+        lambda params, inputs: generate(
+            params,
+            inputs,
+            jnp.array([ids.shape[1]]),
+            model=model,
+            max_new_tokens=32,
+            end_of_turn=-2,  # never: all 32 tokens are compared
+        ),
+        out_shardings=replicated(mesh),
+    )(params, inputs)
+    theirs = hf.generate(
+        torch.from_numpy(ids), do_sample=False, min_new_tokens=32, max_new_tokens=32
+    )
+    assert np.asarray(ours)[0].tolist() == theirs[0, ids.shape[1] :].tolist()
+
+
+def test_tokenizer_makes_the_prompt_of_the_chat_template():
+    folder = MODELS / "smollm2-135m-instruct"
+    config = PromptConfig(system="Be brief.", user="Transcribe: ")
+    prompt = make_prompt(load_tokenizer(folder), config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [
+        {"role": "system", "content": config.system},
+        {"role": "user", "content": config.user},
+    ]
+    template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ours = prompt.tokenizer.decode(
+        [*prompt.before_audio, *prompt.after_audio], skip_special_tokens=False
+    )
+    assert ours == template
+
+
+def test_demo_losses_do_not_depend_on_the_number_of_devices(tmp_path, monkeypatch):
+    """20 steps of `make demo` on 1 and on 8 devices."""
+    import dataclasses
+
+    monkeypatch.chdir(ROOT)  # the preset names the speech of the repository
+    losses = {}
+    for count in (1, 8):
+        config = dataclasses.replace(
+            PRESETS["demo"][1],
+            encoder=str(MODELS / "whisper-base"),
+            llm=str(MODELS / "smollm2-135m-instruct"),
+            out=str(tmp_path / str(count)),
+            num_steps=20,
+            log_every_steps=1,
+        )
+        data = dataclasses.replace(config.data, eval=())
+        devices = jax.devices()[:count]
+        monkeypatch.setattr(train_tpu, "make_mesh", lambda c, d=devices: make_mesh(c, d))
+        train_tpu.main(dataclasses.replace(config, data=data))
+        lines = (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()
+        losses[count] = [json.loads(line)["loss"] for line in lines]
+    assert len(losses[1]) == 20
+    difference = np.abs(np.subtract(losses[1], losses[8])).max()
+    print(f"largest difference of a loss: {difference:.1e}")  # noqa: T201 - shown by pytest -s
+    assert difference < 1e-4

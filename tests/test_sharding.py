@@ -1,0 +1,79 @@
+"""Meshes, logical axes and the shardings that follow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from flax_projector.config import LlamaConfig, MeshConfig, ProjectorConfig, WhisperConfig
+from flax_projector.llama import LlamaDecoder, abstract_decoder
+from flax_projector.projector import ResidualAudioProjector, abstract_projector
+from flax_projector.sharding import LOGICAL_RULES, local_rows, make_mesh
+from flax_projector.whisper import WhisperEncoder, abstract_encoder
+
+PROJECTOR = ProjectorConfig(encoder_dim=6, llm_dim=8)
+WHISPER = WhisperConfig(
+    num_mel_bins=80, d_model=12, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=20
+)
+LLAMA = LlamaConfig(
+    vocab_size=18,
+    hidden_size=8,
+    intermediate_size=10,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=6,
+)
+MODULES = {
+    "projector": (ResidualAudioProjector(PROJECTOR), jnp.zeros((1, 4, 6)), abstract_projector),
+    "encoder": (WhisperEncoder(WHISPER), jnp.zeros((1, 80, 4)), abstract_encoder),
+    "llm": (LlamaDecoder(LLAMA), jnp.zeros((1, 2), jnp.int32), abstract_decoder),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_parameter_has_axis_names_that_the_table_knows(name):
+    module, inputs, _ = MODULES[name]
+    boxed = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    known = {axis for axis, _ in LOGICAL_RULES}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box):
+        where = jax.tree_util.keystr(path)
+        assert is_box(leaf), f"{where} has no axis names"
+        assert len(leaf.names) == leaf.value.ndim, where
+        assert set(leaf.names) <= known, f"{where}: unknown axis in {leaf.names}"
+
+
+def test_mesh_axes_are_used_where_they_divide():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = abstract_projector(PROJECTOR, mesh=mesh)
+    assert params["layers_0"]["fc1"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    decoder = abstract_decoder(LLAMA, mesh=make_mesh(MeshConfig(tensor=4)))
+    # 18 columns of q do not divide over 4 devices.
+    assert decoder["layers"]["self_attn"]["q_proj"]["kernel"].sharding.spec[-1] is None
+    assert decoder["layers"]["mlp"]["down_proj"]["kernel"].sharding.spec[2] == "fsdp"
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(fsdp=4), (2, 4, 1)),
+        (MeshConfig(data=1, fsdp=-1), (1, 8, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+    ],
+)
+def test_mesh_takes_all_devices(config, shape):
+    assert tuple(make_mesh(config).shape.values()) == shape
+
+
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=3), MeshConfig(data=4), MeshConfig(data=16)])
+def test_a_mesh_that_does_not_fit_is_an_error(config):
+    with pytest.raises(ValueError, match="does not fit 8 devices"):
+        make_mesh(config)
+
+
+def test_one_process_provides_all_rows():
+    np.testing.assert_array_equal(local_rows(make_mesh(MeshConfig(fsdp=2)), 16), np.arange(16))
