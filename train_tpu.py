@@ -34,7 +34,7 @@ from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
 from flax_projector.data import make_iterator, read_manifest, to_global
 from flax_projector.metrics import MetricsWriter, require_finite, setup_logging
-from flax_projector.projector import abstract_projector
+from flax_projector.projector import abstract_projector, last_norm_name
 from flax_projector.run import (
     LoadedModel,
     load_model,
@@ -117,7 +117,10 @@ def make_initial_state(
 
     def init(key):
         frames = jnp.zeros((1, 1, config.projector.encoder_dim))
-        return init_rest(strip_axes(loaded.model.projector.init(key, frames)["params"]))
+        params = strip_axes(loaded.model.projector.init(key, frames)["params"])
+        last_norm = params[last_norm_name(config.projector)]
+        last_norm["scale"] = last_norm["scale"] * config.init_output_scale
+        return init_rest(params)
 
     key = jax.random.key(config.seed)
     return jax.jit(init, out_shardings=shardings_of(abstract))(key)

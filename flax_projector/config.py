@@ -296,6 +296,9 @@ class TrainConfig:
     """Seeds initialisation, shuffling and dropout."""
     init_projector: str | None = None
     """Start from this projector (a converted folder or an HF folder) instead of a random one."""
+    init_output_scale: float = 1.0
+    """Initial weight of the projector's last norm, and so the initial RMS of an audio token. The
+    seed's 1.0 is several times the RMS of an LLM's text embeddings."""
     distributed: bool = False
     """Several hosts: call jax.distributed.initialize first."""
 
@@ -305,6 +308,7 @@ class TrainConfig:
             encoder=_NOT_EMPTY,
             llm=_NOT_EMPTY,
             out=_NOT_EMPTY,
+            init_output_scale=_ABOVE_ZERO,
             num_steps=_POSITIVE,
             log_every_steps=_POSITIVE,
             eval_every_steps=_NOT_NEGATIVE,

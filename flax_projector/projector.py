@@ -93,6 +93,12 @@ class ResidualAudioProjector(nn.Module):
         return RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
 
 
+def last_norm_name(config: ProjectorConfig) -> str:
+    """The parameter group of the norm that sets the scale of the audio tokens."""
+    depth = config.projector_num_layers
+    return f"layer_norms_{depth - 1}" if depth else "ln_input"
+
+
 def abstract_projector(
     config: ProjectorConfig, *, param_dtype=jnp.float32, mesh: Mesh | None = None
 ) -> dict:

@@ -1,0 +1,198 @@
+"""The compiled step: what it communicates, what it normalises by, what it differentiates."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from flax_projector.config import (
+    LlamaConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProjectorConfig,
+    WhisperConfig,
+)
+from flax_projector.prompt import AUDIO_TOKEN
+from flax_projector.sharding import (
+    batch_sharding,
+    make_mesh,
+    replicated,
+    strip_axes,
+    use_mesh,
+)
+from flax_projector.speech_llm import make_speech_llm
+from flax_projector.train_step import (
+    TrainState,
+    init_state,
+    loss_sums,
+    make_optimizer,
+    train_step,
+)
+
+WHISPER = WhisperConfig(
+    num_mel_bins=80, d_model=12, encoder_layers=2, encoder_attention_heads=3, encoder_ffn_dim=20
+)
+LLAMA = LlamaConfig(
+    vocab_size=61,
+    hidden_size=20,
+    intermediate_size=28,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+)
+FRAMES, LENGTH, TEXT = 24, 19, 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    projector = ProjectorConfig(encoder_dim=12, llm_dim=20, projector_hidden_dim=16)
+    return make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32)  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    """(projector, encoder, llm), all random."""
+    modules = (model.projector, model.encoder, model.llm)
+    inputs = (jnp.zeros((1, 4, 12)), jnp.zeros((1, 80, 4)), jnp.zeros((1, 2), jnp.int32))
+    trees = [
+        strip_axes(module.init(jax.random.key(i), x)["params"])
+        for i, (module, x) in enumerate(zip(modules, inputs, strict=True))
+    ]
+    leaves, treedef = jax.tree.flatten(trees)
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return tuple(jax.tree.unflatten(treedef, [a + b for a, b in zip(leaves, noise, strict=True)]))
+
+
+@pytest.fixture(scope="module")
+def loss_of(model, params):
+    """Batch -> (summed loss, metrics), compiled."""
+    return jax.jit(lambda batch: loss_sums(model, params[0], params[1], params[2], batch))
+
+
+def make_batch(batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random rows with 2 to 6 audio tokens and 1 to 5 labels."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 61, (batch_size, LENGTH), dtype=np.int32)
+    num_audio = rng.integers(2, 7, batch_size)
+    for row, count in enumerate(num_audio):
+        tokens[row, 3 : 3 + count] = AUDIO_TOKEN
+    starts = 3 + num_audio[:, None] + 2
+    num_labels = rng.integers(1, TEXT + 1, batch_size)
+    return {
+        "samples": 0.1 * rng.standard_normal((batch_size, 16_000)).astype(np.float32),
+        "frame_valid": np.arange(FRAMES) < 4 * num_audio[:, None],
+        "tokens": tokens,
+        "prompt_len": (starts[:, 0] + 1).astype(np.int32),
+        "label_positions": (starts + np.arange(TEXT)).astype(np.int32),
+        "labels": rng.integers(0, 61, (batch_size, TEXT), dtype=np.int32),
+        "label_valid": np.arange(TEXT) < num_labels[:, None],
+    }
+
+
+def compile_step(model, params, mesh: Mesh, batch):
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params[0])
+    step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
+    everywhere = replicated(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(everywhere, everywhere, everywhere, batch_sharding(mesh)),
+        out_shardings=(everywhere, everywhere),
+    )
+    with use_mesh(mesh):
+        return jitted.lower(state, *params[1:], batch).compile(), state
+
+
+def test_data_parallel_step_only_sums_gradients(model, params):
+    """No device computes another's share: the batch is never gathered."""
+    compiled, _ = compile_step(model, params, make_mesh(MeshConfig()), make_batch(8))
+    hlo = compiled.as_text() or ""
+    collectives = re.findall(r"= .*? (all-gather|all-to-all|collective-permute|all-reduce)", hlo)
+    assert set(collectives) == {"all-reduce"}
+    assert not re.search(r"\[8,(16000|16400|100,400|\d+,20)\]", hlo), "a whole batch on one device"
+
+
+def test_loss_is_the_mean_over_label_tokens(loss_of):
+    """Halves of a batch with unequal label counts weigh by their labels."""
+    batch = make_batch(8)
+    whole, metrics = loss_of(batch)
+    halves = [
+        loss_of({name: rows[part] for name, rows in batch.items()})
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    assert float(metrics["num_labels"]) == batch["label_valid"].sum()
+    np.testing.assert_allclose(float(whole), sum(float(h[0]) for h in halves), rtol=1e-5)
+
+
+def test_padding_rows_change_nothing(loss_of):
+    batch = make_batch(8)
+    padding = {name: np.zeros_like(rows[:3]) for name, rows in batch.items()}
+    padded = {name: np.concatenate([rows, padding[name]]) for name, rows in batch.items()}
+    loss, metrics = loss_of(batch)
+    padded_loss, padded_metrics = loss_of(padded)
+    np.testing.assert_allclose(float(padded_loss), float(loss), rtol=1e-6)
+    for name in ("num_labels", "audio_secs", "scale_ratio"):
+        np.testing.assert_allclose(float(padded_metrics[name]), float(metrics[name]), rtol=0.2)
+
+
+def test_sound_after_the_clip_does_not_reach_the_llm(loss_of):
+    """Frames beyond `frame_valid` are zeroed; audio tokens beyond the clip are not spliced in."""
+    batch = make_batch(8)
+    rng = np.random.default_rng(1)
+    frames = rng.standard_normal((8, FRAMES, 12)).astype(np.float32)
+    noise = rng.standard_normal(frames.shape).astype(np.float32)
+    other = np.where(batch["frame_valid"][..., None], frames, noise)
+    rest = {name: rows for name, rows in batch.items() if name != "samples"}
+    losses = [float(loss_of({**rest, "frames": f})[0]) for f in (frames, other)]
+    assert losses[0] == losses[1]
+
+
+def test_each_row_hears_its_own_audio(loss_of):
+    """The splice of one row does not leak into another."""
+    batch = make_batch(8)
+    changed = {**batch, "samples": batch["samples"].copy()}
+    changed["samples"][3] *= -0.5
+
+    def row_losses(batch):
+        return [
+            float(loss_of({name: x[i : i + 1] for name, x in batch.items()})[0]) for i in range(8)
+        ]
+
+    whole = [float(loss_of(b)[0]) for b in (batch, changed)]
+    rows = [row_losses(b) for b in (batch, changed)]
+    np.testing.assert_allclose([sum(r) for r in rows], whole, rtol=1e-5)
+    differs = [a != b for a, b in zip(*rows, strict=True)]
+    assert differs == [i == 3 for i in range(8)]
+
+
+def test_merge_puts_audio_tokens_in_order(model, params):
+    tokens = jnp.array([[5, AUDIO_TOKEN, AUDIO_TOKEN, 7], [AUDIO_TOKEN, 6, 5, 5]])
+    audio = jnp.arange(2 * 3 * 20, dtype=jnp.float32).reshape(2, 3, 20)
+    merged = model.merge(params[2], tokens, audio)
+    embedding = params[2]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(merged[0, 1:3], audio[0, :2])
+    np.testing.assert_array_equal(merged[1, 0], audio[1, 0])
+    np.testing.assert_array_equal(merged[0, 3], embedding[7])
+    np.testing.assert_array_equal(merged[1, 1:], embedding[jnp.array([6, 5, 5])])
+
+
+def test_dropout_changes_with_the_step_and_not_with_the_run(params):
+    projector = ProjectorConfig(
+        encoder_dim=12, llm_dim=20, projector_hidden_dim=16, projector_dropout=0.4
+    )
+    model = make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32)  # pyright: ignore
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    state = init_state(params[0], optimizer)
+    batch = make_batch(8)
+    step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, seed=0))
+    later = TrainState(jnp.int32(1), state.params, state.opt_state)
+    first, again, other = (
+        float(step(s, *params[1:], batch)[1]["loss"]) for s in (state, state, later)
+    )
+    assert first == again != other
