@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --jaxtyping-packages=flax_projector,beartype.beartype
 
 # Real weights and the TPU compiler: minutes, not seconds.
 test-slow: models

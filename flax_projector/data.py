@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from flax_projector.config import SAMPLE_RATE, DataConfig
 from flax_projector.projector import output_length
 from flax_projector.prompt import Prompt
-from flax_projector.sharding import batch_sharding, local_rows
+from flax_projector.sharding import batch_sharding, local_rows, padded_batch_size
 from flax_projector.whisper import num_encoder_frames
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ class Bucket:
     text_len: int
 
 
+@runtime_checkable
 class Inputs(Protocol):
     """Where the encoder's side of a batch comes from: waveforms, or frames kept from before."""
 
@@ -297,25 +298,27 @@ class BatchSource:
           config: lengths.
           pool_stride: k of the projector.
           mesh: decides which rows this process provides.
-          batch_size: B, over all devices.
+          batch_size: utterances per batch, over all devices; the arrays have more rows where it
+            does not divide over them.
           shuffle_seed: None keeps the order.
           num_batches: length; None is one epoch.
         """
         self.utterances = list(utterances)
         self.buckets = make_buckets(utterances, prompt, config, pool_stride)
         self.mesh = mesh
-        self.batch_size = batch_size
+        self.num_rows = padded_batch_size(mesh, batch_size)
         self._inputs, self._prompt, self._pool_stride = inputs, prompt, pool_stride
         self._assigned = _assign(utterances, config)
         self._seed = shuffle_seed
-        self._rows = local_rows(mesh, batch_size)
+        self._batch_size = batch_size
+        self._rows = local_rows(mesh, self.num_rows)
         self._epoch_len = len(self._epoch(0))
         self._len = self._epoch_len if num_batches is None else num_batches
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one source per run
     def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         rng = None if self._seed is None else np.random.default_rng((self._seed, epoch))
-        return epoch_plan(self._assigned, len(self.buckets), self.batch_size, rng)
+        return epoch_plan(self._assigned, len(self.buckets), self._batch_size, rng)
 
     def __len__(self) -> int:
         return self._len
@@ -323,7 +326,8 @@ class BatchSource:
     def members(self, index: int) -> list[Utterance | None]:
         """Utterances of all rows of a batch, over all processes; None for padding."""
         _, batch = self._epoch(index // self._epoch_len)[index % self._epoch_len]
-        return [self.utterances[i] if i >= 0 else None for i in batch]
+        padding = [None] * (self.num_rows - len(batch))
+        return [self.utterances[i] if i >= 0 else None for i in batch] + padding
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         bucket_index, _ = self._epoch(index // self._epoch_len)[index % self._epoch_len]
@@ -377,7 +381,7 @@ def to_global(batch: dict[str, np.ndarray], source: BatchSource) -> dict[str, ja
     sharding = batch_sharding(source.mesh)
     return {
         name: jax.make_array_from_process_local_data(
-            sharding, rows, (source.batch_size, *rows.shape[1:])
+            sharding, rows, (source.num_rows, *rows.shape[1:])
         )
         for name, rows in batch.items()
     }

@@ -88,8 +88,9 @@ def generate(
     )
     last = jnp.maximum(prompt_len - 1, 0)[:, None, None]
     token = most_likely(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
+    token = jnp.where(prompt_len == 0, end_of_turn, token)  # rows of padding have no prompt
     out = jnp.full((b, max_new_tokens), end_of_turn, jnp.int32).at[:, 0].set(token)
-    is_done = (token == end_of_turn) | (prompt_len == 0)  # rows of padding have no prompt
+    is_done = token == end_of_turn
 
     def is_running(carry):
         step, _, is_done, _, _ = carry
@@ -125,8 +126,10 @@ def make_normalizer(encoder_folder: Path) -> EnglishTextNormalizer:
 def word_error_rate(references: list[str], hypotheses: list[str], normalize) -> float:
     """Edits per reference word over all utterances together, after normalisation.
 
+    References that the normaliser empties ("um") are left out with their hypotheses.
+
     Raises:
-      ValueError: if no reference has a word left.
+      ValueError: if that leaves none.
     """
     pairs = [(normalize(r), normalize(h)) for r, h in zip(references, hypotheses, strict=True)]
     pairs = [(reference, hypothesis) for reference, hypothesis in pairs if reference]

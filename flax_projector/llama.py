@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.attention import attend
@@ -21,15 +22,17 @@ class KVCache:
     """Keys and values of every layer, in a buffer of static length.
 
     Attributes:
-      k: [layers, B, C, K, d] rotated keys.
+      k: [layers, B, C, K, d] rotated keys; without `layers` inside one.
       v: [layers, B, C, K, d] values.
     """
 
-    k: Float[Array, "layers B C K d"]
-    v: Float[Array, "layers B C K d"]
+    k: Float[Array, "*layers B C K d"]
+    v: Float[Array, "*layers B C K d"]
 
 
-def make_cache(config: LlamaConfig, batch_size: int, length: int, dtype=jnp.float32) -> KVCache:
+def make_cache(
+    config: LlamaConfig, batch_size: int, length: int, dtype: DTypeLike = jnp.float32
+) -> KVCache:
     """An empty cache for `length` positions."""
     c = config
     shape = (c.num_hidden_layers, batch_size, length, c.num_key_value_heads, c.head_dim)
@@ -64,8 +67,8 @@ class LlamaAttention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, rotary, key_valid, cache, cache_index):
@@ -92,8 +95,8 @@ class LlamaMLP(nn.Module):
     """SwiGLU."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -108,8 +111,8 @@ class LlamaLayer(nn.Module):
     """Pre-norm transformer layer, in the form `nn.scan` wants: (carry, ...) -> (carry, output)."""
 
     config: LlamaConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x, rotary, key_valid, cache, cache_index):
@@ -138,8 +141,8 @@ class LlamaDecoder(nn.Module):
     """
 
     config: LlamaConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: bool = False
 
     def setup(self) -> None:
@@ -226,7 +229,7 @@ class LlamaDecoder(nn.Module):
 
 
 def abstract_decoder(
-    config: LlamaConfig, *, param_dtype=jnp.float32, mesh: Mesh | None = None
+    config: LlamaConfig, *, param_dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
 ) -> dict:
     """Shapes, dtypes and shardings of the decoder's parameters."""
     module = LlamaDecoder(config, param_dtype=param_dtype)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_projector.config import ProjectorConfig
@@ -23,8 +24,8 @@ class ResidualMLP(nn.Module):
     """
 
     config: ProjectorConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B A D"], *, deterministic: bool) -> Float[Array, "B A D"]:
@@ -52,8 +53,8 @@ class ResidualAudioProjector(nn.Module):
     """
 
     config: ProjectorConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -100,7 +101,7 @@ def last_norm_name(config: ProjectorConfig) -> str:
 
 
 def abstract_projector(
-    config: ProjectorConfig, *, param_dtype=jnp.float32, mesh: Mesh | None = None
+    config: ProjectorConfig, *, param_dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
 ) -> dict:
     """Shapes, dtypes and shardings of the projector's parameters."""
     module = ResidualAudioProjector(config, param_dtype=param_dtype)

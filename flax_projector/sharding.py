@@ -114,18 +114,20 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
     return jax.tree_util.tree_map_with_path(place, strip_axes(boxed), specs)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process must provide, ascending.
-
-    Raises:
-      ValueError: if the batch does not divide over the mesh.
-    """
+def padded_batch_size(mesh: Mesh, batch_size: int) -> int:
+    """Rows of a global batch once it is padded to divide over the mesh."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % ways:
-        raise ValueError(
-            f"batch size {batch_size} does not divide over {ways} devices "
-            f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}): use a multiple of {ways}"
+    num_rows = -(-batch_size // ways) * ways
+    if num_rows != batch_size:
+        log.warning(
+            "a batch of %d over %d devices carries %d rows of padding: a multiple of %d has none",
+            *(batch_size, ways, num_rows - batch_size, ways),
         )
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = np.arange(batch_size)
+    return num_rows
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """The rows of a global batch that this process must provide, ascending."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
+    rows = np.arange(num_rows)
     return np.unique(np.concatenate([rows[index] for index in slices if index is not None]))

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
@@ -100,7 +101,7 @@ def make_speech_llm(
     projector: ProjectorConfig,
     llama: LlamaConfig,
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     remat: bool = False,
 ) -> SpeechLLM:
     """Puts the modules together: towers stored and computed in `dtype`, f32 master weights.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from transformers.audio_utils import mel_filter_bank
 
@@ -112,8 +113,8 @@ class EncoderSelfAttention(nn.Module):
     """Unmasked self-attention; Whisper's keys have no bias."""
 
     config: WhisperConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
@@ -130,8 +131,8 @@ class EncoderLayer(nn.Module):
     """Pre-norm transformer layer; returns (x, None) as `nn.scan` wants it."""
 
     config: WhisperConfig
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dtype: DTypeLike
+    param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], None]:
@@ -156,8 +157,8 @@ class WhisperEncoder(nn.Module):
     """
 
     config: WhisperConfig
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, mel: Float[Array, "B M F"]) -> Float[Array, "B S E"]:
@@ -219,7 +220,7 @@ class WhisperEncoder(nn.Module):
 
 
 def abstract_encoder(
-    config: WhisperConfig, *, param_dtype=jnp.float32, mesh: Mesh | None = None
+    config: WhisperConfig, *, param_dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
 ) -> dict:
     """Shapes, dtypes and shardings of the encoder's parameters."""
     module = WhisperEncoder(config, param_dtype=param_dtype)

@@ -126,9 +126,17 @@ def test_global_batch_is_split_over_the_devices(source):
     np.testing.assert_array_equal(np.asarray(arrays["tokens"]), batches[0]["tokens"])
 
 
-def test_batch_size_must_divide_over_the_devices(source):
-    with pytest.raises(ValueError, match="use a multiple of 8"):
-        source(batch_size=6)
+def test_a_batch_that_does_not_divide_over_the_devices_is_padded(source, caplog):
+    batches = source(batch_size=6)
+    assert "a multiple of 8 has none" in caplog.text
+    assert len(batches) == 3
+    ids = []
+    for index in range(len(batches)):
+        members = batches.members(index)
+        assert len(members) == 8 and members[6:] == [None, None]
+        assert not batches[index]["label_valid"][6:].any()
+        ids += [u.row.id for u in members if u]
+    assert sorted(ids) == sorted(f"clip{i}" for i in range(13))
 
 
 def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path, caplog):

@@ -84,7 +84,7 @@ def test_llm_equals_hugging_face_in_logits_and_tokens(mesh):
         WHISPER_ENCODER.read_config(MODELS / "whisper-base"),
         PRESETS["demo"][1].projector,
         config,
-        dtype=jnp.float32,  # pyright: ignore[reportArgumentType]
+        dtype=jnp.float32,
     )
     inputs = llm.apply({"params": params}, jnp.asarray(ids), method="embed")
     ours = jax.jit(

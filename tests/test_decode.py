@@ -1,0 +1,207 @@
+"""Decoding against transformers' `generate`, and the word error rate against hand counts."""
+
+import functools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from convert.torch_projector import ResidualAudioProjector
+from flax_projector.config import ProjectorConfig, WhisperConfig
+from flax_projector.decode import generate, greedy_decode, make_normalizer, word_error_rate
+from flax_projector.prompt import AUDIO_TOKEN
+from flax_projector.speech_llm import SpeechLLM, make_speech_llm
+from tests.test_llama import VARIANTS, VOCAB, make_pair, random_floats
+from tests.test_projector import to_flax
+from tests.tiny import randomize
+
+oracle = pytest.mark.torch
+
+LENGTHS = (4, 9, 1, 6)
+MAX_NEW_TOKENS = 8
+NO_TOKEN = VOCAB  # as end of turn: nothing ends a row
+ENCODER_DIM = 7
+
+
+@pytest.fixture(scope="module", params=["tied, 3 heads per kv head", "untied, 4 heads per kv head"])
+def pair(request, tmp_path_factory) -> Any:
+    """A tiny Llama on both sides, in Flax as part of a whole model."""
+    llama = make_pair(tmp_path_factory.mktemp("llama"), **VARIANTS[request.param], gain=2)
+    projector = ProjectorConfig(ENCODER_DIM, llama.config.hidden_size, projector_pool_stride=3)
+    model = make_speech_llm(
+        WhisperConfig(5, ENCODER_DIM, 1, 1, 3), projector, llama.config, dtype=jnp.float32
+    )
+    inputs = random_floats(len(LENGTHS), max(LENGTHS), llama.config.hidden_size)
+    return SimpleNamespace(torch=llama.torch, params=llama.params, model=model, inputs=inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "end_of_turn", "max_new_tokens"))
+def jit_generate(
+    params, inputs, prompt_len, *, model: SpeechLLM, end_of_turn: int, max_new_tokens: int
+):
+    return generate(
+        params,
+        inputs,
+        prompt_len,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        end_of_turn=end_of_turn,
+    )
+
+
+def run(pair, end_of_turn: int, lengths=LENGTHS, max_new_tokens: int = MAX_NEW_TOKENS):
+    tokens = jit_generate(
+        pair.params,
+        pair.inputs,
+        jnp.asarray(lengths),
+        model=pair.model,
+        end_of_turn=end_of_turn,
+        max_new_tokens=max_new_tokens,
+    )
+    return np.asarray(tokens)
+
+
+def torch_generate(llm: Any, prompt: np.ndarray, end_of_turn: int | None = None) -> list[int]:
+    """One row without any padding; checks that no choice was a close one."""
+    out = llm.generate(
+        inputs_embeds=torch.from_numpy(prompt)[None],
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=end_of_turn,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best, second = torch.cat(out.logits).topk(2).values.T
+    assert (best - second).min() > 1e-2, "a close choice: take another seed"
+    return out.sequences[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def endless(pair) -> np.ndarray:
+    """What transformers generates when no token ends a row."""
+    prompts = [row[:length] for row, length in zip(pair.inputs, LENGTHS, strict=True)]
+    return np.array([torch_generate(pair.torch, prompt) for prompt in prompts])
+
+
+@oracle
+def test_padded_batch_gives_the_tokens_of_transformers(pair, endless) -> None:
+    assert len(np.unique(endless)) > MAX_NEW_TOKENS  # a varied text shows more
+    np.testing.assert_array_equal(run(pair, NO_TOKEN), endless)
+
+
+@oracle
+@pytest.mark.parametrize(("row", "step"), [(0, 0), (1, 3)])
+def test_rows_stop_at_their_end_of_turn(pair, endless, row, step) -> None:
+    end_of_turn = int(endless[row, step])
+    length = LENGTHS[row]
+    stopped = torch_generate(pair.torch, pair.inputs[row, :length], end_of_turn)
+    tokens = run(pair, end_of_turn)
+    assert tokens[row].tolist() == stopped + [end_of_turn] * (MAX_NEW_TOKENS - len(stopped))
+    has_ended = np.cumsum(endless == end_of_turn, axis=1) > 0
+    np.testing.assert_array_equal(tokens, np.where(has_ended, end_of_turn, endless))
+
+
+@oracle
+def test_one_new_token_is_the_first_of_many(pair, endless) -> None:
+    tokens = run(pair, NO_TOKEN, max_new_tokens=1)
+    np.testing.assert_array_equal(tokens, endless[:, :1])
+
+
+@oracle
+@pytest.mark.parametrize("max_new_tokens", [1, MAX_NEW_TOKENS])
+def test_rows_of_padding_give_only_end_of_turn(pair, endless, max_new_tokens) -> None:
+    tokens = run(pair, NO_TOKEN, (0, LENGTHS[1], LENGTHS[2], 0), max_new_tokens)
+    assert (tokens[[0, 3]] == NO_TOKEN).all()
+    np.testing.assert_array_equal(tokens[1:3], endless[1:3, :max_new_tokens])
+
+
+@oracle
+def test_what_follows_the_prompt_is_not_looked_at(pair, endless) -> None:
+    follows = np.arange(max(LENGTHS)) >= np.array(LENGTHS)[:, None]
+    inputs = np.where(follows[..., None], 7.0, pair.inputs)
+    changed = SimpleNamespace(**{**vars(pair), "inputs": inputs})
+    np.testing.assert_array_equal(run(changed, NO_TOKEN), endless)
+
+
+@oracle
+def test_transcription_equals_that_of_pytorch(pair) -> None:
+    """Frames to tokens: projector, splice and decoding together, transcripts in the batch."""
+    config = pair.model.projector.config
+    projector = randomize(ResidualAudioProjector(config), seed=2).eval()
+    frames, num_frames = random_floats(2, 14, ENCODER_DIM), (14, 5)
+    before, after, transcript = [3, 41, 8], [17, 5], [1, 2, 30]
+
+    rows, lengths, expected = [], [], []
+    for row, valid in zip(frames, num_frames, strict=True):
+        with torch.no_grad():
+            audio = projector(torch.from_numpy(row[None, :valid]))[0]
+            embed = pair.torch.get_input_embeddings()
+            parts = (embed(torch.tensor(before)), audio, embed(torch.tensor(after)))
+        prompt = [*before, *[AUDIO_TOKEN] * len(audio), *after]
+        rows.append([*prompt, *transcript] + [0] * (14 - len(prompt) - len(transcript)))
+        lengths.append(len(prompt))
+        expected.append(torch_generate(pair.torch, torch.cat(parts).numpy()))
+
+    batch = {
+        "frames": jnp.asarray(frames),
+        "frame_valid": jnp.arange(14) < jnp.asarray(num_frames)[:, None],
+        "tokens": jnp.asarray(rows),
+        "prompt_len": jnp.asarray(lengths),
+    }
+    decode = functools.partial(
+        greedy_decode, model=pair.model, max_new_tokens=MAX_NEW_TOKENS, end_of_turn=NO_TOKEN
+    )
+    tokens = jax.jit(decode)(to_flax(config, projector.state_dict()), {}, pair.params, batch)
+    np.testing.assert_array_equal(np.asarray(tokens), expected)
+    assert expected[0] != expected[1]
+
+
+@pytest.fixture
+def normalize(tmp_path) -> Any:
+    (tmp_path / "normalizer.json").write_text(json.dumps({"colour": "color"}))
+    return make_normalizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("references", "hypotheses", "expected"),
+    [
+        (["turn the light on"], ["turn the light on"], 0),
+        (["turn the light on"], ["turn a light on"], 1 / 4),  # substitution
+        (["turn the light on"], ["turn the light back on"], 1 / 4),  # insertion
+        (["turn the light on"], ["turn light on"], 1 / 4),  # deletion
+        (["turn the light on"], [""], 1),
+        (["go"], ["stop right there"], 3),  # one substitution, two insertions
+        (["one two go", "stop"], ["one two go", "left"], 1 / 3),  # "one two" becomes "12"
+        (["turn the light on", "go"], ["turn the light on", "stop"], 1 / 5),  # not a mean of 0, 1
+        (["Turn the LIGHT on!"], ["turn, the light on"], 0),
+        (["the colour"], ["the color"], 0),
+        (["I'm twenty five"], ["i am 25"], 0),
+        (["well um go"], ["well go"], 0),  # fillers
+        (["go [laughter]"], ["go"], 0),
+        (["", "go"], ["noise", "go"], 0),  # no word to compare with
+    ],
+)
+def test_word_error_rate_equals_a_hand_count(normalize, references, hypotheses, expected) -> None:
+    assert word_error_rate(references, hypotheses, normalize) == pytest.approx(expected)
+
+
+def test_spellings_come_from_the_folder(tmp_path) -> None:
+    assert word_error_rate(["colour"], ["color"], make_normalizer(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("references", [[], [""], ["", "Um"]])
+def test_references_without_a_word_are_an_error(normalize, references) -> None:
+    with pytest.raises(ValueError, match="no reference with a word"):
+        word_error_rate(references, references, normalize)
+
+
+def test_every_reference_needs_a_hypothesis(normalize) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        word_error_rate(["go", "stop"], ["go"], normalize)

@@ -1,0 +1,240 @@
+"""The Llama decoder against transformers."""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from convert.models import LLAMA
+from flax_projector.llama import (
+    KVCache,
+    LlamaDecoder,
+    LlamaLayer,
+    _rotary,
+    causal_mask,
+    make_cache,
+)
+from tests.test_projector import assert_close, load_on_one_device, relative_l2
+from tests.tiny import randomize
+
+pytestmark = pytest.mark.torch
+
+VOCAB, NUM_LAYERS, LENGTH = 53, 2, 11
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tied, 3 heads per kv head": {
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+    },
+    "untied, 4 heads per kv head": {
+        "hidden_size": 28,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "rope_theta": 317.0,
+        "tie_word_embeddings": False,
+    },
+    "untied, 1 head per kv head": {
+        "hidden_size": 21,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "rope_theta": 5_000_000.0,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def make_pair(folder: Path, *, rope_theta: float, gain: float = 1.0, **sizes: Any) -> Any:
+    """A tiny Llama with every parameter random, and the same in Flax, from its folder.
+
+    A higher `gain` of the matrices lets the context decide more, and generated texts vary.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        intermediate_size=37,
+        num_hidden_layers=NUM_LAYERS,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **sizes,
+    )
+    config._attn_implementation = "eager"
+    model = randomize(LlamaForCausalLM(config), seed=1).eval()
+    for parameter in model.parameters():
+        parameter.data *= gain if parameter.ndim == 2 else 1
+    model.save_pretrained(folder)
+    flax_config, params = load_on_one_device(LLAMA, folder)
+    module = LlamaDecoder(flax_config)
+    return SimpleNamespace(torch=model, config=flax_config, module=module, params=params)
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=list(VARIANTS))
+def pair(request, tmp_path_factory) -> Any:
+    return make_pair(tmp_path_factory.mktemp("llama"), **request.param)
+
+
+def random_tokens(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(VOCAB, size=shape, dtype=np.int32)
+
+
+def random_floats(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module: Any, params: dict, *args: Any) -> Any:
+    return module.apply({"params": params}, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_embeddings(module: LlamaDecoder, params: dict, x: Any, weights: Any) -> Any:
+    """Logits of input embeddings, and the gradient of sum(logits * weights)."""
+    positions = jnp.arange(x.shape[1])[None]
+
+    def weighted_sum(x):
+        apply = functools.partial(module.apply, {"params": params})
+        key_valid = causal_mask(x.shape[1])
+        hidden: Any = apply(x, positions=positions, key_valid=key_valid, method="blocks")
+        logits = jnp.asarray(apply(hidden[0], method="logits"))
+        return jnp.sum(logits * weights), logits
+
+    grad, logits = jax.grad(weighted_sum, has_aux=True)(x)
+    return logits, grad
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_cached(
+    module: LlamaDecoder, params: dict, tokens: Any, positions: Any, cache: KVCache, start: Any
+) -> Any:
+    """Logits of the next tokens, and the cache with them in it."""
+    apply = functools.partial(module.apply, {"params": params})
+    hidden, cache = apply(  # pyright: ignore[reportAssignmentType]
+        apply(tokens, method="embed"),
+        positions=positions,
+        key_valid=jnp.arange(cache.k.shape[2]) <= positions[..., None],
+        cache=cache,
+        cache_index=start,
+        method="blocks",
+    )
+    return apply(hidden, method="logits"), cache
+
+
+def test_logits_equal_transformers(pair) -> None:
+    tokens = random_tokens(3, LENGTH)
+    with torch.no_grad():
+        expected = pair.torch(torch.from_numpy(tokens).long()).logits
+    assert_close(run(pair.module, pair.params, tokens), expected, 1e-4)
+
+
+def test_config_survives_its_folder(pair) -> None:
+    theirs = pair.torch.config
+    assert pair.config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert pair.config.head_dim != pair.config.hidden_size // pair.config.num_attention_heads
+    assert ("lm_head" in pair.params) != theirs.tie_word_embeddings
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_layer_equals_transformers(pair, layer) -> None:
+    x = random_floats(2, LENGTH, pair.config.hidden_size)
+    positions = np.arange(LENGTH)[None]
+    params = jax.tree.map(lambda leaf: leaf[layer], pair.params["layers"])
+    module = LlamaLayer(pair.config, jnp.float32, jnp.float32)
+    rotary = _rotary(jnp.asarray(positions), pair.config.head_dim, pair.config.rope_theta)
+    mask = causal_mask(LENGTH)
+    y, _ = run(module, params, x, rotary, mask, None, 0)
+
+    torch_x = torch.from_numpy(x)
+    hidden = torch.from_numpy(np.array(mask))[:, None]
+    expected = pair.torch.model.layers[layer](
+        torch_x,
+        attention_mask=torch.where(hidden, 0.0, torch.finfo(torch.float32).min),
+        position_embeddings=pair.torch.model.rotary_emb(torch_x, torch.from_numpy(positions)),
+    )
+    assert_close(y, expected, 1e-5)
+
+
+def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
+    positions = np.arange(600)[None]  # 30 s of audio at 12.5 tokens per second, and its texts
+    cos_sin = _rotary(jnp.asarray(positions), pair.config.head_dim, pair.config.rope_theta)
+    expected = pair.torch.model.rotary_emb(torch.zeros(1), torch.from_numpy(positions))
+    for got, theirs in zip(cos_sin, expected, strict=True):
+        assert_close(got[:, :, 0], theirs, 1e-5)
+
+
+def test_right_padding_changes_nothing(pair) -> None:
+    tokens = random_tokens(3, LENGTH)
+    padded = run(pair.module, pair.params, tokens)
+    assert_close(padded[:, :7], run(pair.module, pair.params, tokens[:, :7]), 1e-5)
+
+
+def test_padded_batch_equals_transformers_with_its_mask(pair) -> None:
+    tokens, lengths = random_tokens(3, LENGTH), np.array([4, LENGTH, 7])
+    is_text = np.arange(LENGTH) < lengths[:, None]
+    with torch.no_grad():
+        expected = pair.torch(
+            torch.from_numpy(tokens).long(), attention_mask=torch.from_numpy(is_text).long()
+        ).logits.numpy()
+    got = np.asarray(run(pair.module, pair.params, tokens))
+    assert_close(got[is_text], expected[is_text], 1e-4)
+
+
+def test_gradient_of_input_embeddings_equals_transformers(pair) -> None:
+    x = random_floats(2, LENGTH, pair.config.hidden_size)
+    weights = random_floats(2, LENGTH, VOCAB)
+    torch_x = torch.from_numpy(x).requires_grad_()
+    (pair.torch(inputs_embeds=torch_x).logits * torch.from_numpy(weights)).sum().backward()
+    _, grad = run_embeddings(pair.module, pair.params, x, weights)
+    assert relative_l2(grad, torch_x.grad) < 1e-4
+
+
+@pytest.mark.parametrize("pair", [VARIANTS["untied, 4 heads per kv head"]], indirect=True)
+def test_remat_changes_no_value(pair) -> None:
+    x = random_floats(2, LENGTH, pair.config.hidden_size)
+    weights = random_floats(2, LENGTH, VOCAB)
+    remat = LlamaDecoder(pair.config, remat=True)
+    for got, expected in zip(
+        run_embeddings(remat, pair.params, x, weights),
+        run_embeddings(pair.module, pair.params, x, weights),
+        strict=True,
+    ):
+        assert relative_l2(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("chunks", [(1,) * LENGTH, (4, 1, 1, 4, 1)], ids=["1 by 1", "by chunks"])
+def test_cached_decoding_equals_the_full_forward(pair, chunks) -> None:
+    tokens = random_tokens(3, LENGTH)
+    expected = run(pair.module, pair.params, tokens)
+    cache = make_cache(pair.config, 3, LENGTH + 3)  # three slots stay empty
+    start = 0
+    for size in chunks:
+        here = slice(start, start + size)
+        positions = np.arange(LENGTH)[None, here]
+        args = (tokens[:, here], positions, cache, start)
+        logits, cache = run_cached(pair.module, pair.params, *args)
+        assert_close(logits, expected[:, here], 1e-5, f"from position {start}")
+        start += size
+    assert start == LENGTH
+    assert not cache.k[:, :, LENGTH:].any()
+
+
+def test_bf16_decoder_is_near_f32_with_f32_logits(pair) -> None:
+    tokens = random_tokens(3, LENGTH)
+    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pair.params)
+    same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored)  # compare the arithmetic
+    logits = run(LlamaDecoder(pair.config, jnp.bfloat16, jnp.bfloat16), stored, tokens)
+    assert logits.dtype == jnp.float32
+    assert relative_l2(logits, run(pair.module, same, tokens)) < 1e-2

@@ -1,0 +1,407 @@
+"""The projector against PyTorch: tiny-audio's own module where it is at hand, and ours."""
+
+import functools
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import linen as nn
+from transformers import get_cosine_schedule_with_warmup
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from convert import engine, torch_projector
+from convert.load import load_projector, load_tower
+from convert.models import PROJECTOR, ModelKind
+from convert.rules import TensorInfo
+from convert.trees import flatten, unflatten
+from flax_projector.config import MeshConfig, OptimizerConfig, ProjectorConfig
+from flax_projector.layers import RMSNorm, exact_gelu
+from flax_projector.projector import ResidualAudioProjector, ResidualMLP, output_length
+from flax_projector.sharding import make_mesh, strip_axes
+from flax_projector.train_step import make_optimizer
+from tests.tiny import randomize
+
+pytestmark = pytest.mark.torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+SEED_MODULE = SHARED / "seed/residual_audio_projector.py"
+UPSTREAM = SHARED / "fixtures/upstream_checkpoint"
+
+ENCODER_DIM, LLM_DIM, HIDDEN_DIM = 7, 13, 29
+
+
+def make_config(**overrides: Any) -> ProjectorConfig:
+    sizes = {"encoder_dim": ENCODER_DIM, "llm_dim": LLM_DIM, "projector_hidden_dim": HIDDEN_DIM}
+    return ProjectorConfig(**{**sizes, "projector_pool_stride": 3, **overrides})
+
+
+def load_on_one_device(kind: ModelKind, folder: Path) -> tuple[Any, dict]:
+    """Config and parameters of a checkpoint, by way of the conversion tables."""
+    config = kind.read_config(folder)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return config, load_tower(kind, folder, kind.abstract_params(config, mesh=mesh))
+
+
+def to_flax(config: ProjectorConfig, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Parameters or gradients by torch name, as the module's tree."""
+    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
+    plan = engine.plan_to_flax(PROJECTOR.table, infos, PROJECTOR.leaves(config))
+    return unflatten(dict(engine.to_flax(plan, arrays.__getitem__)))
+
+
+def relative_l2(got: Any, expected: Any) -> float:
+    got, expected = (np.asarray(x).astype(np.float64) for x in (got, expected))
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def assert_close(got: Any, expected: Any, tolerance: float, message: str = "") -> None:
+    """Equal shapes, and every element within both tolerances of torch's."""
+    got, expected = (np.asarray(x.detach() if torch.is_tensor(x) else x) for x in (got, expected))
+    assert got.shape == expected.shape, message
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=message)
+
+
+def random_frames(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module", params=["ours", "tiny-audio's"])
+def torch_class(request) -> Any:
+    """The PyTorch module to compare with."""
+    if request.param == "ours":
+        return torch_projector.ResidualAudioProjector
+    if not SEED_MODULE.exists():
+        pytest.skip("tiny-audio's module is not beside this repository")
+    spec = importlib.util.spec_from_file_location("seed_projector", SEED_MODULE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ResidualAudioProjector
+
+
+def make_pair(torch_class: Any, config: ProjectorConfig) -> tuple[torch.nn.Module, dict]:
+    """A PyTorch projector with every parameter random, and its parameters for Flax."""
+    module = randomize(torch_class(config), seed=config.projector_pool_stride)
+    return module.eval(), to_flax(config, module.state_dict())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(module: ResidualAudioProjector, params: dict, frames: Any) -> jax.Array:
+    return jnp.asarray(module.apply({"params": params}, frames))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def weighted_gradients(module: ResidualAudioProjector, params: dict, frames: Any, weights: Any):
+    """Gradients of sum(y * weights) with respect to the parameters and the frames, and y."""
+
+    def weighted_sum(params, frames):
+        y = forward(module, params, frames)
+        return jnp.sum(y * weights), y
+
+    return jax.grad(weighted_sum, (0, 1), has_aux=True)(params, frames)
+
+
+LENGTHS = [(k, 2 * k + remainder) for k in range(1, 6) for remainder in range(k)]
+
+
+@pytest.mark.parametrize(("stride", "length"), [*LENGTHS, (4, 1), (5, 3)])
+def test_forward_equals_torch_for_every_remainder(torch_class, stride, length) -> None:
+    config = make_config(projector_pool_stride=stride)
+    module, params = make_pair(torch_class, config)
+    frames = random_frames(2, length, ENCODER_DIM)
+    y = forward(ResidualAudioProjector(config), params, frames)
+    assert_close(y, module(torch.from_numpy(frames)), 1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("num_layers", "hidden_dim"), [(0, 5), (1, None), (2, 0), (3, 5)])
+def test_forward_equals_torch_for_every_depth(torch_class, num_layers, hidden_dim, batch) -> None:
+    config = make_config(projector_num_layers=num_layers, projector_hidden_dim=hidden_dim)
+    module, params = make_pair(torch_class, config)
+    frames = random_frames(batch, 11, ENCODER_DIM)
+    y = forward(ResidualAudioProjector(config), params, frames)
+    assert_close(y, module(torch.from_numpy(frames)), 1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_forward_equals_torch_in_f64(num_layers) -> None:
+    # Ours only: the norms of tiny-audio's module are in f32 whatever the dtype.
+    config = make_config(projector_num_layers=num_layers)
+    module, params = make_pair(torch_projector.ResidualAudioProjector, config)
+    frames = random_frames(2, 11, ENCODER_DIM).astype(np.float64)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        flax_module = ResidualAudioProjector(config, jnp.float64, jnp.float64)
+        y = forward(flax_module, params, jnp.asarray(frames))
+    assert_close(y, module.double()(torch.from_numpy(frames)), 1e-10)
+
+
+def test_bf16_forward_is_near_torch_and_near_f32(torch_class) -> None:
+    config = make_config()
+    module, params = make_pair(torch_class, config)
+    frames = random_frames(3, 50, ENCODER_DIM)
+    f32 = forward(ResidualAudioProjector(config), params, frames)
+    bf16 = forward(ResidualAudioProjector(config, jnp.bfloat16), params, frames)
+    expected = module.bfloat16()(torch.from_numpy(frames)).float().detach()
+    assert bf16.dtype == jnp.bfloat16
+    assert relative_l2(bf16, expected) < 1e-2
+    assert relative_l2(bf16, f32) < 1e-2
+
+
+@pytest.mark.parametrize(("stride", "num_layers"), [(1, 0), (2, 1), (4, 2), (5, 3)])
+def test_every_gradient_equals_torch(torch_class, stride, num_layers) -> None:
+    config = make_config(projector_pool_stride=stride, projector_num_layers=num_layers)
+    module, params = make_pair(torch_class, config)
+    frames = random_frames(2, 11, ENCODER_DIM)
+    weights = random_frames(2, output_length(11, stride), LLM_DIM)
+    flax_module = ResidualAudioProjector(config)
+    (param_grads, frame_grad), _ = weighted_gradients(flax_module, params, frames, weights)
+    torch_frames = torch.from_numpy(frames).requires_grad_()
+    (module(torch_frames) * torch.from_numpy(weights)).sum().backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert_same_gradients(param_grads, to_flax(config, grads))
+    assert relative_l2(frame_grad, torch_frames.grad) < 1e-4, "frames"
+
+
+def assert_same_gradients(got: dict, expected: dict) -> None:
+    got, expected = flatten(got), flatten(expected)
+    assert got.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert relative_l2(got[name], leaf) < 1e-4, name
+
+
+@pytest.mark.skipif(not UPSTREAM.exists(), reason="tiny-audio's checkpoint is not at hand")
+def test_checkpoint_of_tiny_audio_computes_what_it_computed() -> None:
+    config = PROJECTOR.read_config(UPSTREAM)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = load_projector(UPSTREAM, PROJECTOR.abstract_params(config, mesh=mesh))
+    with np.load(UPSTREAM / "io.npz") as file:
+        io = dict(file)
+    (param_grads, frame_grad), y = weighted_gradients(
+        ResidualAudioProjector(config), params, io["x"], io["w"]
+    )
+    assert_close(y, io["y"], 1e-5)
+    assert relative_l2(frame_grad, io["dx"]) < 1e-4
+    grads = {n[5:]: torch.from_numpy(g) for n, g in io.items() if n.startswith("grad.")}
+    assert_same_gradients(param_grads, to_flax(config, grads))
+
+
+@pytest.fixture(scope="module")
+def initial_leaves() -> dict[str, Any]:
+    config = ProjectorConfig(61, 83, projector_hidden_dim=149, projector_init_std=0.07)
+    frames = jnp.zeros((1, 4, 61))
+    variables = jax.jit(ResidualAudioProjector(config).init)(jax.random.key(0), frames)
+    return flatten(strip_axes(variables["params"]))
+
+
+def test_initialisation_is_that_of_torch(initial_leaves) -> None:
+    stds = {"input_proj": 0.07, "fc1": 0.07, "fc2": 0.007}
+    for name, leaf in initial_leaves.items():
+        *_, layer, kind = name.split("/")
+        if kind == "kernel":
+            assert math.isclose(leaf.std(), stds[layer], rel_tol=0.03), name
+            assert abs(leaf.mean()) < 0.03 * stds[layer], name
+        else:
+            assert (leaf == {"bias": 0, "scale": 1}[kind]).all(), name
+
+
+def test_every_kernel_starts_different(initial_leaves) -> None:
+    starts = [np.ravel(leaf)[:5] for name, leaf in initial_leaves.items() if "kernel" in name]
+    assert len(starts) == 5
+    scaled = [start / np.linalg.norm(start) for start in starts]
+    assert len(np.unique(np.round(scaled, 3), axis=0)) == 5
+
+
+def test_block_with_fc2_zeroed_is_the_identity() -> None:
+    config = make_config()
+    _, params = make_pair(torch_projector.ResidualAudioProjector, config)
+    block = {**params["layers_0"], "fc2": jax.tree.map(np.zeros_like, params["layers_0"]["fc2"])}
+    x = random_frames(2, 5, LLM_DIM)
+    y = ResidualMLP(config).apply({"params": block}, jnp.asarray(x), deterministic=True)
+    np.testing.assert_array_equal(np.asarray(y), x)
+
+
+def run_with_dropout(config: ProjectorConfig, params: dict, frames: np.ndarray, seed: int = 0):
+    """Output, and what each dropout kept, in the order of the calls."""
+    kept = []
+
+    def record(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if isinstance(context.module, nn.Dropout):
+            kept.append(np.asarray(out) != 0)
+        return out
+
+    with nn.intercept_methods(record):
+        y = ResidualAudioProjector(config).apply(
+            {"params": params},
+            jnp.asarray(frames),
+            deterministic=False,
+            rngs={"dropout": jax.random.key(seed)},
+        )
+    return np.asarray(y), kept
+
+
+def test_dropout_is_where_torch_has_it(torch_class, monkeypatch) -> None:
+    config = make_config(projector_dropout=0.3)
+    module, params = make_pair(torch_class, config)
+    frames = random_frames(3, 50, ENCODER_DIM)
+    y, kept = run_with_dropout(config, params, frames)
+    hidden, output = (3, 17, HIDDEN_DIM), (3, 17, LLM_DIM)
+    assert [mask.shape for mask in kept] == [hidden, output, hidden, output, output]
+
+    masks = iter(kept)
+
+    def dropout(x, p, training, _inplace):
+        assert training and p == 0.3
+        return x * torch.from_numpy(next(masks)) / (1 - p)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    assert_close(y, module.train()(torch.from_numpy(frames)), 1e-5)
+    assert next(masks, None) is None
+
+
+def test_dropout_drops_its_rate_with_masks_of_their_own() -> None:
+    config = make_config(projector_dropout=0.3, projector_hidden_dim=LLM_DIM)
+    _, params = make_pair(torch_projector.ResidualAudioProjector, config)
+    frames = random_frames(3, 300, ENCODER_DIM)
+    y, kept = run_with_dropout(config, params, frames)
+    for mask in kept:
+        assert math.isclose(mask.mean(), 0.7, abs_tol=0.03)
+        assert sum(np.array_equal(mask, other) for other in kept) == 1
+    np.testing.assert_array_equal(y, run_with_dropout(config, params, frames)[0])
+    assert not np.array_equal(y, run_with_dropout(config, params, frames, seed=1)[0])
+
+
+@pytest.mark.parametrize(("rate", "deterministic"), [(0.0, False), (0.9, True)])
+def test_without_dropout_nothing_is_dropped(rate, deterministic) -> None:
+    config = make_config(projector_dropout=rate)
+    _, params = make_pair(torch_projector.ResidualAudioProjector, config)
+    frames = random_frames(2, 11, ENCODER_DIM)
+    plain = forward(ResidualAudioProjector(make_config()), params, frames)
+    apply = jax.jit(ResidualAudioProjector(config).apply, static_argnames="deterministic")
+    rngs = {"dropout": jax.random.key(0)}
+    y = apply({"params": params}, frames, deterministic=deterministic, rngs=rngs)
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(plain))
+
+
+@pytest.mark.parametrize("stride", range(1, 8))
+def test_output_length_is_the_real_length(stride) -> None:
+    module = ResidualAudioProjector(
+        make_config(projector_pool_stride=stride, projector_num_layers=0)
+    )
+    frames = jnp.zeros((1, stride, ENCODER_DIM))
+    variables = jax.eval_shape(module.init, jax.random.key(0), frames)
+    for length in [*range(1, 2 * stride + 2), 1499, 1500, 1501]:
+        x = jax.ShapeDtypeStruct((1, length, ENCODER_DIM), jnp.float32)
+        y: Any = jax.eval_shape(module.apply, variables, x)
+        assert y.shape == (1, output_length(length, stride), LLM_DIM), length
+
+
+def test_wrong_encoder_width_is_an_error() -> None:
+    module = ResidualAudioProjector(make_config())
+    with pytest.raises(ValueError, match=r"width 9 .*encoder_dim 7"):
+        module.init(jax.random.key(0), jnp.zeros((1, 6, 9)))
+
+
+BF16_GRID = np.linspace(-9, 9, 2001).astype(np.float32)
+
+
+def test_gelu_is_the_exact_one() -> None:
+    gelu = torch.nn.functional.gelu
+    expected = gelu(torch.from_numpy(BF16_GRID))
+    assert_close(exact_gelu(jnp.asarray(BF16_GRID)), expected, 1e-6)
+    assert abs(gelu(torch.from_numpy(BF16_GRID), approximate="tanh") - expected).max() > 4e-4
+
+
+def test_gelu_rounds_once_in_bf16() -> None:
+    x = torch.from_numpy(BF16_GRID).bfloat16()
+    got = exact_gelu(jnp.asarray(x.float().numpy(), jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    expected = torch.nn.functional.gelu(x.double()).float()
+    assert_close(np.asarray(got, np.float32), expected, 2**-8)  # half a unit in the last place
+
+
+def bf16_norms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Llama's norm in PyTorch, ours and Flax's, of the same bf16 inputs and scale."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(101, 97)).astype(np.float32)).bfloat16()
+    theirs = LlamaRMSNorm(97, eps=1e-6)
+    scale = rng.normal(1, 0.5, size=97).astype(np.float32)
+    theirs.weight.data = torch.from_numpy(scale).bfloat16()
+    variables = {"params": {"scale": jnp.asarray(scale)}}
+    jax_x = jnp.asarray(x.float().numpy(), jnp.bfloat16)
+    ours = RMSNorm(1e-6, jnp.bfloat16).apply(variables, jax_x)
+    flax = nn.RMSNorm(epsilon=1e-6, dtype=jnp.bfloat16).apply(variables, jax_x)
+    expected = theirs(x).float().detach().numpy()
+    return expected, np.asarray(ours, np.float32), np.asarray(flax, np.float32)
+
+
+def test_norm_rounds_in_the_order_of_llama_bit_for_bit() -> None:
+    expected, ours, _ = bf16_norms()
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_norm_of_flax_rounds_in_another_order() -> None:
+    expected, _, flax = bf16_norms()
+    assert np.mean(flax != expected) > 0.05
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_norm_equals_llama_in_f32(eps) -> None:
+    x, scale = random_frames(11, 13), random_frames(13)
+    theirs = LlamaRMSNorm(13, eps=eps)
+    theirs.weight.data = torch.from_numpy(scale)
+    ours = RMSNorm(eps).apply({"params": {"scale": scale}}, jnp.asarray(x))
+    assert_close(ours, theirs(torch.from_numpy(x)), 1e-6)
+
+
+def test_twenty_updates_equal_those_of_torch() -> None:
+    """Clipping, warm-up, cosine and decay of the kernels alone, against PyTorch's own."""
+    config = make_config()
+    optim = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.1)
+    num_steps = 20
+    module, params = make_pair(torch_projector.ResidualAudioProjector, config)
+    is_kernel = {name: p.ndim == 2 for name, p in module.named_parameters()}
+    groups = [
+        {
+            "params": [p for name, p in module.named_parameters() if is_kernel[name] == decayed],
+            "weight_decay": optim.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=optim.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(adamw, optim.warmup_steps, num_steps)
+    optimizer = make_optimizer(optim, num_steps)
+
+    def loss(params, frames, target):
+        return jnp.mean((forward(ResidualAudioProjector(config), params, frames) - target) ** 2)
+
+    @jax.jit
+    def update(params, state, frames, target):
+        updates, state = optimizer.update(jax.grad(loss)(params, frames, target), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, norms = optimizer.init(params), []
+    rng = np.random.default_rng(3)
+    for _ in range(num_steps):
+        frames = rng.normal(size=(2, 11, ENCODER_DIM)).astype(np.float32)
+        target = rng.normal(scale=rng.uniform(0, 3), size=(2, 4, LLM_DIM)).astype(np.float32)
+        params, state = update(params, state, frames, target)
+        adamw.zero_grad()
+        error = module(torch.from_numpy(frames)) - torch.from_numpy(target)
+        error.square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm).item())
+        adamw.step()
+        schedule.step()
+    assert min(norms) < optim.clip_norm < max(norms)  # both sides of clipping were tried
+    expected = flatten(to_flax(config, dict(module.named_parameters())))
+    for name, leaf in flatten(params).items():
+        assert_close(leaf, expected[name], 1e-5, name)

@@ -1,0 +1,158 @@
+"""Whisper's front half against transformers."""
+
+import copy
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as TorchEncoder
+
+from convert.models import WHISPER_ENCODER
+from flax_projector.config import SAMPLE_RATE
+from flax_projector.whisper import EncoderLayer, WhisperEncoder, log_mel, num_encoder_frames
+from tests.test_projector import assert_close, load_on_one_device, relative_l2
+from tests.tiny import randomize
+
+pytestmark = pytest.mark.torch
+
+
+def make_waveforms(num_samples: int) -> dict[str, np.ndarray]:
+    """What a microphone gives, from nothing to too much."""
+    rng = np.random.default_rng(num_samples)
+    seconds = np.arange(num_samples) / SAMPLE_RATE
+    click = np.zeros(num_samples)
+    click[12_345:12_349] = (0.9, -1, 0.7, -0.2)
+    fade = np.exp(-2 * seconds)  # ends in padding
+    waveforms = {
+        "noise": 0.2 * rng.standard_normal(num_samples),
+        "silence": np.zeros(num_samples),
+        "clipped sine": np.clip(3 * np.sin(2 * np.pi * 440.5 * seconds), -1, 1),
+        "click": click,
+        "faint fading chirp": 1e-3 * fade * np.sin(2 * np.pi * 300 * seconds**2),
+    }
+    return {name: samples.astype(np.float32) for name, samples in waveforms.items()}
+
+
+@pytest.mark.parametrize("num_mel_bins", [80, 128])
+@pytest.mark.parametrize("window_secs", [6, 30])
+def test_log_mel_equals_the_feature_extractor(num_mel_bins, window_secs) -> None:
+    extractor = WhisperFeatureExtractor(feature_size=num_mel_bins, chunk_length=window_secs)
+    waveforms = make_waveforms(window_secs * SAMPLE_RATE)
+    expected = extractor(list(waveforms.values()), sampling_rate=SAMPLE_RATE, return_tensors="np")
+    mel = log_mel(jnp.asarray(list(waveforms.values())), num_mel_bins)
+    assert mel.shape == (len(waveforms), num_mel_bins, 100 * window_secs)
+    for name, got, features in zip(waveforms, mel, expected["input_features"], strict=True):
+        np.testing.assert_allclose(got, features, atol=1e-4, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("num_samples", [0, 160, 200, 321, 479_999])
+def test_log_mel_of_a_bad_length_is_an_error(num_samples) -> None:
+    with pytest.raises(ValueError, match=rf"{num_samples} samples.*multiple of 160 above 200"):
+        log_mel(jnp.zeros((1, num_samples)), 80)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "expected"),
+    [(0, 0), (1, 1), (319, 1), (320, 1), (321, 2), (16_000, 50), (480_000, 1500)],
+)
+def test_num_encoder_frames_counts_the_partly_filled_one(num_samples, expected) -> None:
+    assert num_encoder_frames(num_samples) == expected
+
+
+MEL_BINS, POSITIONS, NUM_LAYERS = 13, 19, 3
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Any:
+    """A tiny Whisper with every parameter random, and its encoder in Flax, from its folder."""
+    config = WhisperConfig(
+        num_mel_bins=MEL_BINS,
+        d_model=22,
+        encoder_layers=NUM_LAYERS,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=35,
+        max_source_positions=POSITIONS,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=12,
+        vocab_size=50,
+        pad_token_id=0,
+    )
+    config._attn_implementation = "eager"
+    model = randomize(WhisperModel(config), seed=0).eval()
+    folder = tmp_path_factory.mktemp("whisper")
+    model.save_pretrained(folder)
+    flax_config, params = load_on_one_device(WHISPER_ENCODER, folder)
+    return SimpleNamespace(torch=model.get_encoder(), config=flax_config, params=params)
+
+
+def random_mel(batch: int, frames: int = 2 * POSITIONS) -> np.ndarray:
+    rng = np.random.default_rng(frames)
+    return rng.normal(size=(batch, MEL_BINS, frames)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(module: Any, params: dict, x: Any) -> Any:
+    return module.apply({"params": params}, x)
+
+
+def encode(pair, mel: np.ndarray, dtype: Any = jnp.float32) -> Any:
+    return run(WhisperEncoder(pair.config, dtype), pair.params, mel)
+
+
+@torch.no_grad()
+def torch_encode(encoder: torch.nn.Module, mel: np.ndarray) -> torch.Tensor:
+    return encoder(torch.from_numpy(mel)).last_hidden_state
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_encoder_equals_transformers(pair, batch) -> None:
+    mel = random_mel(batch)
+    assert_close(encode(pair, mel), torch_encode(pair.torch, mel), 1e-4)
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+def test_shorter_window_uses_the_first_positions(pair, positions) -> None:
+    config = copy.deepcopy(pair.torch.config)
+    config.max_source_positions = positions
+    encoder = TorchEncoder(config).eval()
+    weights = pair.torch.state_dict()
+    weights["embed_positions.weight"] = weights["embed_positions.weight"][:positions]
+    encoder.load_state_dict(weights)
+    mel = random_mel(2, 2 * positions)
+    assert_close(encode(pair, mel), torch_encode(encoder, mel), 1e-4)
+
+
+@pytest.mark.parametrize("scale", [1, 0.01])  # the smaller, the more the norms' epsilon shows
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_layer_equals_transformers(pair, layer, scale) -> None:
+    rng = np.random.default_rng(layer)
+    x = rng.normal(scale=scale, size=(2, 11, 22)).astype(np.float32)
+    params = jax.tree.map(lambda leaf: leaf[layer], pair.params["layers"])
+    module = EncoderLayer(pair.config, jnp.float32, jnp.float32)
+    y, _ = run(module, params, x)
+    expected = pair.torch.layers[layer](torch.from_numpy(x), None)
+    assert_close(y, expected, 1e-5)
+
+
+def test_bf16_encoder_is_near_f32(pair) -> None:
+    mel = random_mel(3)
+    y = encode(pair, mel, jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16
+    assert relative_l2(y, encode(pair, mel)) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 80, 2 * POSITIONS), (1, MEL_BINS, 2 * POSITIONS + 2), (1, MEL_BINS, 9)],
+    ids=["mel bins", "too long", "odd"],
+)
+def test_mel_that_does_not_fit_is_an_error(pair, shape) -> None:
+    with pytest.raises(ValueError, match=rf"{shape[1]}, {shape[2]}\): need \[B, 13, F\].* 38"):
+        encode(pair, np.zeros(shape, np.float32))
