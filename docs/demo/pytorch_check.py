@@ -85,7 +85,8 @@ class TorchSpeechLLM:
 def _shorten_window(encoder, window_secs: float):
     """Lets HF's encoder take a window below 30 s: it insists on the length of its positions."""
     positions = round(window_secs * 50)
-    encoder.embed_positions.weight = torch.nn.Parameter(encoder.embed_positions.weight[:positions])
+    kept = encoder.embed_positions.weight[:positions]
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(kept)
     encoder.config.max_source_positions = positions
     return encoder
 
