@@ -211,9 +211,13 @@ def main(config: TrainConfig) -> None:
                 )
 
         # --- loop ----------------------------------------------------------------------------
+        def is_eval_step(step: int) -> bool:
+            every = config.eval_every_steps
+            return step in (0, config.num_steps) or (every > 0 and step % every == 0)
+
         first = int(state.step)
-        if first == 0:
-            evaluate(0)
+        if is_eval_step(first):  # after a restart too: the evaluation may be what was interrupted
+            evaluate(first)
         progress = tqdm(
             total=config.num_steps,
             initial=first,
@@ -245,7 +249,7 @@ def main(config: TrainConfig) -> None:
                 pending, since = [], time.monotonic()
             if step % config.save_every_steps == 0 or is_last:
                 save(manager, step, state, iterator.get_state())
-            if is_last or (config.eval_every_steps and step % config.eval_every_steps == 0):
+            if is_eval_step(step):
                 evaluate(step)
                 since = time.monotonic()
         progress.close()
