@@ -53,8 +53,11 @@ def draw(records: list[dict], path: Path) -> None:
     left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     for name, points in eval_curves(records, "wer").items():
         xs, ys = zip(*points, strict=True)
-        right.plot(xs, [100 * y for y in ys], "o-", markersize=4, label=name)
-    right.set(xlabel="step", ylabel="word error rate (%)", ylim=(0, 110))
+        right.plot(xs, [max(100 * y, 0.1) for y in ys], "o:", markersize=5, label=name)
+        right.annotate(
+            f"{100 * ys[-1]:.1f}%", (xs[-1], 100 * ys[-1]), (-38, -3), textcoords="offset points"
+        )
+    right.set(xlabel="step", ylabel="word error rate (%), evaluated at the dots", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -80,8 +83,11 @@ def markdown(run: Path, records: list[dict], parity: dict) -> str:
         loss = losses[name][-1][1]
         lines.append(f"| {name} | {count} | {before:.1f}% | {after:.1f}% | {loss:.3f} |")
     for name in losses:
-        lines += ["", f"First transcripts of {name}:", "", "| said | heard |", "| --- | --- |"]
-        shown = read_transcripts(run, name)[:8]
+        transcripts = read_transcripts(run, name)
+        wrong = [t for t in transcripts if t["reference"] != t["hypothesis"]]
+        lines += ["", f"{name}: {len(wrong)} of {len(transcripts)} transcripts differ.", ""]
+        lines += ["| said | heard |", "| --- | --- |"]
+        shown = [*wrong[:10], *(t for t in transcripts[:3] if t not in wrong)]
         lines += [f"| {t['reference']} | {t['hypothesis']} |" for t in shown]
     same = sum(clip["same_tokens"] for clip in parity["clips"])
     lines += [
