@@ -79,6 +79,6 @@ def test_unknown_saved_field_is_an_error():
 
 def test_only_harmless_changes_pass_unnoticed():
     config = PRESETS["demo"][1]
-    data = dataclasses.replace(config.data, batch_size=4)
+    data = dataclasses.replace(config.data, batch_size=16)
     changed = dataclasses.replace(config, data=data, keep_checkpoints=9, mesh=MeshConfig(fsdp=2))
-    assert changes(config, changed) == ["data.batch_size: 8 -> 4"]
+    assert changes(config, changed) == ["data.batch_size: 4 -> 16"]

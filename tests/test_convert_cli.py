@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -352,7 +353,7 @@ def test_converted_llama_computes_the_same(tmp_path, is_tied) -> None:
         expected = model(torch.tensor(tokens)).logits.numpy()
     with jax.default_matmul_precision("highest"):
         decoder = LlamaDecoder(LLAMA.read_config(tmp_path / "flax"))
-        logits = decoder.apply({"params": params}, tokens)
+        logits = decoder.apply({"params": params}, jnp.asarray(tokens))
     np.testing.assert_allclose(np.asarray(logits), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -368,7 +369,7 @@ def test_converted_whisper_encoder_computes_the_same(tmp_path) -> None:
         expected = model(torch.tensor(mel)).last_hidden_state.numpy()
     with jax.default_matmul_precision("highest"):
         encoder = WhisperEncoder(WHISPER_ENCODER.read_config(tmp_path / "flax"))
-        frames = encoder.apply({"params": params}, mel)
+        frames = encoder.apply({"params": params}, jnp.asarray(mel))
     np.testing.assert_allclose(np.asarray(frames), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -280,7 +281,8 @@ def test_only_the_forward_pass_catches_swapped_rows_of_equal_shape() -> None:
         back = engine.to_torch(forward, leaves.__getitem__)
         engine.check_round_trip(infos, tensors.__getitem__, back)  # satisfied either way
         with jax.default_matmul_precision("highest"):
-            y = ResidualAudioProjector(config).apply({"params": unflatten(leaves)}, frames.numpy())
+            inputs = jnp.asarray(frames.numpy())
+            y = ResidualAudioProjector(config).apply({"params": unflatten(leaves)}, inputs)
         return np.asarray(y)
 
     np.testing.assert_allclose(project(PROJECTOR.table), expected, rtol=1e-5, atol=1e-5)
