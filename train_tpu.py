@@ -33,7 +33,12 @@ from flax_projector import config as configs
 from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
 from flax_projector.data import make_iterator, read_manifest, to_global
-from flax_projector.metrics import MetricsWriter, require_finite, setup_logging
+from flax_projector.metrics import (
+    MetricsWriter,
+    quiet_other_processes,
+    require_finite,
+    setup_logging,
+)
 from flax_projector.projector import abstract_projector, last_norm_name
 from flax_projector.run import (
     LoadedModel,
@@ -54,8 +59,8 @@ from flax_projector.train_step import (
 log = logging.getLogger("train")
 
 
-def claim_run_folder(config: TrainConfig) -> Path:
-    """Creates the run folder, or checks that the run in it is this one.
+def check_run_folder(config: TrainConfig) -> Path:
+    """The run folder, if it holds no run or this one.
 
     Raises:
       ValueError: if another run lies there.
@@ -72,10 +77,16 @@ def claim_run_folder(config: TrainConfig) -> Path:
                 f"{folder} holds a run with another config:\n  {listed}\n"
                 "Choose another --out, or take these back."
             )
-    elif jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved_path.write_text(configs.to_json(config))
     return folder
+
+
+def save_config(folder: Path, config: TrainConfig) -> None:
+    """Makes the folder this run's; called when everything is loaded, so that a start that failed
+    on a wrong path or manifest leaves no config behind."""
+    path = folder / "config.json"
+    if jax.process_index() == 0 and not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(configs.to_json(config))
 
 
 def abstract_train_state(
@@ -143,7 +154,8 @@ def main(config: TrainConfig) -> None:
     # --- processes, run folder, mesh ---------------------------------------------------------
     if config.distributed:
         jax.distributed.initialize()
-    folder = claim_run_folder(config)
+    quiet_other_processes()
+    folder = check_run_folder(config)
     mesh = make_mesh(config.mesh)
     log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
 
@@ -181,6 +193,7 @@ def main(config: TrainConfig) -> None:
         else:
             state = make_initial_state(config, loaded, optimizer, abstract)
         log_parameters(loaded, state)
+        save_config(folder, config)
 
         # --- compiled functions --------------------------------------------------------------
         step_fn = jax.jit(

@@ -17,6 +17,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_projector.evaluate import Transcript
 
+_OUR_LOGGERS = ("flax_projector", "convert", "train")
+
 
 def setup_logging() -> None:
     """Shows this project's messages, and of its libraries only warnings."""
@@ -24,9 +26,15 @@ def setup_logging() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
-    level = logging.INFO if jax.process_index() == 0 else logging.WARNING
-    for ours in ("flax_projector", "convert", "train"):
-        logging.getLogger(ours).setLevel(level)
+    for ours in _OUR_LOGGERS:
+        logging.getLogger(ours).setLevel(logging.INFO)
+
+
+def quiet_other_processes() -> None:
+    """Leaves the talking to process 0; asks JAX, so only once `jax.distributed` is set up."""
+    if jax.process_index() > 0:
+        for ours in _OUR_LOGGERS:
+            logging.getLogger(ours).setLevel(logging.WARNING)
 
 
 class MetricsWriter:

@@ -142,6 +142,12 @@ def test_a_projector_of_other_widths_is_refused(run):
         run(projector=ProjectorConfig(encoder_dim=24, llm_dim=41))
 
 
+def test_a_start_that_fails_may_be_corrected(run):
+    with pytest.raises(ValueError, match="neither a folder here nor a model"):
+        run(num_steps=1, encoder="/no/such/folder")
+    run(num_steps=1)
+
+
 def test_missing_data_is_an_error_that_names_the_option(run):
     with pytest.raises(ValueError, match=r"--data.train"):
         run(data={"train": ()})
