@@ -42,7 +42,6 @@ def keep_features(
     utterances: Sequence[Utterance],
     encode: Callable[[np.ndarray], jax.Array],
     *,
-    encoder_dim: int,
     window_samples: int,
     batch_size: int,
     encoder_name: str,
@@ -53,7 +52,6 @@ def keep_features(
       folder: holds `frames.npy` and `index.json`.
       utterances: whose frames are needed.
       encode: f32[B, N] waveforms, zero-padded to the window, to frames [B, S, E].
-      encoder_dim: E.
       window_samples: N.
       batch_size: utterances per call of `encode`.
       encoder_name: whatever identifies the encoder's weights and dtype.

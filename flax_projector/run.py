@@ -124,7 +124,6 @@ def _make_inputs(
         Path(config.out) / "features" / name,
         utterances,
         encode_batch,
-        encoder_dim=config.projector.encoder_dim,
         window_samples=config.data.window_samples,
         batch_size=config.data.eval_batch_size,
         encoder_name=f"{config.encoder} {config.dtype}",

@@ -31,6 +31,7 @@ from flax_projector import config as configs
 from flax_projector.__main__ import Listener
 from flax_projector.config import SAMPLE_RATE, TrainConfig
 from flax_projector.data import ManifestRow, load_audio, read_manifest
+from flax_projector.projector import output_length
 from flax_projector.prompt import Prompt
 from flax_projector.whisper import log_mel, num_encoder_frames
 
@@ -113,8 +114,8 @@ def jax_stages(listener: Listener, samples: np.ndarray) -> dict[str, np.ndarray]
     frames = model.encode(loaded.encoder_params, padded)
     valid = jnp.arange(frames.shape[1])[None] < num_encoder_frames(len(samples))
     audio = model.embed_audio(listener.projector_params, frames, valid)
-    stride = config.projector.projector_pool_stride
-    audio = audio[:, : -(-int(valid.sum()) // stride)]
+    num_tokens = output_length(int(valid.sum()), config.projector.projector_pool_stride)
+    audio = audio[:, :num_tokens]
     length = prompt.merged_length(audio.shape[1], 1)
     layout = prompt.layout(audio.shape[1], (prompt.end_of_turn,), merged_len=length, text_len=1)
     inputs = model.merge(loaded.llm_params, jnp.asarray(layout["tokens"])[None], audio)
