@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MODELS ?= models
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow models format clean
+.PHONY: demo test test-slow bench models format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +38,11 @@ test: $(VENV)/.installed
 test-slow: models
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slow]'
 	FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m slow
+
+# Side by side with PyTorch and with the plain libraries; prints JSON.
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/projector.py
+	$(BIN)/python benchmarks/convert.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -26,9 +26,11 @@ import tyro
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from convert.flax_files import save_params
-from convert.hf_config import projector_config_dict
+from convert.checkpoint import in_memory
+from convert.flax_files import write_flax
+from convert.hf_config import config_text, run_config_dict
 from convert.load import load_projector
+from convert.trees import flatten
 from flax_projector import config as configs
 from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
@@ -123,7 +125,7 @@ def make_initial_state(
     """A fresh state, born in its shards: random, or around a given projector."""
     init_rest = functools.partial(init_state, optimizer=optimizer)
     if config.init_projector:
-        params = load_projector(config.init_projector, abstract.params)
+        params = load_projector(config.init_projector, config.projector, abstract.params)
         return jax.jit(init_rest, out_shardings=shardings_of(abstract))(params)
 
     def init(key):
@@ -271,14 +273,9 @@ def main(config: TrainConfig) -> None:
         manager.wait_until_finished()
         params = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.params))
         if jax.process_index() == 0:
-            config_json = projector_config_dict(
-                config.projector,
-                encoder_id=config.encoder,
-                llm_id=config.llm,
-                dtype="float32",
-                prompt=config.prompt,
-            )
-            save_params(folder / "projector", params, config_json, overwrite=True)
+            leaves = in_memory(flatten(params))
+            text = config_text(run_config_dict(config))
+            write_flax(folder / "projector", leaves, text, overwrite=True)
         log.info("projector saved in %s", folder / "projector")
 
 

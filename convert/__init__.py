@@ -1,5 +1,7 @@
 """Checkpoints of PyTorch and of Flax, converted into each other bit for bit.
 
+  from convert import inspect, to_flax, to_torch, verify
+
 The mapping between the two is data (`tables.py`), run in both directions by one engine. Three forms
 of a name appear everywhere:
 
@@ -9,7 +11,11 @@ of a name appear everywhere:
   template    either of the two in a table, without the prefix; "{i}" is a layer number:
               "layers.{i}.fc1.weight"
 
-Modules import downwards only: errors, rules, trees, paths, progress <- tables, hf_config <- engine,
-torch_files, flax_files <- models <- load, api <- __main__. Training uses `load` alone, which never
-imports torch.
+Modules import downwards only: checkpoint, errors, paths, trees, rules <- tables, engine, hf_config
+<- torch_files, flax_files, infer <- sources <- models <- compare, load <- api <- __main__. Training
+uses `load` and `flax_files`, which never import torch.
 """
+
+from convert.api import inspect, to_flax, to_torch, verify
+
+__all__ = ["inspect", "to_flax", "to_torch", "verify"]

@@ -5,25 +5,39 @@ import dataclasses
 import logging
 import math
 import sys
+from typing import Any
 
 import jax
 
 from convert import api
-from convert.rules import DTYPES
+from convert.checkpoint import DTYPES, TensorInfo
+from convert.compare import MAX_OUTPUT_ERROR, Comparison
 
 _log = logging.getLogger("convert")
 
 _EXAMPLES = """\
 examples:
-  python -m convert to-flax whisper-base/ whisper-base-flax/
-  python -m convert to-flax tiny-audio/model.safetensors projector-flax/
+  python -m convert to-flax tiny-audio-checkpoint/ projector-flax/
+  python -m convert to-flax outputs/ projector-flax/ --step 2000     # outputs/checkpoint-2000
+  python -m convert to-flax best.pt projector-flax/ \\
+      --encoder-dim 1280 --rms-norm-eps 1e-6 --projector-dropout 0   # no config.json beside it
   python -m convert to-torch runs/demo/projector/ projector-hf/
+  python -m convert to-torch runs/demo/ projector.pt --step 480 --prefix ""
   python -m convert to-torch runs/demo/projector/ projector.safetensors --dtype bfloat16
+  python -m convert verify projector-hf/ projector-flax/
   python -m convert inspect projector-hf/
 
-Projectors, Whisper encoders and Llama models are recognised by their config.json. Every conversion
-ends by reading the result, converting it back and comparing every byte.
+Projectors, Whisper encoders and Llama models are recognised by their config.json, or by the names
+of their tensors. Every conversion ends by reading the result, converting it back and comparing
+every byte.
 """
+
+_GIVEN = {
+    "encoder_dim": (int, "width of the encoder's frames"),
+    "projector_pool_stride": (int, "encoder frames per audio token"),
+    "projector_dropout": (float, "dropout rate of training"),
+    "rms_norm_eps": (float, "epsilon of the norms"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,11 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _log.setLevel(logging.INFO)
     try:
-        args.run(args)
+        return args.run(args)
     except (ValueError, OSError) as error:
         _log.error("error: %s", error)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,42 +60,111 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    for name, function, text in (
-        ("to-flax", api.to_flax, "PyTorch checkpoint (folder or file) -> Flax folder"),
-        ("to-torch", api.to_torch, "Flax folder -> HF folder, or a .safetensors file"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("src", metavar="SRC", help="what to convert")
-        command.add_argument("dst", metavar="DST", help="where to write the result")
-        command.add_argument(
-            "--overwrite", action="store_true", help="replace what an earlier conversion wrote"
-        )
-        command.add_argument(
-            "--no-verify", action="store_true", help="do not convert back and compare"
-        )
-        command.add_argument("--dtype", choices=DTYPES, help="cast first (default: keep every bit)")
-        command.set_defaults(run=_convert, function=function)
+    text = "PyTorch checkpoint (HF or Trainer folder, or file) -> Flax folder"
+    to_flax = commands.add_parser("to-flax", help=text, description=text)
+    _add_conversion(to_flax, api.to_flax, step="which checkpoint-N of a Trainer folder")
+    _add_given(to_flax, "if there is no config.json, or it lacks a field")
+
+    text = "Flax folder or training run -> HF folder, .safetensors or .pt file"
+    to_torch = commands.add_parser("to-torch", help=text, description=text)
+    _add_conversion(to_torch, api.to_torch, step="which checkpoint of a training run")
+    to_torch.add_argument("--prefix", help='of the keys (default: "projector." for a projector)')
+
+    text = "prove that two checkpoints are the same model; exit code 1 if they are not"
+    verify = commands.add_parser(
+        "verify",
+        help=text,
+        description="Compares the tensors of two checkpoints byte for byte, and their configs; "
+        "then runs A in PyTorch and B in Flax on the same random input. Exit code 1: they differ.",
+    )
+    verify.add_argument("a", metavar="A", help="checkpoint of PyTorch or of Flax")
+    verify.add_argument("b", metavar="B", help="checkpoint of PyTorch or of Flax")
+    verify.add_argument("--step", type=int, help="which checkpoint, where there are several")
+    _add_given(verify, "if neither has a config.json, or it lacks a field")
+    verify.set_defaults(run=_verify)
 
     text = "list tensors, dtypes and config of a checkpoint, from its headers"
-    command = commands.add_parser("inspect", help=text, description=text)
-    command.add_argument("path", metavar="PATH", help="folder or file, of PyTorch or of Flax")
-    command.set_defaults(run=_inspect)
+    inspect = commands.add_parser("inspect", help=text, description=text)
+    inspect.add_argument("path", metavar="PATH", help="folder or file, of PyTorch or of Flax")
+    inspect.add_argument("--step", type=int, help="which checkpoint, where there are several")
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
-def _convert(args: argparse.Namespace) -> None:
-    dst = args.function(
-        args.src,
-        args.dst,
-        overwrite=args.overwrite,
-        verify=not args.no_verify,
-        dtype=args.dtype,
+def _add_conversion(command: argparse.ArgumentParser, function: Any, *, step: str) -> None:
+    command.add_argument("src", metavar="SRC", help="what to convert")
+    command.add_argument("dst", metavar="DST", help="where to write the result")
+    command.add_argument("--step", type=int, help=f"{step} (default: the latest)")
+    command.add_argument("--dtype", choices=DTYPES, help="cast first (default: keep every bit)")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier conversion wrote"
     )
+    command.add_argument(
+        "--no-verify",
+        action="store_false",
+        dest="verify",
+        help="do not convert back and compare",
+    )
+    command.set_defaults(run=_convert, function=function)
+
+
+def _add_given(command: argparse.ArgumentParser, when: str) -> None:
+    group = command.add_argument_group(f"projector's config, {when}")
+    for name, (kind, text) in _GIVEN.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+
+
+def _given(args: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields of the config that the user gave out of the arguments."""
+    values = {name: args.pop(name, None) for name in _GIVEN}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _convert(args: argparse.Namespace) -> int:
+    options = {n: v for n, v in vars(args).items() if n not in ("run", "function", "src", "dst")}
+    if given := _given(options):
+        options["given"] = given
+    dst = args.function(args.src, args.dst, **options)
     _log.info("wrote %s", dst)
+    return 0
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    summary = api.inspect(args.path)
+def _verify(args: argparse.Namespace) -> int:
+    result = api.verify(args.a, args.b, step=args.step, given=_given(dict(vars(args))))
+    sys.stdout.write("\n".join(_comparison_lines(result)) + "\n")
+    return 0 if result.is_same else 1
+
+
+def _comparison_lines(result: Comparison) -> list[str]:
+    width = max(len(pair.name) for pair in result.tensors)
+    lines = [f"{result.kind.name}, A against B", f"{'tensor':<{width}}  max abs difference"]
+    for pair in result.tensors:
+        verdict = "same bytes" if pair.is_same else "DIFFERS"
+        if pair.a is None or pair.b is None:
+            error = "only in A" if pair.b is None else "only in B"
+        elif pair.max_abs_error is None or pair.a.dtype != pair.b.dtype:
+            error = f"{_header(pair.a)} against {_header(pair.b)}"
+        else:
+            error = f"{pair.max_abs_error:.3g}"
+        lines.append(f"{pair.name:<{width}}  {error:<18}  {verdict}")
+    lines += [f"config: {name} is {a!r} in A, {b!r} in B" for name, (a, b) in result.config.items()]
+    if result.output_error is not None:
+        lines.append(
+            f"outputs: PyTorch(A) and Flax(B) differ by {result.output_error:.1e} of their RMS "
+            f"at most (allowed: {MAX_OUTPUT_ERROR:.0e})"
+        )
+    count = sum(not pair.is_same for pair in result.tensors)
+    same = "the same model, bit for bit"
+    lines.append(same if result.is_same else f"NOT the same model: {count} tensors differ")
+    return lines
+
+
+def _header(info: TensorInfo) -> str:
+    return f"{info.dtype.name}{list(info.shape)}"
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    summary = api.inspect(args.path, step=args.step)
     lines = [f"model   {summary.kind.name if summary.kind else 'unknown'}"]
     if summary.config is not None:
         values = dataclasses.asdict(summary.config).items()
@@ -96,6 +178,7 @@ def _inspect(args: argparse.Namespace) -> None:
     nbytes = sum(info.nbytes for info in summary.infos.values())
     lines.append(f"total   {len(summary.infos)} tensors, {count:,} parameters, {nbytes:,} bytes")
     sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

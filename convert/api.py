@@ -1,22 +1,20 @@
 """The commands as functions."""
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert import engine
-from convert.flax_files import is_flax_folder, load_params, param_infos, save_params
-from convert.hf_config import CONFIG, config_file, read_config_text, with_dtype
-from convert.models import ModelKind, detect, read_infos
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo
+from convert.compare import Comparison, compare
+from convert.flax_files import open_flax, write_flax
+from convert.hf_config import CONFIG, with_dtype
+from convert.models import ModelKind, config_text_of, detect
 from convert.paths import replacing
-from convert.progress import with_progress
-from convert.rules import DTYPES, TensorInfo
-from convert.torch_files import WEIGHTS, Checkpoint, open_checkpoint, write_safetensors
-from convert.trees import flatten, unflatten
+from convert.sources import Source, open_source
+from convert.torch_files import TORCH_SUFFIXES, WEIGHTS, open_torch, write_safetensors, write_torch
 
 _log = logging.getLogger(__name__)
 
@@ -40,18 +38,22 @@ def to_flax(
     src: str | Path,
     dst: str | Path,
     *,
+    step: int | None = None,
+    given: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
-    dtype: str | None = None,
 ) -> Path:
     """Converts a PyTorch checkpoint into a Flax folder (config.json and params/).
 
     Args:
-      src: HF folder, .safetensors, .pt, .pth or .bin file; its config.json is in the same folder.
+      src: any PyTorch form that `open_source` knows.
       dst: the new folder.
+      step: which `checkpoint-N` of a Trainer folder; None takes the latest.
+      given: fields of `ProjectorConfig` for a projector whose config.json lacks them, or is absent.
+      dtype: casts first ("float32", "float16", "bfloat16"); None keeps every bit.
       overwrite: replaces what an earlier conversion wrote.
       verify: reads the result, converts it back and compares every byte.
-      dtype: casts first ("float32", "float16", "bfloat16"); None keeps every bit.
 
     Returns:
       `dst`.
@@ -59,41 +61,43 @@ def to_flax(
     Raises:
       ValueError: if the source is damaged or cannot be expressed; then nothing is written.
     """
-    src, dst = Path(src), Path(dst)
-    _check_different(src, dst)
-    if is_flax_folder(src):
-        raise ValueError(f"{src} is a Flax folder already: `to-torch` converts it back")
-    kind = detect(src)
-    target = kind.leaves(kind.read_config(src))
-    source = _cast(open_checkpoint(src), dtype)
-    plan = engine.plan_to_flax(kind.table, source.infos, target)
-    with replacing(dst, overwrite=overwrite) as part:
-        leaves = with_progress(engine.to_flax(plan, source.read), plan.nbytes, "to flax")
-        save_params(part, unflatten(dict(leaves)), _config_text(src, dtype))
+    source, kind, text = _open(src, dst, step, given, dtype)
+    if source.side == "flax":
+        raise ValueError(f"{src} is of Flax already: `to-torch` converts it back")
+    tensors, leaves = source.checkpoint, kind.leaves(kind.parse_text(text, str(src)))
+    plan = engine.plan_to_flax(kind.table, tensors.infos, leaves)
+    with replacing(Path(dst), overwrite=overwrite) as part:
+        with engine.as_flax(plan, tensors).with_progress("to flax") as shown:
+            write_flax(part, shown, text)
         if verify:
-            prefix = kind.table.prefix_of(source.infos)
-            written = _open_flax(part)
-            back = engine.plan_to_torch(kind.table, written.infos, target, prefix=prefix)
-            _verify(plan.tensors, source, engine.to_torch(back, written.read), back.nbytes)
-    return dst
+            written = open_flax(part)
+            prefix = kind.table.prefix_of(tensors.infos)
+            back = engine.plan_to_torch(kind.table, written.infos, leaves, prefix=prefix)
+            _verify(tensors.only(plan.tensors), engine.as_torch(back, written))
+    return Path(dst)
 
 
 def to_torch(
     src: str | Path,
     dst: str | Path,
     *,
+    step: int | None = None,
+    prefix: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
-    dtype: str | None = None,
 ) -> Path:
-    """Converts a Flax folder into an HF folder (config.json and model.safetensors).
+    """Converts Flax parameters into an HF folder (config.json and model.safetensors).
 
     Args:
-      src: a folder that `to_flax` or a training run wrote.
-      dst: the new folder; or a `.safetensors` file, to write the weights alone.
+      src: a folder that `to_flax` or a training run wrote, or the folder of a run.
+      dst: the new folder; or a file, to write the weights alone: `.safetensors`, or `.pt`, `.pth`
+        or `.bin` for `torch.load`.
+      step: which checkpoint of a run; None takes the latest.
+      prefix: of the keys; None writes what the PyTorch model of upstream has, "projector.".
+      dtype: casts first ("float32", "float16", "bfloat16"); None keeps every bit.
       overwrite: replaces what an earlier conversion wrote.
       verify: reads the result, converts it back and compares every byte.
-      dtype: casts first ("float32", "float16", "bfloat16"); None keeps every bit.
 
     Returns:
       `dst`.
@@ -101,70 +105,100 @@ def to_torch(
     Raises:
       ValueError: if the source is damaged or cannot be expressed; then nothing is written.
     """
-    src, dst = Path(src), Path(dst)
-    _check_different(src, dst)
-    kind = detect(src)
-    target = kind.leaves(kind.read_config(src))
-    source = _cast(_open_flax(src), dtype)
-    plan = engine.plan_to_torch(kind.table, source.infos, target)
-    with replacing(dst, overwrite=overwrite) as part:
-        tensors = with_progress(engine.to_torch(plan, source.read), plan.nbytes, "to torch")
-        if dst.suffix == ".safetensors":
-            write_safetensors(part, dict(tensors))
-        else:
-            part.mkdir()
-            write_safetensors(part / WEIGHTS, dict(tensors))
-            (part / CONFIG).write_text(_config_text(src, dtype), "utf-8")
+    source, kind, text = _open(src, dst, step, None, dtype)
+    if source.side == "torch":
+        raise ValueError(f"{src} is of PyTorch already: `to-flax` converts it")
+    if prefix is not None and prefix not in kind.table.prefixes:
+        known = ", ".join(map(repr, kind.table.prefixes))
+        raise ValueError(f"prefix {prefix!r} of a {kind.name} is not one of {known}")
+    params, leaves = source.checkpoint, kind.leaves(kind.parse_text(text, str(src)))
+    plan = engine.plan_to_torch(kind.table, params.infos, leaves, prefix=prefix)
+    with replacing(Path(dst), overwrite=overwrite) as part:
+        with engine.as_torch(plan, params).with_progress("to torch") as shown:
+            _write_torch_side(part, shown, text)
         if verify:
-            written = open_checkpoint(part)
-            back = engine.plan_to_flax(kind.table, written.infos, target)
-            _verify(plan.params, source, engine.to_flax(back, written.read), back.nbytes)
-    return dst
+            written = open_torch(part)
+            back = engine.plan_to_flax(kind.table, written.infos, leaves)
+            _verify(params, engine.as_flax(back, written))
+    return Path(dst)
 
 
-def inspect(path: str | Path) -> Summary:
-    """Reads the headers of a checkpoint of either side; no tensor is read."""
-    infos = read_infos(path)
+def inspect(path: str | Path, *, step: int | None = None) -> Summary:
+    """Reads the headers of a checkpoint of either side; no tensor is read.
+
+    Raises:
+      ValueError: if it is no checkpoint, or damaged.
+    """
+    source = open_source(path, step=step)
+    infos = source.checkpoint.infos
     try:
-        kind = detect(path)
-        config = kind.read_config(path) if config_file(path).exists() else None
+        kind = detect(source)
+        text = source.config_text
+        config = kind.parse_text(text, str(path)) if text is not None else None
     except ValueError as error:
         _log.info("cannot be converted: %s", error)
         return Summary(None, None, infos)
     return Summary(kind, config, infos)
 
 
-def _open_flax(folder: Path) -> Checkpoint:
-    """A Flax folder in the same shape as a torch checkpoint; all of it is in memory."""
-    leaves = flatten(load_params(folder))
-    return Checkpoint(param_infos(folder), leaves.__getitem__)
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    step: int | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Compares two checkpoints of either side: tensors, configs, and outputs of both frameworks.
+
+    Args:
+      a: any form that `open_source` knows; is run in PyTorch.
+      b: likewise; is run in Flax.
+      step: which checkpoint of a Trainer folder or a run, in those that have steps.
+      given: fields of `ProjectorConfig` that no config.json says.
+
+    Raises:
+      ValueError: if one of them is no model, or they are different models.
+    """
+    return compare(open_source(a, step=step), open_source(b, step=step), given or {})
 
 
-def _cast(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+def _open(
+    src: str | Path,
+    dst: str | Path,
+    step: int | None,
+    given: Mapping[str, Any] | None,
+    dtype: str | None,
+) -> tuple[Source, ModelKind, str]:
+    """A source as it is to be converted, its model, and the config.json of the result."""
+    if Path(dst).resolve() == Path(src).resolve():
+        raise ValueError(f"{dst} is the source: choose another destination")
+    source = open_source(src, step=step)
+    kind = detect(source)
+    text = config_text_of(source, kind, given or {})
     if dtype is None:
-        return checkpoint
+        return source, kind, text
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(sorted(DTYPES))}")
-    before = sorted({str(info.dtype) for info in checkpoint.infos.values()})
+    before = sorted({str(info.dtype) for info in source.checkpoint.infos.values()})
     _log.info("casting %s to %s: not bit for bit", ", ".join(before), dtype)
-    return checkpoint.cast(DTYPES[dtype])
+    source = replace(source, checkpoint=source.checkpoint.cast(DTYPES[dtype]))
+    return source, kind, with_dtype(text, dtype)
 
 
-def _config_text(src: Path, dtype: str | None) -> str:
-    text = read_config_text(src)
-    return text if dtype is None else with_dtype(text, dtype)
+def _write_torch_side(part: Path, tensors: Checkpoint, text: str) -> None:
+    if part.suffix == ".safetensors":
+        write_safetensors(part, tensors)
+    elif part.suffix in TORCH_SUFFIXES:
+        write_torch(part, tensors)
+    else:
+        part.mkdir()
+        write_safetensors(part / WEIGHTS, tensors)
+        (part / CONFIG).write_text(text, "utf-8")
 
 
-def _verify(
-    infos: Mapping[str, TensorInfo],
-    source: Checkpoint,
-    returned: Iterable[tuple[str, np.ndarray]],
-    nbytes: int,
-) -> None:
-    engine.check_round_trip(infos, source.read, with_progress(returned, nbytes, "verifying"))
-    _log.info("verified: %d tensors, %d bytes came back identical", len(infos), nbytes)
-
-
-def _check_different(src: Path, dst: Path) -> None:
-    if dst.resolve() == src.resolve():
-        raise ValueError(f"{dst} is the source: choose another destination")
+def _verify(before: Checkpoint, after: Checkpoint) -> None:
+    with after.with_progress("verifying") as shown:
+        engine.check_round_trip(before, shown)
+    _log.info(
+        "verified: %d tensors, %d bytes came back identical", len(before.infos), before.nbytes
+    )

@@ -1,21 +1,24 @@
-"""One engine for both directions: plan on names, shapes and dtypes alone, then stream."""
+"""One engine for both directions: plan on names, shapes and dtypes alone, then convert lazily.
+
+A conversion is a view: a checkpoint of the other side, whose tensors are made when they are read.
+Writers read them one by one, so that memory holds one leaf, never the model.
+"""
 
 import dataclasses
+import functools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
 from convert.errors import Problem, raise_any
-from convert.rules import DTYPES, Ignore, Rule, Table, TensorInfo
+from convert.rules import Ignore, Rule, Table
 
 _log = logging.getLogger(__name__)
-
-Read = Callable[[str], np.ndarray]
-"""Gives the tensor of a torch key, or the leaf of a flax path."""
 
 
 class ShapeDtype(Protocol):
@@ -72,11 +75,6 @@ class Plan:
         """The Flax side: path -> shape and dtype."""
         return {leaf.path: leaf.info for leaf in self.leaves}
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all leaves, in bytes."""
-        return sum(leaf.info.nbytes for leaf in self.leaves)
-
 
 def plan_to_flax(
     table: Table, source: Mapping[str, TensorInfo], target: Mapping[str, ShapeDtype]
@@ -93,6 +91,7 @@ def plan_to_flax(
         ignored by the table with a reason.
     """
     prefix = table.prefix_of(source)
+    raise_any(f"{table.name}: the checkpoint does not fit the config", _alien(table, source))
     leaves, problems = _expand(table, prefix, target)
     owner = {key: leaf for leaf in leaves for key in leaf.keys}
     copies = {
@@ -100,7 +99,9 @@ def plan_to_flax(
         for tied in table.tied
         if tied.key in source and tied.key not in owner
     }
-    spare = _drop_ignored(table, [key for key in source if key not in owner and key not in copies])
+    spare = without_ignored(
+        table, [key for key in source if key not in owner and key not in copies]
+    )
     used = {key: info for key, info in source.items() if key in owner}
 
     problems += _differences({key: leaf.tensor_info for key, leaf in owner.items()}, used, owner)
@@ -145,12 +146,8 @@ def plan_to_torch(
     return Plan(tuple(_with_dtype(leaf, source[leaf.path].dtype) for leaf in leaves))
 
 
-def to_flax(plan: Plan, read: Read) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (flax path, leaf), one leaf at a time; holds one leaf and one tensor.
-
-    Args:
-      plan: what to convert.
-      read: gives the tensor of a torch key, as the plan's headers promised it.
+def as_flax(plan: Plan, source: Checkpoint) -> Checkpoint:
+    """The Flax side of a torch checkpoint: its leaves by flax path, made when they are read.
 
     Raises:
       ConversionError: if a tensor that the model ties to another differs from it.
@@ -160,58 +157,84 @@ def to_flax(plan: Plan, read: Read) -> Iterator[tuple[str, np.ndarray]]:
         [
             Problem("tied", key, f"differs from {twin}; set tie_word_embeddings to false")
             for key, twin in plan.copies
-            if not _is_same(read(key), read(twin))
+            if not is_same(source.read(key), source.read(twin))
         ],
     )
-    for leaf in plan.leaves:
-        out = np.empty(leaf.info.shape, leaf.info.dtype)
-        slots = out if leaf.rule.is_stacked else out[None]
-        for slot, key in zip(slots, leaf.keys, strict=True):
-            np.copyto(slot, leaf.rule.transform.forward(read(key)), casting="no")
-        yield leaf.path, out
+    leaves = {leaf.path: leaf for leaf in plan.leaves}
+
+    def read(path: str) -> np.ndarray:
+        leaf = leaves[path]
+        forward = leaf.rule.transform.forward
+        if not leaf.rule.is_stacked:
+            return contiguous(forward(source.read(leaf.keys[0])))
+        stacked = np.empty(leaf.info.shape, leaf.info.dtype)
+        for slot, key in zip(stacked, leaf.keys, strict=True):
+            np.copyto(slot, contiguous(forward(source.read(key))), casting="no")
+        return stacked
+
+    return Checkpoint(plan.params, read)
 
 
-def to_torch(plan: Plan, read: Read) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (torch key, contiguous tensor): the rows of `to_flax` backwards.
+def as_torch(plan: Plan, source: Checkpoint) -> Checkpoint:
+    """The torch side of Flax parameters: contiguous tensors by torch key, made when they are read.
 
-    Args:
-      plan: what to convert.
-      read: gives the leaf of a flax path, as the plan's headers promised it.
+    The layers of one leaf follow each other in `infos`; read in this order, each leaf is read once.
     """
-    for leaf in plan.leaves:
-        array = read(leaf.path)
-        parts = array if leaf.rule.is_stacked else array[None]
-        for key, part in zip(leaf.keys, parts, strict=True):
-            yield key, np.ascontiguousarray(leaf.rule.transform.inverse(part))
+    places = {key: (leaf, i) for leaf in plan.leaves for i, key in enumerate(leaf.keys)}
+    read_leaf = functools.lru_cache(maxsize=1)(source.read)
+
+    def read(key: str) -> np.ndarray:
+        leaf, i = places[key]
+        array = read_leaf(leaf.path) if leaf.rule.is_stacked else source.read(leaf.path)
+        part = array[i] if leaf.rule.is_stacked else array
+        return contiguous(leaf.rule.transform.inverse(part))
+
+    return Checkpoint(plan.tensors, read)
 
 
-def check_round_trip(
-    infos: Mapping[str, TensorInfo], read: Read, returned: Iterable[tuple[str, np.ndarray]]
-) -> None:
+def check_round_trip(before: Checkpoint, after: Checkpoint) -> None:
     """Checks that what was converted and converted back is what it was, byte for byte.
 
-    Args:
-      infos: shapes and dtypes before, by torch key or flax path.
-      read: gives what it was before.
-      returned: what came back. It proves that nothing was lost, not that every tensor found its
-        place: that is proved by comparing forward passes.
+    It proves that nothing was lost, not that every tensor found its place: that is proved by
+    comparing forward passes.
 
     Raises:
       ConversionError: naming every tensor that is missing, new or different.
     """
-    problems = []
-    missing = dict(infos)
-    for name, array in returned:
-        before = missing.pop(name, None)
-        if before is None:
+    problems = [
+        Problem("missing", name, "did not come back")
+        for name in before.infos.keys() - after.infos.keys()
+    ]
+    for name, info in after.infos.items():
+        was = before.infos.get(name)
+        if was is None:
             problems.append(Problem("new", name, "was not there before"))
-        elif (array.shape, array.dtype) != before:
-            change = f"{before.dtype}{list(before.shape)} -> {array.dtype}{list(array.shape)}"
+        elif info != was:
+            change = f"{was.dtype}{list(was.shape)} -> {info.dtype}{list(info.shape)}"
             problems.append(Problem("header", name, change))
-        elif not _is_same(array, read(name)):
+        elif not is_same(after.read(name), before.read(name)):
             problems.append(Problem("bytes", name, "other values came back"))
-    problems += [Problem("missing", name, "did not come back") for name in missing]
     raise_any("the round trip changed the checkpoint: do not use the result", problems)
+
+
+def without_ignored(table: Table, keys: Iterable[str]) -> list[str]:
+    """The torch keys that no row of `ignore` covers; logs what is left out, and why."""
+    ignored: Counter[Ignore] = Counter()
+    kept = []
+    for key in keys:
+        ignore = next((ignore for ignore in table.ignore if ignore.matches(key)), None)
+        if ignore is None:
+            kept.append(key)
+        else:
+            ignored[ignore] += 1
+    for ignore, count in ignored.items():
+        _log.info("left out: %d tensors %s (%s)", count, ignore.pattern, ignore.reason)
+    return kept
+
+
+def is_same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equality of dtype, shape and bytes: NaNs and signed zeros are told apart."""
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(_bytes(a), _bytes(b))
 
 
 def _expand(
@@ -245,19 +268,20 @@ def _with_dtype(leaf: LeafPlan, dtype: np.dtype) -> LeafPlan:
     return dataclasses.replace(leaf, info=TensorInfo(leaf.info.shape, dtype))
 
 
-def _drop_ignored(table: Table, keys: Iterable[str]) -> list[str]:
-    """The keys that no row of `ignore` covers; logs what is left out, and why."""
-    ignored: Counter[Ignore] = Counter()
-    kept = []
-    for key in keys:
-        ignore = next((ignore for ignore in table.ignore if ignore.matches(key)), None)
-        if ignore is None:
-            kept.append(key)
-        else:
-            ignored[ignore] += 1
-    for ignore, count in ignored.items():
-        _log.info("left out: %d tensors %s (%s)", count, ignore.pattern, ignore.reason)
-    return kept
+def _alien(table: Table, keys: Iterable[str]) -> list[Problem]:
+    """What is wrong with a checkpoint none of whose keys the table knows."""
+    keys = list(keys)
+    if table.num_known(keys, table.prefix_of(keys)):
+        return []
+    expected = " or ".join(repr(prefix) for prefix in table.prefixes)
+    for key in sorted(keys):
+        parts = key.split(".")
+        for i in range(1, len(parts)):
+            if table.num_known([".".join(parts[i:])], ""):
+                found = ".".join(parts[:i]) + "."
+                return [Problem("prefix", found, f"of the keys should be {expected}: rename them")]
+    example = f", but {min(keys)!r}" if keys else ": it is empty"
+    return [Problem("names", table.name, f"no key of this model is in the checkpoint{example}")]
 
 
 def _differences(
@@ -272,7 +296,8 @@ def _differences(
         if name not in got:
             problems.append(Problem("missing", name, f"{list(want.shape)}{fate}"))
         elif got[name].shape != tuple(want.shape):
-            text = f"got {list(got[name].shape)}, expected {list(want.shape)}{fate}"
+            hint = f" ({owner[name].rule.hint})" if name in owner and owner[name].rule.hint else ""
+            text = f"got {list(got[name].shape)}, expected {list(want.shape)}{fate}{hint}"
             problems.append(Problem("shape", name, text))
     return problems
 
@@ -323,10 +348,5 @@ def _unsupported_dtypes(infos: Mapping[str, TensorInfo]) -> list[Problem]:
     ]
 
 
-def _is_same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equality of dtype, shape and bytes: NaNs and signed zeros are told apart."""
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(_bytes(a), _bytes(b))
-
-
 def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return contiguous(array).reshape(-1).view(np.uint8)

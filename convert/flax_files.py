@@ -1,92 +1,156 @@
-"""Converted checkpoints on disk: DIR/config.json beside DIR/params/, an Orbax checkpoint."""
+"""Flax checkpoints on disk: DIR/config.json beside DIR/params/, an Orbax checkpoint."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
 
+from convert.checkpoint import Checkpoint, TensorInfo
 from convert.errors import Problem, raise_any
-from convert.hf_config import CONFIG, config_text
+from convert.hf_config import CONFIG
 from convert.paths import replacing
-from convert.rules import TensorInfo
 from convert.trees import flatten, unflatten
 
 _PARAMS = "params"
+_MARKER = "_CHECKPOINT_METADATA"  # in every finished Orbax checkpoint
 
 
 def is_flax_folder(path: str | Path) -> bool:
-    """Whether `save_params` wrote this folder."""
-    return (Path(path) / _PARAMS / "_CHECKPOINT_METADATA").exists()
+    """Whether `write_flax` wrote this folder."""
+    return (Path(path) / _PARAMS / _MARKER).exists()
 
 
-def save_params(
-    dst: str | Path, tree: Mapping[str, Any], config: Mapping[str, Any] | str, *, overwrite=False
-) -> None:
-    """Writes a converted checkpoint; the folder appears when it is complete.
+def open_flax(src: str | Path) -> Checkpoint:
+    """Opens a folder that `write_flax` wrote without reading its leaves.
 
-    Only the calling process takes part: with several, call it on the first.
+    Raises:
+      ValueError: if it is none, or not complete.
+    """
+    return open_orbax(_params_of(src))
+
+
+def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
+    """Opens an Orbax checkpoint of a tree.
 
     Args:
-      dst: the folder.
-      tree: nested dict of arrays, each wholly on this host.
-      config: what goes into config.json; a text is kept as it is.
-      overwrite: replaces a folder that an earlier conversion wrote.
+      path: the folder that Orbax wrote.
+      subtree: only the leaves below this path, "params/" for example, and named without it.
     """
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix="save_params"
-    )
-    with replacing(Path(dst).resolve(), overwrite=overwrite) as part:
-        part.mkdir()
-        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(part / _PARAMS, jax.tree.map(np.asarray, tree))
-        (part / CONFIG).write_text(config_text(config), "utf-8")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata: Any = checkpointer.metadata(path).item_metadata
+    if metadata is None:
+        raise ValueError(f"{path} is not a complete Orbax checkpoint")
+    found = {
+        p.removeprefix(subtree): m
+        for p, m in flatten(dict(metadata)).items()
+        if p.startswith(subtree)
+    }
+    infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
+
+    def read(leaf: str) -> np.ndarray:
+        # A shape for Orbax to fill, without memory behind it.
+        like = np.broadcast_to(np.zeros((), infos[leaf].dtype), infos[leaf].shape)
+        item = unflatten({subtree + leaf: like})
+        args = ocp.args.PyTreeRestore(item, partial_restore=True)
+        return flatten(_restore(path, ocp.PyTreeCheckpointHandler(), args))[subtree + leaf]
+
+    return Checkpoint(infos, read)
 
 
-def load_params(src: str | Path, abstract: Any = None) -> dict:
-    """Reads the parameters of a converted checkpoint.
+def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
+    """Reads the parameters of a folder straight into their shards.
 
     Args:
       src: the folder.
-      abstract: nested dict of ShapeDtypeStructs with shardings, to get arrays sharded like that;
-        None gives numpy arrays.
+      abstract: nested dict of ShapeDtypeStructs with shardings.
 
     Raises:
       ConversionError: if names, shapes or dtypes differ from `abstract`. Orbax itself would cast.
       ValueError: if it is no converted checkpoint, or files are missing or cut off.
     """
-    infos = param_infos(src)
-    if abstract is None:
-        # Shapes for Orbax to fill, without memory behind them.
-        leaves = {p: np.broadcast_to(np.zeros((), i.dtype), i.shape) for p, i in infos.items()}
-        abstract = unflatten(leaves)
-    else:
-        _check_same(Path(src), infos, flatten(abstract))
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            return checkpointer.restore(_params_of(src), abstract)
-        except ValueError as error:
-            raise ValueError(f"{src}: params/ is damaged: {error}") from error
+    _check_same(Path(src), open_flax(src).infos, flatten(abstract))
+    args = ocp.args.StandardRestore(abstract)
+    return _restore(_params_of(src), ocp.StandardCheckpointHandler(), args)
 
 
-def param_infos(src: str | Path) -> dict[str, TensorInfo]:
-    """Shape and dtype of every leaf by flax path, from the metadata alone."""
-    params = _params_of(src)
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata: Any = checkpointer.metadata(params).item_metadata
-    if metadata is None:
-        raise ValueError(f"{src}: params/ is not a complete Orbax checkpoint")
-    leaves = flatten(dict(metadata))
-    return {path: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for path, m in leaves.items()}
+def write_flax(
+    dst: str | Path, checkpoint: Checkpoint, config_text: str, *, overwrite: bool = False
+) -> None:
+    """Writes a folder, one leaf at a time; it appears when it is complete.
+
+    Only the calling process takes part: with several, call it on the first.
+
+    Args:
+      dst: the folder.
+      checkpoint: every leaf by flax path, each wholly on this host.
+      config_text: of the config.json.
+      overwrite: replaces a folder that an earlier conversion wrote.
+    """
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix="write_flax"
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_compression=False,  # weights hardly shrink, and it takes half of the time
+        multiprocessing_options=alone,
+        type_handler_registry=type_handlers.create_type_handler_registry(
+            (_Leaf, _LeafHandler(deepcopy_host_arrays=False)),
+            (jax.Array, type_handlers.ArrayHandler()),  # unused, but Orbax warns without one
+        ),
+    )
+    tree = unflatten({path: _Leaf(checkpoint, path) for path in checkpoint.infos})
+    with replacing(Path(dst).resolve(), overwrite=overwrite) as part:
+        part.mkdir()
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(tree))
+        (part / CONFIG).write_text(config_text, "utf-8")
+
+
+class _Leaf:
+    """A leaf that is not there yet."""
+
+    def __init__(self, checkpoint: Checkpoint, path: str) -> None:
+        self.shape, self.dtype = checkpoint.infos[path]
+        self.nbytes = checkpoint.infos[path].nbytes
+        self._checkpoint, self._path = checkpoint, path
+
+    def read(self) -> np.ndarray:
+        return self._checkpoint.read(self._path)
+
+
+class _LeafHandler(type_handlers.NumpyHandler):
+    """Reads a leaf, writes it as a numpy array and forgets it before it reads the next one."""
+
+    async def serialize(
+        self,
+        values: Sequence[_Leaf],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.read()], [info], [arg]):
+                await asyncio.to_thread(written.result)
+        return []
 
 
 def _params_of(src: str | Path) -> Path:
     if not is_flax_folder(src):
-        raise ValueError(f"{src} is not a converted checkpoint: expected config.json and params/")
+        raise ValueError(f"{src} is not a converted checkpoint: expected {CONFIG} and {_PARAMS}/")
     return Path(src).resolve() / _PARAMS
+
+
+def _restore(path: Path, handler: Any, args: Any) -> dict:
+    with ocp.Checkpointer(handler) as checkpointer:
+        try:
+            return checkpointer.restore(path, args)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _check_same(src: Path, infos: Mapping[str, TensorInfo], wanted: Mapping[str, Any]) -> None:

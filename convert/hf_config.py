@@ -15,7 +15,7 @@ from flax_projector.config import (
     SAMPLE_RATE,
     LlamaConfig,
     ProjectorConfig,
-    PromptConfig,
+    TrainConfig,
     WhisperConfig,
 )
 
@@ -98,35 +98,31 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     return _parse(LlamaConfig, flat, _LLAMA_ONLY, where)
 
 
-def projector_config_dict(
-    config: ProjectorConfig,
-    *,
-    encoder_id: str,
-    llm_id: str,
-    dtype: str,
-    prompt: PromptConfig | None = None,
-) -> dict[str, Any]:
-    """A config.json for a projector that we trained, with upstream's field names.
+def projector_config_dict(config: ProjectorConfig, *, dtype: str) -> dict[str, Any]:
+    """A config.json for a projector alone, with upstream's field names.
 
     Args:
       config: of the projector. Its `rms_norm_eps` is written although upstream does not read it.
-      encoder_id: hub id or folder of the encoder.
-      llm_id: hub id or folder of the LLM.
       dtype: of the projector's weights.
-      prompt: that it was trained with.
     """
-    prompt = prompt or PromptConfig()
     return {
         "model_type": "asr_model",
         "architectures": ["ASRModel"],
-        "audio_model_id": encoder_id,
-        "text_model_id": llm_id,
         "audio_sample_rate": SAMPLE_RATE,
         "model_dtype": dtype,
         "projector_type": "residual",
-        "system_prompt": prompt.system,
-        "user_prompt": f"{prompt.user}<audio>",
         **asdict(config),
+    }
+
+
+def run_config_dict(config: TrainConfig) -> dict[str, Any]:
+    """A config.json for the projector of a training run: f32, with its towers and its prompt."""
+    return {
+        **projector_config_dict(config.projector, dtype="float32"),
+        "audio_model_id": config.encoder,
+        "text_model_id": config.llm,
+        "system_prompt": config.prompt.system,
+        "user_prompt": f"{config.prompt.user}<audio>",
     }
 
 
@@ -167,9 +163,7 @@ def read_config_text(path: str | Path) -> str:
     """
     file = config_file(path)
     if not file.exists():
-        raise ValueError(
-            f"{file} does not exist: shapes alone do not describe the model, put its {CONFIG} there"
-        )
+        raise ValueError(f"{file} does not exist")
     text = file.read_text("utf-8")
     try:
         is_object = isinstance(json.loads(text), dict)
@@ -192,6 +186,25 @@ def with_dtype(text: str, dtype: str) -> str:
     data = json.loads(text)
     changes = {name: dtype for name in _DTYPE_FIELDS if data.get(name) not in (None, dtype)}
     return config_text({**data, **changes}) if changes else text
+
+
+def with_fields(text: str, given: Json, where: str) -> str:
+    """The text of a config.json with fields that it lacks; unchanged if it lacks none.
+
+    Raises:
+      ConversionError: if it says something else about one of them.
+    """
+    data = json.loads(text)
+    raise_any(
+        f"{where} says something else",
+        [
+            Problem("contradiction", name, f"it says {data[name]!r}, you say {value!r}")
+            for name, value in given.items()
+            if data.get(name) not in (None, value)
+        ],
+    )
+    new = {name: value for name, value in given.items() if data.get(name) is None}
+    return config_text({**data, **new}) if new else text
 
 
 def _parse(

@@ -11,11 +11,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from convert import engine
-from convert.flax_files import is_flax_folder, load_params, param_infos
-from convert.models import PROJECTOR, ModelKind
-from convert.progress import with_progress
-from convert.torch_files import open_checkpoint
+from convert.checkpoint import TensorInfo
+from convert.errors import Problem, raise_any
+from convert.flax_files import is_flax_folder, load_params, open_flax
+from convert.models import PROJECTOR, ModelKind, config_text_of
+from convert.sources import open_source
 from convert.trees import flatten, unflatten
+from flax_projector.config import ProjectorConfig
 
 _log = logging.getLogger(__name__)
 
@@ -66,20 +68,38 @@ def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -
     if is_flax_folder(path):
         return _load_flax(path, abstract)
     target = flatten(abstract)
-    checkpoint = open_checkpoint(path)
-    plan = engine.plan_to_flax(kind.table, checkpoint.infos, target)
-    _log_casts(path, plan.params, target)
-    leaves = with_progress(
-        engine.to_flax(plan, checkpoint.read),
-        plan.nbytes,
-        f"loading {kind.name}",
-        is_quiet=jax.process_index() > 0,
-    )
-    return unflatten({p: _place(array, target[p]) for p, array in leaves})
+    source = open_source(path)
+    leaves = source.checkpoint
+    if source.side == "torch":
+        plan = engine.plan_to_flax(kind.table, leaves.infos, target)
+        leaves = engine.as_flax(plan, leaves)
+    _log_casts(path, leaves.infos, target)
+    with leaves.with_progress(f"loading {kind.name}", is_quiet=jax.process_index() > 0) as shown:
+        return unflatten({p: _place(shown.read(p), leaf) for p, leaf in target.items()})
 
 
-def load_projector(path: str | Path, abstract: Mapping[str, Any]) -> dict:
-    """Loads a projector: `load_tower`, whichever form it has."""
+def load_projector(path: str | Path, config: ProjectorConfig, abstract: Mapping[str, Any]) -> dict:
+    """Loads a projector, whichever form it has, into the run that wants to go on with it.
+
+    Args:
+      path: anything that `python -m convert` reads.
+      config: of the run.
+      abstract: nested dict of ShapeDtypeStructs with shardings, of the same config.
+
+    Raises:
+      ConversionError: if the checkpoint does not have exactly these leaves, or its config.json says
+        that it computes something else.
+    """
+    source = open_source(path)
+    if source.config_text is not None:
+        theirs = PROJECTOR.parse_text(config_text_of(source, PROJECTOR, {}), str(path))
+        raise_any(
+            f"{path} is another projector than the run's",
+            [
+                Problem("config", name, f"the checkpoint has {a!r}, the run {b!r}")
+                for name, (a, b) in theirs.differences(config).items()
+            ],
+        )
     return load_tower(PROJECTOR, path, abstract)
 
 
@@ -91,7 +111,7 @@ def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _load_flax(path: str | Path, abstract: Mapping[str, Any]) -> dict:
     target = flatten(abstract)
-    infos = param_infos(path)
+    infos = open_flax(path).infos
     _log_casts(path, infos, target)
     stored = {  # as on disk: Orbax would cast without a word
         p: jax.ShapeDtypeStruct(
@@ -104,10 +124,12 @@ def _load_flax(path: str | Path, abstract: Mapping[str, Any]) -> dict:
 
 
 def _log_casts(
-    path: str | Path, source: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct]
+    path: str | Path,
+    source: Mapping[str, TensorInfo],
+    target: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
     casts = {
-        f"{np.dtype(source[p].dtype)} -> {np.dtype(leaf.dtype)}"
+        f"{source[p].dtype} -> {np.dtype(leaf.dtype)}"
         for p, leaf in target.items()
         if p in source and source[p].dtype != leaf.dtype
     }

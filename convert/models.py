@@ -1,7 +1,7 @@
 """The models that can be converted: a table, a config and a module each."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import jax
 
 from convert import hf_config, tables
-from convert.flax_files import is_flax_folder, param_infos
-from convert.rules import Table, TensorInfo
-from convert.torch_files import open_checkpoint
+from convert.checkpoint import TensorInfo
+from convert.infer import infer_projector
+from convert.rules import Table
+from convert.sources import Source
 from convert.trees import flatten
 from flax_projector.llama import abstract_decoder
 from flax_projector.projector import abstract_projector
@@ -27,12 +28,15 @@ class ModelKind:
       table: names and transforms.
       parse_config: config.json, and what to call it in messages, -> dataclass.
       abstract_params: dataclass -> nested dict of ShapeDtypeStructs; takes `param_dtype`, `mesh`.
+      infer_config: shapes without prefix, what the user says, and what to call the file -> what the
+        config.json would be; None if shapes do not tell enough.
     """
 
     model_type: str
     table: Table
     parse_config: Callable[[hf_config.Json, str], Any]
     abstract_params: Callable[..., dict]
+    infer_config: Callable[[Mapping[str, TensorInfo], hf_config.Json, str], dict] | None = None
 
     @property
     def name(self) -> str:
@@ -41,15 +45,20 @@ class ModelKind:
 
     def read_config(self, path: str | Path) -> Any:
         """The dataclass of the config.json in a folder, or beside a file."""
-        data = json.loads(hf_config.read_config_text(path))
-        return self.parse_config(data, str(path))
+        return self.parse_text(hf_config.read_config_text(path), str(path))
+
+    def parse_text(self, text: str, where: str) -> Any:
+        """The dataclass of the text of a config.json."""
+        return self.parse_config(json.loads(text), where)
 
     def leaves(self, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Every leaf of the model, by flax path."""
         return flatten(self.abstract_params(config))
 
 
-PROJECTOR = ModelKind("asr_model", tables.PROJECTOR, hf_config.parse_projector, abstract_projector)
+PROJECTOR = ModelKind(
+    "asr_model", tables.PROJECTOR, hf_config.parse_projector, abstract_projector, infer_projector
+)
 WHISPER_ENCODER = ModelKind(
     "whisper", tables.WHISPER_ENCODER, hf_config.parse_whisper, abstract_encoder
 )
@@ -58,34 +67,50 @@ LLAMA = ModelKind("llama", tables.LLAMA, hf_config.parse_llama, abstract_decoder
 KINDS = (PROJECTOR, WHISPER_ENCODER, LLAMA)
 
 
-def detect(path: str | Path) -> ModelKind:
-    """Finds out what a folder or file holds: by its config.json, or by the names of its tensors.
+def detect(source: Source) -> ModelKind:
+    """Finds out which model it is: by its config.json, or by the names of its tensors.
 
     Raises:
       ValueError: if it is none of `KINDS`.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if hf_config.config_file(path).exists():
-        model_type = json.loads(hf_config.read_config_text(path)).get("model_type")
+    if source.config_text is not None:
+        model_type = json.loads(source.config_text).get("model_type")
         found = [kind for kind in KINDS if kind.model_type == model_type]
         evidence = f"its config.json says model_type {model_type!r}"
     else:
-        keys = read_infos(path)
-        matches = {kind: _num_known(kind.table, keys) for kind in KINDS}
+        keys = source.checkpoint.infos
+        matches = {kind: kind.table.num_known(keys, kind.table.prefix_of(keys)) for kind in KINDS}
         found = [kind for kind, count in matches.items() if count == max(matches.values()) > 0]
         evidence = f"the names of its {len(keys)} tensors do not tell"
     if len(found) != 1:
         known = ", ".join(f"{kind.name} ({kind.model_type!r})" for kind in KINDS)
-        raise ValueError(f"{path} is no model that can be converted: {evidence}; known are {known}")
+        raise ValueError(
+            f"{source.path} is no model that can be converted: {evidence}; known are {known}"
+        )
     return found[0]
 
 
-def read_infos(path: str | Path) -> dict[str, TensorInfo]:
-    """Shape and dtype of every tensor or leaf in a checkpoint of either side, from its headers."""
-    return param_infos(path) if is_flax_folder(path) else dict(open_checkpoint(path).infos)
+def config_text_of(source: Source, kind: ModelKind, given: hf_config.Json) -> str:
+    """The config.json of a source: its own with what the user adds, or inferred from shapes.
 
+    Args:
+      source: of which model.
+      kind: that `detect` found.
+      given: fields that the user says.
 
-def _num_known(table: Table, keys: dict[str, TensorInfo]) -> int:
-    return table.num_known(keys, table.prefix_of(keys))
+    Raises:
+      ValueError: if it contradicts `given`, or if there is none and shapes do not tell enough.
+    """
+    where = str(source.path)
+    if kind.infer_config is None and given:
+        raise ValueError(f"{where} is a {kind.name}: {', '.join(given)} belong to projectors")
+    if source.config_text is not None:
+        return hf_config.with_fields(source.config_text, given, where)
+    if kind.infer_config is None:
+        raise ValueError(
+            f"{hf_config.config_file(where)} does not exist: shapes alone do not describe a "
+            f"{kind.name}, put its config.json there"
+        )
+    prefix = kind.table.prefix_of(source.checkpoint.infos)
+    bare = {key.removeprefix(prefix): info for key, info in source.checkpoint.infos.items()}
+    return hf_config.config_text(kind.infer_config(bare, given, where))

@@ -2,34 +2,13 @@
 
 import fnmatch
 import functools
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
 _NUMBER = r"(0|[1-9]\d*)"  # no leading zeros: "01" would not come back as it was
-
-
-class TensorInfo(NamedTuple):
-    """What a file's header tells about a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor's data, in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -96,12 +75,14 @@ class Rule:
         with "{i}" in `torch` only, the layers are stacked on axis 0 of one leaf.
       transform: of each tensor, before stacking.
       at_root: the key stands beside the prefix instead of under it.
+      hint: which fields of the config its shape comes from, for messages.
     """
 
     torch: str
     flax: str
     transform: Transform
     at_root: bool = False
+    hint: str = ""
 
     def __post_init__(self) -> None:
         if self.torch.count("{i}") > 1 or self.flax.count("{i}") > self.torch.count("{i}"):

@@ -14,7 +14,7 @@ PROJECTOR = Table(
     name="projector",
     prefixes=("projector.", ""),
     rules=(
-        Rule("input_proj.weight",      "input_proj/kernel",     transpose()),  # [D, k*E] <-> [k*E, D]
+        Rule("input_proj.weight",      "input_proj/kernel",     transpose(), hint="llm_dim, projector_pool_stride x encoder_dim"),  # [D, k*E] <-> [k*E, D]
         Rule("input_proj.bias",        "input_proj/bias",       IDENTITY),     # [D]
         Rule("ln_input.weight",        "ln_input/scale",        IDENTITY),     # [D]
         Rule("layers.{i}.fc1.weight",  "layers_{i}/fc1/kernel", transpose()),  # [F, D] <-> [D, F]

@@ -2,17 +2,17 @@
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
 from convert.paths import replacing
-from convert.rules import DTYPES, TensorInfo
 
 WEIGHTS = "model.safetensors"
 
@@ -22,7 +22,7 @@ _FOLDER_FORMS = (  # what a folder may hold, best first
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _SAFETENSORS_DTYPES = {
     "F32": DTYPES["float32"],
     "F16": DTYPES["float16"],
@@ -37,99 +37,124 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint.
-
-    Attributes:
-      infos: shape and dtype of every tensor, from the headers.
-      read: gives one tensor.
-      metadata: texts in the header of a safetensors file.
-    """
-
-    infos: Mapping[str, TensorInfo]
-    read: Callable[[str], np.ndarray]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def cast(self, dtype: np.dtype) -> "Checkpoint":
-        """The same tensors, converted to `dtype` when they are read."""
-        infos = {key: TensorInfo(info.shape, dtype) for key, info in self.infos.items()}
-        return Checkpoint(infos, lambda key: self.read(key).astype(dtype), self.metadata)
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_torch(path: str | Path) -> Checkpoint:
     """Opens a checkpoint without reading its tensors.
 
     Args:
-      path: a `.safetensors`, `.pt`, `.pth` or `.bin` file, an `.index.json` of a sharded set, or an
-        HF folder with one of these.
+      path: a safetensors file, a file of `torch.save`, an `.index.json` of a sharded set, or an HF
+        folder with one of these. A file's first bytes tell which it is, not its name.
 
     Raises:
       ValueError: naming the path, if it is none of these, damaged, or needs unpickling.
     """
     path = Path(path)
     if path.is_dir():
-        return open_checkpoint(_weights_in(path))
+        return open_torch(_weights_in(path))
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
-    if path.suffix == ".safetensors":
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" or path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix in _TORCH_SUFFIXES:
-        return _open_torch(path)
+    is_pickle = start[:1] == pickle.PROTO
+    if zipfile.is_zipfile(path) or is_pickle or path.suffix in TORCH_SUFFIXES:
+        return _open_pickled(path, is_pickle)
     raise ValueError(
-        f"{path} is not a checkpoint: expected an HF folder, .safetensors, .index.json or one of "
-        f"{', '.join(_TORCH_SUFFIXES)}"
+        f"{path} is not a checkpoint: expected an HF folder, a safetensors file, an .index.json or "
+        "a file of torch.save"
     )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `open_torch` finds something to open in the folder."""
+    return _find_weights(folder) is not None
 
 
 def write_safetensors(
     path: str | Path,
-    tensors: Mapping[str, np.ndarray],
+    checkpoint: Checkpoint,
     *,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes tensors as Hugging Face does, sorted by name; the file appears when it is complete.
+    """Writes what `safetensors.numpy.save_file` writes, but one tensor at a time.
+
+    The library wants all tensors in memory. The file appears when it is complete.
 
     Args:
       path: of the file.
-      tensors: by torch key.
-      metadata: texts for the header; None writes {"format": "pt"}.
+      checkpoint: tensors by torch key, read in the order of its `infos`.
+      metadata: texts for the header; None writes {"format": "pt"}, as Hugging Face does.
       overwrite: replaces an existing file.
     """
-    # safetensors 0.8.0 writes views (a transposed kernel) scrambled, without an error.
-    ordered = {key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offsets, end = {}, 0
+    # The library's order: the widest dtypes first, so that every tensor is aligned; then by name.
+    for key, info in sorted(checkpoint.infos.items(), key=lambda x: (-x[1].dtype.itemsize, x[0])):
+        offsets[key], end = end, end + info.nbytes
+        header[key] = {
+            "dtype": codes[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offsets[key], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path), overwrite=overwrite) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in checkpoint.infos:
+            file.seek(8 + len(text) + offsets[key])
+            file.write(contiguous(checkpoint.read(key)).reshape(-1).view(np.uint8).data)
+
+
+def write_torch(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
+    """Writes a file of `torch.save`: a dictionary of tensors, sorted by name.
+
+    torch has no writer for one tensor at a time: memory holds all of them.
+    """
+    import torch  # only these files need it
+
+    state = {key: _to_tensor(checkpoint.read(key)) for key in checkpoint.infos}
     with replacing(Path(path), overwrite=overwrite) as part:
-        part.touch()
-        mode = part.stat().st_mode
-        save_file(ordered, part, dict(metadata or {"format": "pt"}))
-        part.chmod(mode)  # safetensors leaves the file unreadable for others, whatever the umask
+        torch.save(dict(sorted(state.items())), part)
 
 
-def _weights_in(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path | None:
     """The file to open in an HF folder."""
     for name in _FOLDER_FORMS:
         if (folder / name).exists():
             return folder / name
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    found = ", ".join(file.name for file in files) or "none of them and no other .safetensors"
+    return files[0] if len(files) == 1 else None
+
+
+def _weights_in(folder: Path) -> Path:
+    if found := _find_weights(folder):
+        return found
+    files = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
     raise ValueError(
         f"{folder} is not a PyTorch checkpoint: expected one of {', '.join(_FOLDER_FORMS)}; "
-        f"found {found}"
+        f"found {files or 'none of them and no other .safetensors'}"
     )
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
     try:
-        file = safe_open(path, framework="np")
+        with safe_open(path, framework="np") as file:
+            keys = file.keys()
+            infos = {key: _header(path, key, file.get_slice(key)) for key in keys}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    infos = {key: _header(path, key, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
-    return Checkpoint(infos, file.get_tensor, file.metadata() or {})
+
+    def read(key: str) -> np.ndarray:
+        # Opened for each tensor: the file is mapped, and what was read counts until it is closed.
+        with safe_open(path, framework="np") as file:
+            return file.get_tensor(key)
+
+    return Checkpoint(infos, read, metadata)
 
 
 def _header(path: Path, key: str, tensor: Any) -> TensorInfo:
@@ -145,9 +170,7 @@ def _open_sharded(index: Path) -> Checkpoint:
         weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not the index of a checkpoint: {error!r}") from error
-    shards = {
-        name: open_checkpoint(index.parent / name) for name in sorted(set(weight_map.values()))
-    }
+    shards = {name: open_torch(index.parent / name) for name in sorted(set(weight_map.values()))}
     held = {key: name for name, shard in shards.items() for key in shard.infos}
     wrong = sorted(
         key for key in weight_map.keys() | held.keys() if weight_map.get(key) != held.get(key)
@@ -158,23 +181,26 @@ def _open_sharded(index: Path) -> Checkpoint:
     return Checkpoint(infos, lambda key: shards[weight_map[key]].read(key))
 
 
-def _open_torch(path: Path) -> Checkpoint:
+def _open_pickled(path: Path, is_pickle: bool) -> Checkpoint:
     import torch  # only these files need it
 
+    is_zip = zipfile.is_zipfile(path)  # since torch 1.6; only this format can be mapped
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # about what is refused a line later
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
+        if not is_zip and not is_pickle:
+            raise ValueError(f"{path} is not a complete file of torch.save") from error
         raise ValueError(
             f"{path} needs unpickling, which can run any code: refused. Save only tensors in it, "
             "torch.save(model.state_dict(), path), or use safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a complete file of torch.save (its zip format): {error}"
-        ) from error
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        raise ValueError(f"{path} is not a complete file of torch.save: {error!r}") from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        inside = f" of {', '.join(map(str, list(state)[:9]))}" if isinstance(state, dict) else ""
         raise ValueError(
-            f"{path} holds {type(state).__name__}, expected a dictionary of tensors: save "
+            f"{path} holds {type(state).__name__}{inside}, expected a dictionary of tensors: save "
             "model.state_dict()"
         )
     infos = {key: _torch_info(path, key, tensor) for key, tensor in state.items()}
@@ -195,3 +221,11 @@ def _to_numpy(tensor: Any, info: TensorInfo) -> np.ndarray:
     # By way of its bytes: torch cannot make a numpy array of bfloat16.
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return data.view(info.dtype).reshape(info.shape)
+
+
+def _to_tensor(array: np.ndarray) -> Any:
+    import torch
+
+    dtype = getattr(torch, array.dtype.name)
+    data = torch.from_numpy(contiguous(array).reshape(-1).view(np.uint8))
+    return data.view(dtype).reshape(array.shape)

@@ -1,9 +1,11 @@
 """The projector in PyTorch."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from convert.checkpoint import Checkpoint
 from flax_projector.config import ProjectorConfig
 
 
@@ -58,6 +60,26 @@ class ResidualAudioProjector(nn.Module):
         self.layer_norms = nn.ModuleList(RMSNorm(c.llm_dim, c.rms_norm_eps) for _ in depth)
         self.output_dropout = nn.Dropout(c.projector_dropout)
         self.apply(self._init_linear)
+
+    @classmethod
+    def from_tensors(cls, config: ProjectorConfig, tensors: Checkpoint) -> "ResidualAudioProjector":
+        """A projector in f32, for inference.
+
+        Args:
+          config: of the checkpoint.
+          tensors: by torch key, with or without the prefix "projector.".
+
+        Raises:
+          RuntimeError: if a key is missing or unexpected, or a shape differs.
+        """
+        with torch.device("meta"):  # nothing is drawn that is overwritten at once
+            module = cls(config)
+        state = {
+            key.removeprefix("projector."): torch.from_numpy(tensors.read(key).astype(np.float32))
+            for key in tensors.infos
+        }
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.eval()
 
     def _init_linear(self, module: nn.Module) -> None:
         """Normal weights and zero biases; fc2 near zero, so that a block starts as the identity."""

@@ -40,7 +40,7 @@ class Listener:
         self.config = dataclasses.replace(config, data=data)
         self.loaded = load_model(self.config, make_mesh(config.mesh))
         abstract = abstract_projector(config.projector, mesh=self.loaded.mesh)
-        self.projector_params = load_projector(run / "projector", abstract)
+        self.projector_params = load_projector(run / "projector", config.projector, abstract)
         self._params = (self.projector_params, *self.loaded.frozen)
         self._evaluator = make_evaluator(self.loaded, self.config)
 

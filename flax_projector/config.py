@@ -94,6 +94,18 @@ class ProjectorConfig:
         """Width of the residual MLPs, resolved."""
         return self.projector_hidden_dim or 4 * self.llm_dim
 
+    def differences(self, other: "ProjectorConfig") -> dict[str, tuple[Any, Any]]:
+        """Fields in which another config makes another function: name -> (ours, the other's).
+
+        Dropout and initialisation belong to training; a width may be given or derived.
+        """
+        names = ("encoder_dim", "llm_dim", "hidden_dim", "projector_pool_stride")
+        return {
+            name: (getattr(self, name), getattr(other, name))
+            for name in (*names, "projector_num_layers", "rms_norm_eps")
+            if getattr(self, name) != getattr(other, name)
+        }
+
 
 @dataclass(frozen=True)
 class WhisperConfig:

@@ -16,15 +16,17 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from convert.checkpoint import DTYPES, TensorInfo, in_memory
 from convert.errors import ConversionError
-from convert.flax_files import is_flax_folder, load_params, param_infos, save_params
+from convert.flax_files import is_flax_folder, load_params, open_flax, write_flax
 from convert.load import load_projector, load_tower, resolve_model
 from convert.models import LLAMA, PROJECTOR, detect
 from convert.paths import replacing
-from convert.rules import DTYPES, TensorInfo
-from convert.torch_files import open_checkpoint, write_safetensors
+from convert.sources import open_source
+from convert.torch_files import open_torch, write_safetensors
 from convert.trees import flatten, unflatten
 from flax_projector.config import LlamaConfig, ProjectorConfig
+from tests.tiny import read_all
 
 REPO = Path(__file__).parents[1]
 PROJECTOR_CONFIG = ProjectorConfig(5, 8, projector_pool_stride=3, projector_hidden_dim=11)
@@ -43,11 +45,6 @@ def assert_same(got: dict, expected: dict) -> None:
     for name, array in expected.items():
         assert got[name].dtype == array.dtype, name
         np.testing.assert_array_equal(np.asarray(got[name]), array, name)
-
-
-def read_all(path) -> dict[str, np.ndarray]:
-    checkpoint = open_checkpoint(path)
-    return {key: checkpoint.read(key) for key in checkpoint.infos}
 
 
 def write_projector(folder: Path, dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -69,37 +66,43 @@ def write_projector(folder: Path, dtype: Any = np.float32) -> dict[str, np.ndarr
     rng = np.random.default_rng(1)
     tensors = {f"projector.{k}": rng.normal(size=s).astype(dtype) for k, s in shapes.items()}
     folder.mkdir(exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensors)
+    write_safetensors(folder / "model.safetensors", in_memory(tensors))
     return tensors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_safetensors_come_back(tmp_path, dtype) -> None:
     tensors = random_tensors(DTYPES[dtype])
-    write_safetensors(tmp_path / "x.safetensors", tensors)
-    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+    write_safetensors(tmp_path / "x.safetensors", in_memory(tensors))
+    checkpoint = open_torch(tmp_path / "x.safetensors")
     assert checkpoint.infos == {k: TensorInfo(t.shape, t.dtype) for k, t in tensors.items()}
     assert checkpoint.metadata == {"format": "pt"}
-    assert_same(read_all(tmp_path / "x.safetensors"), tensors)
+    assert_same(read_all(open_torch(tmp_path / "x.safetensors")), tensors)
 
 
 def test_views_are_written_in_order(tmp_path) -> None:
     kernel = np.arange(15, dtype=np.float32).reshape(3, 5)
-    write_safetensors(tmp_path / "x.safetensors", {"a": kernel.T, "b": kernel[:, ::2]})
+    write_safetensors(tmp_path / "x.safetensors", in_memory({"a": kernel.T, "b": kernel[:, ::2]}))
     assert_same(load_file(tmp_path / "x.safetensors"), {"a": kernel.T, "b": kernel[:, ::2]})
 
 
 def test_order_of_tensors_does_not_change_the_file(tmp_path) -> None:
     tensors = random_tensors()
-    write_safetensors(tmp_path / "1.safetensors", tensors)
-    write_safetensors(tmp_path / "2.safetensors", dict(reversed(tensors.items())))
+    write_safetensors(tmp_path / "1.safetensors", in_memory(tensors))
+    write_safetensors(tmp_path / "2.safetensors", in_memory(dict(reversed(tensors.items()))))
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
 
 
 def test_written_file_is_as_readable_as_any_other(tmp_path) -> None:
-    write_safetensors(tmp_path / "x.safetensors", random_tensors())
+    write_safetensors(tmp_path / "x.safetensors", in_memory(random_tensors()))
     (tmp_path / "other").touch()
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def write_tree(folder: Path, tree: dict, **kwargs: Any) -> None:
+    """A Flax folder of these arrays."""
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+    write_flax(folder, in_memory(leaves), '{"b": 1}', **kwargs)
 
 
 def write_sharded(folder: Path) -> dict[str, np.ndarray]:
@@ -115,28 +118,28 @@ def write_sharded(folder: Path) -> dict[str, np.ndarray]:
 
 def test_sharded_set_reads_as_one(tmp_path) -> None:
     tensors = write_sharded(tmp_path)
-    assert_same(read_all(tmp_path), tensors)
-    assert_same(read_all(tmp_path / "model.safetensors.index.json"), tensors)
+    assert_same(read_all(open_torch(tmp_path)), tensors)
+    assert_same(read_all(open_torch(tmp_path / "model.safetensors.index.json")), tensors)
 
 
 def test_missing_shard_is_named(tmp_path) -> None:
     write_sharded(tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-1.safetensors does not exist"):
-        open_checkpoint(tmp_path)
+        open_torch(tmp_path)
 
 
 def test_index_that_disagrees_with_its_files_is_an_error(tmp_path) -> None:
     write_sharded(tmp_path)
     save_file({"c": np.ones(3)}, tmp_path / "model-1.safetensors")
     with pytest.raises(ValueError, match=r"index.json and its files disagree about a.bias, c"):
-        open_checkpoint(tmp_path)
+        open_torch(tmp_path)
 
 
 def test_broken_index_is_an_error(tmp_path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"index.json is not the index of a checkpoint"):
-        open_checkpoint(tmp_path)
+        open_torch(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -152,16 +155,16 @@ def test_broken_index_is_an_error(tmp_path) -> None:
 )
 def test_damaged_safetensors_are_refused_by_name(tmp_path, damage) -> None:
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, random_tensors())
+    write_safetensors(path, in_memory(random_tensors()))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"x\.safetensors is not a complete safetensors file"):
-        open_checkpoint(path)
+        open_torch(path)
 
 
 def test_tensor_of_unknown_dtype_is_named(tmp_path) -> None:
     save_file({"a": np.ones(3, ml_dtypes.float8_e4m3fn)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="tensor a has dtype F8_E4M3"):
-        open_checkpoint(tmp_path / "x.safetensors")
+        open_torch(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -175,15 +178,15 @@ def test_tensor_of_unknown_dtype_is_named(tmp_path) -> None:
 def test_what_is_no_checkpoint_is_refused(tmp_path, name, message) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=message):
-        open_checkpoint(tmp_path / name)
+        open_torch(tmp_path / name)
 
 
 def test_folder_with_one_safetensors_of_any_name_is_a_checkpoint(tmp_path) -> None:
-    write_safetensors(tmp_path / "projector.safetensors", random_tensors())
-    assert_same(read_all(tmp_path), random_tensors())
-    write_safetensors(tmp_path / "other.safetensors", random_tensors())
+    write_safetensors(tmp_path / "projector.safetensors", in_memory(random_tensors()))
+    assert_same(read_all(open_torch(tmp_path)), random_tensors())
+    write_safetensors(tmp_path / "other.safetensors", in_memory(random_tensors()))
     with pytest.raises(ValueError, match=r"found other\.safetensors, projector\.safetensors"):
-        open_checkpoint(tmp_path)
+        open_torch(tmp_path)
 
 
 @pytest.mark.torch
@@ -195,7 +198,7 @@ def test_torch_files_come_back(tmp_path, suffix, dtype) -> None:
     weight = torch.randn(3, 5).to(getattr(torch, dtype))
     state = {"w": weight, "view": weight.T, "scalar": weight[1, 2]}
     torch.save(state, tmp_path / f"x{suffix}")
-    got = read_all(tmp_path / f"x{suffix}")
+    got = read_all(open_torch(tmp_path / f"x{suffix}"))
     assert {t.dtype for t in got.values()} == {DTYPES[dtype]}
     for key, tensor in state.items():
         np.testing.assert_array_equal(got[key].astype(np.float32), tensor.float().numpy())
@@ -217,10 +220,10 @@ def test_pickled_code_is_refused_and_not_run(tmp_path) -> None:
 
     torch.save({"w": torch.ones(3), "x": Bomb(tmp_path / "boom")}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt needs unpickling, which .*: refused"):
-        open_checkpoint(tmp_path / "x.pt")
+        open_torch(tmp_path / "x.pt")
     (tmp_path / "y.pt").write_bytes(pickle.dumps({"x": Bomb(tmp_path / "boom")}))
-    with pytest.raises(ValueError, match=r"y\.pt is not a complete file of torch.save"):
-        open_checkpoint(tmp_path / "y.pt")
+    with pytest.raises(ValueError, match=r"y\.pt needs unpickling"):
+        open_torch(tmp_path / "y.pt")
     assert not (tmp_path / "boom").exists()
 
 
@@ -232,7 +235,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path) -> None:
         (b"hello world", "is not a complete file"),
         (None, "is not a complete file"),
         ([1, 2], r"holds list, expected a dictionary of tensors"),
-        ({"epoch": 3}, r"holds dict, expected a dictionary of tensors"),
+        ({"epoch": 3}, r"holds dict of epoch, expected a dictionary of tensors"),
     ],
 )
 def test_damaged_torch_files_are_refused_by_name(tmp_path, content, message) -> None:
@@ -246,19 +249,18 @@ def test_damaged_torch_files_are_refused_by_name(tmp_path, content, message) -> 
     if content is None:
         path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=rf"x\.pt {message}"):
-        open_checkpoint(path)
+        open_torch(path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_params_come_back(tmp_path, dtype) -> None:
     tree = unflatten({"a/kernel": random_tensors(DTYPES[dtype])["b.weight"]})
-    save_params(tmp_path / "x", tree, {"b": 1, "a": None})
+    write_tree(tmp_path / "x", tree)
     assert is_flax_folder(tmp_path / "x")
-    assert param_infos(tmp_path / "x") == {"a/kernel": TensorInfo((3, 5), DTYPES[dtype])}
-    loaded = load_params(tmp_path / "x")
-    assert isinstance(loaded["a"]["kernel"], np.ndarray)
-    assert_same(flatten(loaded), flatten(tree))
-    assert (tmp_path / "x/config.json").read_text() == '{\n  "a": null,\n  "b": 1\n}\n'
+    checkpoint = open_flax(tmp_path / "x")
+    assert checkpoint.infos == {"a/kernel": TensorInfo((3, 5), DTYPES[dtype])}
+    assert_same(read_all(checkpoint), flatten(tree))
+    assert (tmp_path / "x/config.json").read_text() == '{"b": 1}'
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -271,7 +273,7 @@ def sharded(tree, *spec):
 
 def test_params_come_back_sharded(tmp_path) -> None:
     tree = {"a": np.arange(48, dtype=ml_dtypes.bfloat16).reshape(16, 3)}
-    save_params(tmp_path / "x", jax.tree.map(jax.numpy.asarray, tree), {})
+    write_tree(tmp_path / "x", jax.tree.map(jax.numpy.asarray, tree))
     abstract = sharded(tree, "x")
     loaded = load_params(tmp_path / "x", abstract)
     assert loaded["a"].sharding == abstract["a"].sharding
@@ -287,14 +289,14 @@ def test_params_come_back_sharded(tmp_path) -> None:
     ],
 )
 def test_other_params_than_asked_for_are_an_error(tmp_path, asked, message) -> None:
-    save_params(tmp_path / "x", {"a": np.zeros((2, 3), np.float32)}, {})
+    write_tree(tmp_path / "x", {"a": np.zeros((2, 3), np.float32)})
     with pytest.raises(ConversionError, match=message):
         load_params(tmp_path / "x", asked)
 
 
 def test_folder_without_params_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="is not a converted checkpoint"):
-        load_params(tmp_path)
+        open_flax(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -303,19 +305,19 @@ def test_folder_without_params_is_refused(tmp_path) -> None:
 )
 def test_incomplete_folder_is_refused(tmp_path, lost, message) -> None:
     rng = np.random.default_rng(0)
-    save_params(tmp_path / "x", {"a": rng.normal(size=(300, 70))}, {})
+    write_tree(tmp_path / "x", {"a": rng.normal(size=(300, 70))})
     (tmp_path / "x/params" / lost).rename(tmp_path / "lost")
-    with pytest.raises(ValueError, match=rf"x: params/ {message}"):
-        load_params(tmp_path / "x")
+    with pytest.raises(ValueError, match=rf"x/params {message}"):
+        read_all(open_flax(tmp_path / "x"))
 
 
 def test_existing_folder_is_kept_unless_asked(tmp_path) -> None:
-    save_params(tmp_path / "x", {"a": np.zeros(2)}, {})
+    write_tree(tmp_path / "x", {"a": np.zeros(2)})
     with pytest.raises(ValueError, match=r"x exists: choose another destination or pass --over"):
-        save_params(tmp_path / "x", {"a": np.ones(2)}, {})
-    assert_same(load_params(tmp_path / "x"), {"a": np.zeros(2)})
-    save_params(tmp_path / "x", {"a": np.ones(2)}, {}, overwrite=True)
-    assert_same(load_params(tmp_path / "x"), {"a": np.ones(2)})
+        write_tree(tmp_path / "x", {"a": np.ones(2)})
+    assert_same(read_all(open_flax(tmp_path / "x")), {"a": np.zeros(2)})
+    write_tree(tmp_path / "x", {"a": np.ones(2)}, overwrite=True)
+    assert_same(read_all(open_flax(tmp_path / "x")), {"a": np.ones(2)})
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
@@ -323,7 +325,7 @@ def test_folder_with_other_files_is_never_overwritten(tmp_path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").touch()
     with pytest.raises(ValueError, match=r"it also holds thesis.tex"):
-        save_params(tmp_path / "home", {"a": np.ones(2)}, {}, overwrite=True)
+        write_tree(tmp_path / "home", {"a": np.ones(2)}, overwrite=True)
     assert (tmp_path / "home/thesis.tex").exists()
 
 
@@ -349,15 +351,15 @@ def test_load_projector_from_either_side_gives_the_same_arrays(tmp_path, caplog)
     tensors = write_projector(tmp_path / "hf", ml_dtypes.bfloat16)
     abstract = abstract_of(PROJECTOR, PROJECTOR_CONFIG)
     with caplog.at_level("INFO", logger="convert"):
-        from_hf = load_projector(tmp_path / "hf/model.safetensors", abstract)
+        from_hf = load_projector(tmp_path / "hf/model.safetensors", PROJECTOR_CONFIG, abstract)
     assert "casting bfloat16 -> float32" in caplog.text
     kernel = tensors["projector.layers.1.fc1.weight"].T.astype(np.float32)
     np.testing.assert_array_equal(from_hf["layers_1"]["fc1"]["kernel"], kernel)
     assert from_hf["layers_1"]["fc1"]["kernel"].sharding == jax.tree.leaves(abstract)[0].sharding
 
     stored = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), from_hf)
-    save_params(tmp_path / "flax", stored, {})
-    assert_same(flatten(load_projector(tmp_path / "flax", abstract)), flatten(from_hf))
+    write_tree(tmp_path / "flax", stored)
+    assert_same(flatten(load_tower(PROJECTOR, tmp_path / "flax", abstract)), flatten(from_hf))
 
 
 def test_load_tower_shards_every_leaf(tmp_path) -> None:
@@ -365,7 +367,7 @@ def test_load_tower_shards_every_leaf(tmp_path) -> None:
     leaves = LLAMA.abstract_params(config)
     rng = np.random.default_rng(0)
     tree = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), leaves)
-    save_params(tmp_path / "x", tree, {"model_type": "llama"})
+    write_tree(tmp_path / "x", tree)
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
 
     def shard(leaf):  # along the last axis
@@ -384,7 +386,7 @@ def test_load_refuses_another_shape(tmp_path) -> None:
     write_projector(tmp_path / "hf")
     other = ProjectorConfig(5, 8, projector_pool_stride=4, projector_hidden_dim=11)
     with pytest.raises(ConversionError, match=r"got \[8, 15\], expected \[8, 20\]"):
-        load_projector(tmp_path / "hf", abstract_of(PROJECTOR, other))
+        load_projector(tmp_path / "hf", other, abstract_of(PROJECTOR, other))
 
 
 def test_loading_never_imports_torch(tmp_path) -> None:
@@ -396,9 +398,10 @@ from convert.load import load_projector, resolve_model
 from convert.models import PROJECTOR
 from flax_projector.config import ProjectorConfig
 device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-abstract = PROJECTOR.abstract_params({PROJECTOR_CONFIG!r})
+config = {PROJECTOR_CONFIG!r}
+abstract = PROJECTOR.abstract_params(config)
 abstract = jax.tree.map(lambda x: x.update(sharding=device), abstract)
-load_projector(resolve_model({str(tmp_path / "hf")!r}), abstract)
+load_projector(resolve_model({str(tmp_path / "hf")!r}), config, abstract)
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, timeout=120)
@@ -415,13 +418,13 @@ def test_model_that_is_nowhere_is_an_error(monkeypatch) -> None:
 
 def test_detect_by_the_names_of_tensors(tmp_path) -> None:
     write_projector(tmp_path)
-    assert detect(tmp_path / "model.safetensors") is PROJECTOR
+    assert detect(open_source(tmp_path / "model.safetensors")) is PROJECTOR
 
 
 @pytest.mark.parametrize("config", [None, {"model_type": "smollm3"}])
 def test_unknown_model_is_an_error(tmp_path, config) -> None:
-    write_safetensors(tmp_path / "model.safetensors", random_tensors())
+    write_safetensors(tmp_path / "model.safetensors", in_memory(random_tensors()))
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"no model that can be converted: .*known are projector"):
-        detect(tmp_path)
+        detect(open_source(tmp_path))

@@ -8,7 +8,13 @@ import pytest
 
 from convert import hf_config
 from convert.errors import ConversionError
-from flax_projector.config import LlamaConfig, ProjectorConfig, PromptConfig, WhisperConfig
+from flax_projector.config import (
+    LlamaConfig,
+    ProjectorConfig,
+    PromptConfig,
+    TrainConfig,
+    WhisperConfig,
+)
 
 FIXTURE = Path(__file__).parents[1].parent / "shared/fixtures/upstream_checkpoint"
 
@@ -18,7 +24,7 @@ LLAMA = LlamaConfig(13, 12, 7, 3, 4, 2, head_dim=8, rms_norm_eps=1e-5, rope_thet
 
 
 def projector_dict(config=PROJECTOR):
-    return hf_config.projector_config_dict(config, encoder_id="e", llm_id="l", dtype="bfloat16")
+    return hf_config.projector_config_dict(config, dtype="bfloat16")
 
 
 CASES = {
@@ -110,12 +116,13 @@ def test_absent_projector_type_is_the_residual_one() -> None:
 
 
 def test_trained_projector_is_described_with_the_names_of_upstream() -> None:
-    data = hf_config.projector_config_dict(
-        PROJECTOR,
-        encoder_id="openai/whisper-base",
-        llm_id="some/llama",
-        dtype="float32",
-        prompt=PromptConfig(system="Be brief.", user="Write: "),
+    data = hf_config.run_config_dict(
+        TrainConfig(
+            encoder="openai/whisper-base",
+            llm="some/llama",
+            projector=PROJECTOR,
+            prompt=PromptConfig(system="Be brief.", user="Write: "),
+        )
     )
     assert data["user_prompt"] == "Write: <audio>"
     assert data["system_prompt"] == "Be brief."

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from convert.checkpoint import DTYPES, TensorInfo
 from convert.models import KINDS, LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
-from convert.rules import DTYPES, IDENTITY, Ignore, Rule, TensorInfo, permute, transpose
+from convert.rules import IDENTITY, Ignore, Rule, permute, transpose
 from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
 
 CONFIGS = {

@@ -17,16 +17,16 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from convert import engine, torch_projector
+from convert.checkpoint import in_memory
 from convert.load import load_projector, load_tower
 from convert.models import PROJECTOR, ModelKind
-from convert.rules import TensorInfo
 from convert.trees import flatten, unflatten
 from flax_projector.config import MeshConfig, OptimizerConfig, ProjectorConfig
 from flax_projector.layers import RMSNorm, exact_gelu
 from flax_projector.projector import ResidualAudioProjector, ResidualMLP, output_length
 from flax_projector.sharding import make_mesh, strip_axes
 from flax_projector.train_step import make_optimizer
-from tests.tiny import randomize
+from tests.tiny import randomize, read_all
 
 pytestmark = pytest.mark.torch
 
@@ -51,10 +51,9 @@ def load_on_one_device(kind: ModelKind, folder: Path) -> tuple[Any, dict]:
 
 def to_flax(config: ProjectorConfig, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Parameters or gradients by torch name, as the module's tree."""
-    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
-    plan = engine.plan_to_flax(PROJECTOR.table, infos, PROJECTOR.leaves(config))
-    return unflatten(dict(engine.to_flax(plan, arrays.__getitem__)))
+    source = in_memory({name: tensor.detach().numpy() for name, tensor in tensors.items()})
+    plan = engine.plan_to_flax(PROJECTOR.table, source.infos, PROJECTOR.leaves(config))
+    return unflatten(read_all(engine.as_flax(plan, source)))
 
 
 def relative_l2(got: Any, expected: Any) -> float:
@@ -122,7 +121,7 @@ def test_forward_equals_torch_for_every_remainder(torch_class, stride, length) -
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize(("num_layers", "hidden_dim"), [(0, 5), (1, None), (2, 0), (3, 5)])
+@pytest.mark.parametrize(("num_layers", "hidden_dim"), [(0, 5), (1, None), (2, 0), (3, 5), (4, 17)])
 def test_forward_equals_torch_for_every_depth(torch_class, num_layers, hidden_dim, batch) -> None:
     config = make_config(projector_num_layers=num_layers, projector_hidden_dim=hidden_dim)
     module, params = make_pair(torch_class, config)
@@ -144,12 +143,15 @@ def test_forward_equals_torch_in_f64(num_layers) -> None:
     assert_close(y, module.double()(torch.from_numpy(frames)), 1e-10)
 
 
-def test_bf16_forward_is_near_torch_and_near_f32(torch_class) -> None:
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_bf16_forward_is_near_torch_and_near_f32(torch_class, param_dtype) -> None:
+    """With f32 masters, as we train, and with bf16 weights, as upstream runs."""
     config = make_config()
     module, params = make_pair(torch_class, config)
     frames = random_frames(3, 50, ENCODER_DIM)
     f32 = forward(ResidualAudioProjector(config), params, frames)
-    bf16 = forward(ResidualAudioProjector(config, jnp.bfloat16), params, frames)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
+    bf16 = forward(ResidualAudioProjector(config, jnp.bfloat16, param_dtype), params, frames)
     expected = module.bfloat16()(torch.from_numpy(frames)).float().detach()
     assert bf16.dtype == jnp.bfloat16
     assert relative_l2(bf16, expected) < 1e-2
@@ -182,7 +184,7 @@ def assert_same_gradients(got: dict, expected: dict) -> None:
 def test_checkpoint_of_tiny_audio_computes_what_it_computed() -> None:
     config = PROJECTOR.read_config(UPSTREAM)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    params = load_projector(UPSTREAM, PROJECTOR.abstract_params(config, mesh=mesh))
+    params = load_projector(UPSTREAM, config, PROJECTOR.abstract_params(config, mesh=mesh))
     with np.load(UPSTREAM / "io.npz") as file:
         io = dict(file)
     (param_grads, frame_grad), y = weighted_gradients(
@@ -211,6 +213,24 @@ def test_initialisation_is_that_of_torch(initial_leaves) -> None:
             assert abs(leaf.mean()) < 0.03 * stds[layer], name
         else:
             assert (leaf == {"bias": 0, "scale": 1}[kind]).all(), name
+
+
+def test_initial_statistics_are_those_of_torch_over_many_seeds(torch_class) -> None:
+    """Mean and standard deviation of each tensor, pooled over seeds: 20,000 elements and more."""
+    config = ProjectorConfig(13, 23, projector_hidden_dim=37, projector_init_std=0.05)
+    module, frames, num_seeds = ResidualAudioProjector(config), jnp.zeros((1, 4, 13)), 40
+    init = jax.jit(jax.vmap(lambda key: strip_axes(module.init(key, frames)["params"])))
+    ours = flatten(init(jax.random.split(jax.random.key(1), num_seeds)))
+    torch.manual_seed(1)
+    draws = [flatten(to_flax(config, torch_class(config).state_dict())) for _ in range(num_seeds)]
+    for name, leaf in jax.tree.map(np.float64, ours).items():
+        theirs = np.stack([draw[name] for draw in draws]).astype(np.float64)
+        assert leaf.shape == theirs.shape
+        error = 4 * theirs.std() * (2 / theirs.size) ** 0.5  # four standard errors
+        assert abs(leaf.mean() - theirs.mean()) <= error, name
+        assert abs(leaf.std() - theirs.std()) <= error, name
+    block = {kind: float(ours[f"layers_1/{kind}/kernel"].std()) for kind in ("fc1", "fc2")}
+    assert math.isclose(block["fc1"], 10 * block["fc2"], rel_tol=0.02)
 
 
 def test_every_kernel_starts_different(initial_leaves) -> None:

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 
 import train_tpu
-from convert.flax_files import load_params
 from flax_projector import __main__ as program
 from flax_projector.config import MeshConfig, ProjectorConfig, from_json, to_json
 from flax_projector.metrics import MetricsWriter
 from flax_projector.sharding import make_mesh
-from tests.tiny import read_losses, tiny_config
+from tests.tiny import read_losses, read_params, tiny_config
 
 pytestmark = pytest.mark.torch
 
 
 def final_params(config) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(load_params(Path(config.out) / "projector"))
+    leaves = jax.tree_util.tree_leaves_with_path(read_params(Path(config.out) / "projector"))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
@@ -108,7 +107,7 @@ def test_towers_stay_bitwise_unchanged(run, monkeypatch):
     moved = jax.tree.map(
         lambda a, b: bool(np.any(a != b)),
         initial[0],
-        load_params(Path(config.out) / "projector"),
+        read_params(Path(config.out) / "projector"),
     )
     assert all(jax.tree.leaves(moved)), f"some leaves did not train: {moved}"
 

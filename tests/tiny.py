@@ -4,12 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
+from convert.checkpoint import Checkpoint, TensorInfo, in_memory
+from convert.engine import plan_to_torch
+from convert.flax_files import open_flax
+from convert.hf_config import projector_config_dict
+from convert.models import PROJECTOR
+from convert.torch_files import write_safetensors
+from convert.trees import unflatten
 from flax_projector.config import (
     DataConfig,
     MeshConfig,
@@ -19,6 +27,30 @@ from flax_projector.config import (
 )
 
 ENCODER_DIM, LLM_DIM = 24, 40
+
+
+def make_projector(folder: Path, *, num_layers: int = 1, seed: int = 0) -> Path:
+    """A random projector as an HF folder: E = 5, k = 3, D = 7, F = 11."""
+    config = ProjectorConfig(
+        5,
+        7,
+        projector_pool_stride=3,
+        projector_hidden_dim=11 if num_layers else None,
+        projector_num_layers=num_layers,
+    )
+    target = PROJECTOR.leaves(config)
+    leaves = {path: TensorInfo(x.shape, np.dtype(x.dtype)) for path, x in target.items()}
+    plan = plan_to_torch(PROJECTOR.table, leaves, target)
+    rng = np.random.default_rng(seed)
+    tensors = {
+        key: rng.normal(size=info.shape).astype(np.float32) for key, info in plan.tensors.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", in_memory(tensors))
+    data = projector_config_dict(config, dtype="float32")
+    del data["rms_norm_eps"]  # as upstream, which keeps it in its code
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder
 
 
 def make_tokenizer() -> Tokenizer:
@@ -122,6 +154,16 @@ def tiny_config(folder: Path, towers: dict[str, str], **overrides) -> TrainConfi
         **overrides,
     }
     return TrainConfig(data=DataConfig(**data), **values)
+
+
+def read_all(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Every tensor, by name."""
+    return {name: checkpoint.read(name) for name in checkpoint.infos}
+
+
+def read_params(folder: str | Path) -> dict:
+    """The parameters in a Flax folder, as a module takes them."""
+    return jax.tree.map(jax.numpy.asarray, unflatten(read_all(open_flax(folder))))
 
 
 def read_losses(config: TrainConfig) -> list[float]:

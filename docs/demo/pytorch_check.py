@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import transformers
 
-from convert.hf_config import parse_projector
-from convert.torch_files import open_checkpoint
+from convert.models import PROJECTOR
+from convert.torch_files import open_torch
 from convert.torch_projector import ResidualAudioProjector
 from flax_projector import config as configs
 from flax_projector.__main__ import Listener
@@ -93,15 +93,7 @@ def _shorten_window(encoder, window_secs: float):
 
 
 def _load_projector(folder: Path) -> ResidualAudioProjector:
-    config = parse_projector(json.loads((folder / "config.json").read_text()), str(folder))
-    checkpoint = open_checkpoint(folder)
-    state = {
-        key.removeprefix("projector."): torch.from_numpy(np.array(checkpoint.read(key)))
-        for key in checkpoint.infos
-    }
-    projector = ResidualAudioProjector(config).eval()
-    projector.load_state_dict(state, strict=True)
-    return projector
+    return ResidualAudioProjector.from_tensors(PROJECTOR.read_config(folder), open_torch(folder))
 
 
 def jax_stages(listener: Listener, samples: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,120 @@
+"""Conversion of a projector of 600 MB against reading and writing the same file.
+
+The yardstick is the safetensors library: `load_file`, then `save_file`. Every measurement is a
+process of its own, and they take turns. Prints JSON: medians in seconds without imports, and the
+peak resident memory of the process, imports included.
+
+Example:
+
+  python benchmarks/convert.py --rounds 5 --folder /tmp
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TASKS = ("plain copy", "to-flax", "to-flax --no-verify", "to-torch", "to-torch --no-verify")
+
+
+def make_projector(folder: Path) -> int:
+    """Writes a random f32 projector of 600 MB as an HF folder; returns the bytes of its file."""
+    import numpy as np
+
+    from convert import engine
+    from convert.checkpoint import Checkpoint, TensorInfo
+    from convert.hf_config import config_text, projector_config_dict
+    from convert.models import PROJECTOR
+    from convert.torch_files import WEIGHTS, write_safetensors
+    from flax_projector.config import ProjectorConfig
+
+    config = ProjectorConfig(encoder_dim=1280, llm_dim=2048, projector_num_layers=4)
+    target = PROJECTOR.leaves(config)
+    leaves = {path: TensorInfo(x.shape, np.dtype(np.float32)) for path, x in target.items()}
+    infos = engine.plan_to_torch(PROJECTOR.table, leaves, target).tensors
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    write_safetensors(
+        folder / WEIGHTS,
+        Checkpoint(infos, lambda key: rng.standard_normal(infos[key].shape, np.float32)),
+    )
+    text = config_text(projector_config_dict(config, dtype="float32"))
+    (folder / "config.json").write_text(text)
+    return (folder / WEIGHTS).stat().st_size
+
+
+def run(task: str, folder: Path) -> dict[str, float]:
+    """Does one task in this process."""
+    name, _, option = task.partition(" --")
+    if name == "plain copy":
+        from safetensors.numpy import load_file, save_file
+
+        def work():
+            save_file(load_file(folder / "hf/model.safetensors"), folder / "copy.safetensors")
+    else:
+        import jax
+
+        from convert import to_flax, to_torch
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.devices()  # started before the clock
+
+        def work():
+            verify = option != "no-verify"
+            if name == "to-flax":
+                to_flax(folder / "hf", folder / "flax", overwrite=True, verify=verify)
+            else:
+                to_torch(folder / "flax", folder / "back", overwrite=True, verify=verify)
+
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    work()
+    secs = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"secs": secs, "peak_mib": peak, "imports_mib": imported}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of all tasks, one after the other")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
+    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)  # one, in --folder
+    args = parser.parse_args()
+    if args.task:
+        json.dump(run(args.task, args.folder), sys.stdout)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        size = make_projector(folder / "hf")
+        measured = {task: [] for task in TASKS}
+        for _ in range(args.rounds + 1):
+            for task in TASKS:
+                command = [sys.executable, __file__, "--task", task, "--folder", name]
+                os.sync()  # what the last one wrote is not written at this one's expense
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+                measured[task].append(json.loads(output))
+    plain = statistics.median(r["secs"] for r in measured["plain copy"][1:])
+    results = {}
+    for task, rounds in measured.items():
+        secs = statistics.median(r["secs"] for r in rounds[1:])  # the first one fills the caches
+        results[task] = {
+            "secs": round(secs, 2),
+            "ratio": round(secs / plain, 2),
+            "peak_mib": round(max(r["peak_mib"] for r in rounds)),
+            "imports_mib": round(max(r["imports_mib"] for r in rounds)),
+        }
+    setting = {"cpus": os.cpu_count(), "rounds": args.rounds, "file_mib": round(size / 2**20)}
+    json.dump({"benchmark": "convert", **setting, "results": results}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A checkpoint as conversions see it: headers first, then one tensor at a time."""
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header tells about a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data, in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors that are read one by one, from a file or made of another checkpoint.
+
+    Attributes:
+      infos: shape and dtype of every tensor, in the order in which reading them costs least.
+      read: gives one tensor.
+      metadata: texts in the header of a safetensors file.
+    """
+
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str], np.ndarray]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors, in bytes."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(info.shape) for info in self.infos.values())
+
+    def cast(self, dtype: np.dtype) -> "Checkpoint":
+        """The same tensors, converted to `dtype` when they are read."""
+        infos = {name: TensorInfo(info.shape, dtype) for name, info in self.infos.items()}
+        return replace(self, infos=infos, read=lambda name: self.read(name).astype(dtype))
+
+    def only(self, names: Collection[str]) -> "Checkpoint":
+        """Without the tensors that are not among `names`."""
+        return replace(self, infos={n: info for n, info in self.infos.items() if n in names})
+
+    def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
+        """The tensors under new names: {new: old}."""
+        infos = {new: self.infos[old] for new, old in old_names.items()}
+        return replace(self, infos=infos, read=lambda name: self.read(old_names[name]))
+
+    @contextlib.contextmanager
+    def with_progress(self, label: str, *, is_quiet: bool = False) -> Iterator["Checkpoint"]:
+        """The same tensors; a bar on stderr, if that is a terminal, shows what has been read.
+
+        Args:
+          label: in front of the bar.
+          is_quiet: shows nothing, as on every process but the first.
+        """
+        disable = True if is_quiet else None  # None: tqdm asks whether stderr is a terminal
+        with tqdm(
+            total=self.nbytes, desc=label, unit="B", unit_scale=True, disable=disable
+        ) as progress:
+
+            def read(name: str) -> np.ndarray:
+                array = self.read(name)
+                progress.update(array.nbytes)
+                return array
+
+            yield replace(self, read=read)
+
+
+def in_memory(arrays: Mapping[str, np.ndarray]) -> Checkpoint:
+    """Arrays that are there already."""
+    infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
+    return Checkpoint(infos, arrays.__getitem__)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order: itself, or a copy.
+
+    A transposed matrix is copied in strips of a cache line, five times as fast as numpy does it.
+    """
+    if array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[-1], 16):
+        strip = np.s_[..., start : start + 16]
+        out[strip] = array[strip]
+    return out

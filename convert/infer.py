@@ -1,0 +1,62 @@
+"""The config of a projector that comes without one: what its shapes tell, and what they do not."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert.checkpoint import TensorInfo
+from convert.errors import Problem, raise_any
+from convert.hf_config import Json, projector_config_dict
+from flax_projector.config import ProjectorConfig
+
+
+def infer_projector(infos: Mapping[str, TensorInfo], given: Json, where: str) -> dict[str, Any]:
+    """What the config.json of a bare projector would be.
+
+    Shapes give the LLM's width, the hidden width and the depth. They do not give the norms'
+    epsilon, the dropout rate, and which factor of `input_proj`'s inputs is the pool stride.
+
+    Args:
+      infos: of every tensor, by torch key without prefix.
+      given: fields of `ProjectorConfig` that the user says.
+      where: the file, for messages.
+
+    Raises:
+      ConversionError: listing what is left to say, with the options that say it.
+    """
+    try:
+        llm_dim, num_inputs = infos["input_proj.weight"].shape
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{where} has no config.json and no matrix input_proj.weight") from error
+    depth = 1 + max(
+        (int(m[1]) for key in infos if (m := re.match(r"layers\.(\d+)\.", key))), default=-1
+    )
+    hidden = infos.get("layers.0.fc1.bias")
+    fields = {
+        "llm_dim": llm_dim,
+        "projector_num_layers": depth,
+        "projector_hidden_dim": hidden.shape[0] if hidden else None,
+        **given,
+    }
+    problems = [
+        Problem("unknown", name, f"shapes do not tell {what}: pass --{name.replace('_', '-')}")
+        for name, what in (
+            ("rms_norm_eps", "the epsilon of the norms (1e-6 in tiny-audio)"),
+            ("projector_dropout", "the dropout rate of training (0 if you only run it)"),
+        )
+        if name not in given
+    ]
+    factors = ("encoder_dim", "projector_pool_stride")
+    known = [name for name in factors if name in given]
+    if not known:
+        text = f"x projector_pool_stride is {num_inputs}: pass one of the two, --encoder-dim or "
+        problems.append(Problem("unknown", "encoder_dim", f"{text}--projector-pool-stride"))
+    elif given[known[0]] < 1 or num_inputs % given[known[0]]:
+        text = f"= {given[known[0]]} does not divide the {num_inputs} inputs of input_proj"
+        problems.append(Problem("wrong", known[0], text))
+    raise_any(f"{where} has no config.json", problems)
+    for name, other in (factors, factors[::-1]):
+        if name not in fields:
+            fields[name] = num_inputs // fields[other]
+    dtype = infos["input_proj.weight"].dtype.name
+    return projector_config_dict(ProjectorConfig(**fields), dtype=dtype)

@@ -1,0 +1,125 @@
+"""`verify` sees whatever makes two checkpoints different models, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert import api, compare
+from convert.__main__ import main
+from convert.checkpoint import in_memory
+from convert.torch_files import open_torch, write_safetensors
+from tests.tiny import make_projector, read_all
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    """A random projector in an HF folder."""
+    return make_projector(tmp_path / "hf")
+
+
+@pytest.fixture
+def flax(tmp_path, hf) -> Path:
+    """The same in Flax."""
+    return api.to_flax(hf, tmp_path / "flax")
+
+
+def change(folder: Path, key: str, index: tuple[int, ...], value: float) -> None:
+    tensors = read_all(open_torch(folder))
+    tensors[key] = tensors[key].copy()
+    tensors[key][index] = value
+    write_safetensors(folder / "model.safetensors", in_memory(tensors), overwrite=True)
+
+
+def test_both_sides_of_a_conversion_are_the_same_model(hf, flax, capsys) -> None:
+    for a, b in ((hf, flax), (flax, hf), (flax, flax), (hf, hf)):
+        assert main(["verify", str(a), str(b)]) == 0
+        out = capsys.readouterr().out
+        assert out.count("same bytes") == 8
+        assert out.endswith("\nthe same model, bit for bit\n")
+    error = api.verify(hf, flax).output_error
+    assert error is not None and 0 < error < 1e-5
+
+
+def test_one_changed_element_is_found(hf, flax, capsys) -> None:
+    before = read_all(open_torch(hf))["projector.layers.0.fc2.weight"][4, 2]
+    change(hf, "projector.layers.0.fc2.weight", (4, 2), np.nextafter(before, 9, dtype=np.float32))
+    assert main(["verify", str(hf), str(flax)]) == 1
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if "DIFFERS" in line] == [
+        "layers.0.fc2.weight"
+    ]
+    assert out.endswith("\nNOT the same model: 1 tensors differ\n")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_differ(hf, flax, value) -> None:
+    change(hf, "projector.input_proj.bias", (3,), value)
+    result = api.verify(hf, flax)
+    assert not result.is_same
+    (pair,) = [pair for pair in result.tensors if not pair.is_same]
+    assert not np.isfinite(pair.max_abs_error or 0)
+
+
+def test_another_dtype_is_another_checkpoint(tmp_path, hf, flax, capsys) -> None:
+    half = api.to_torch(flax, tmp_path / "half", dtype="bfloat16")
+    assert main(["verify", str(hf), str(half)]) == 1
+    assert "float32[7] against bfloat16[7]" in capsys.readouterr().out
+
+
+def test_missing_and_new_tensors_are_named(tmp_path, hf, flax, capsys) -> None:
+    tensors = read_all(open_torch(hf))
+    del tensors["projector.ln_input.weight"]
+    tensors["projector.gate.bias"] = np.ones(3, np.float32)
+    write_safetensors(hf / "model.safetensors", in_memory(tensors), overwrite=True)
+    assert main(["verify", str(hf), str(flax)]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ln_input.weight only in B DIFFERS" in out
+    assert "gate.bias only in A DIFFERS" in out
+    assert "outputs" not in out
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rms_norm_eps", 1e-2), ("projector_pool_stride", 5), ("encoder_dim", 3)]
+)
+def test_another_config_is_another_model(tmp_path, hf, field, value, capsys) -> None:
+    other = shutil.copytree(hf, tmp_path / "other")
+    config = json.loads((hf / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {field: value}))
+    assert main(["verify", str(hf), str(other)]) == 1
+    assert f"config: {field} is" in capsys.readouterr().out
+
+
+def test_what_only_training_reads_makes_no_difference(tmp_path, hf) -> None:
+    other = shutil.copytree(hf, tmp_path / "other")
+    config = json.loads((hf / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"projector_dropout": 0.5}))
+    assert api.verify(hf, other).is_same
+
+
+def test_one_config_serves_both(tmp_path, hf, flax) -> None:
+    bare = shutil.copy(hf / "model.safetensors", tmp_path / "bare.safetensors")
+    assert api.verify(bare, flax).is_same
+    with pytest.raises(ValueError, match=r"bare.safetensors has no config.json \(3 problems\)"):
+        api.verify(bare, bare)
+    given = {"encoder_dim": 5, "rms_norm_eps": 1e-6, "projector_dropout": 0.0}
+    assert api.verify(bare, bare, given=given).is_same
+
+
+def test_outputs_are_compared_and_not_only_bytes(hf, flax, monkeypatch) -> None:
+    run = compare._run_flax
+    monkeypatch.setattr(compare, "_run_flax", lambda *args: run(*args) + 1e-4)
+    result = api.verify(hf, flax)
+    assert all(pair.is_same for pair in result.tensors)
+    assert not result.is_same
+
+
+def test_models_of_two_kinds_cannot_be_compared(tmp_path, hf) -> None:
+    other = shutil.copytree(hf, tmp_path / "other")
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"hf is a projector, .*other a llama"):
+        api.verify(hf, other)
