@@ -52,6 +52,7 @@ from flax_projector.run import (
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
 from flax_projector.train_step import (
     TrainState,
+    ctc_classes,
     init_state,
     make_optimizer,
     make_schedule,
@@ -180,8 +181,8 @@ def main(config: TrainConfig) -> None:
 
         # --- state ---------------------------------------------------------------------------
         # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
-        optimizer = make_optimizer(config.optimizer, config.num_steps)
-        schedule = make_schedule(config.optimizer, config.num_steps)
+        schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
+        optimizer = make_optimizer(config.optimizer, schedule)
         abstract = abstract_train_state(config, optimizer, mesh)
         manager = stack.enter_context(
             open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
@@ -198,18 +199,29 @@ def main(config: TrainConfig) -> None:
         save_config(folder, config)
 
         # --- compiled functions --------------------------------------------------------------
-        step_fn = jax.jit(
-            functools.partial(
-                train_step, model=loaded.model, optimizer=optimizer, seed=config.seed
-            ),
-            in_shardings=(
-                shardings_of(abstract),
-                *map(shardings_of, loaded.frozen),
-                batch_sharding(mesh),
-            ),
-            out_shardings=(shardings_of(abstract), replicated(mesh)),
-            donate_argnums=0,
-        )
+        def compile_step(**kwargs):
+            return jax.jit(
+                functools.partial(
+                    train_step,
+                    model=loaded.model,
+                    optimizer=optimizer,
+                    seed=config.seed,
+                    **kwargs,
+                ),
+                in_shardings=(
+                    shardings_of(abstract),
+                    *map(shardings_of, loaded.frozen),
+                    batch_sharding(mesh),
+                ),
+                out_shardings=(shardings_of(abstract), replicated(mesh)),
+                donate_argnums=0,
+            )
+
+        step_fn = ctc_step_fn = compile_step()
+        if config.ctc.num_steps:
+            targets = [utterance.target for utterance in source.utterances]
+            classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
+            ctc_step_fn = compile_step(classes=classes)
         evaluator = make_evaluator(loaded, config)
         writer = stack.enter_context(MetricsWriter(folder))
 
@@ -228,7 +240,8 @@ def main(config: TrainConfig) -> None:
         # --- loop ----------------------------------------------------------------------------
         def is_eval_step(step: int) -> bool:
             every = config.eval_every_steps
-            return step in (0, config.num_steps) or (every > 0 and step % every == 0)
+            is_due = every > 0 and step % every == 0 and step > config.ctc.num_steps
+            return step in (0, config.num_steps) or is_due
 
         first = int(state.step)
         if is_eval_step(first):  # after a restart too: the evaluation may be what was interrupted
@@ -243,21 +256,25 @@ def main(config: TrainConfig) -> None:
         pending, since = [], time.monotonic()
         for step in range(first + 1, config.num_steps + 1):
             batch = to_global(next(iterator), source)
+            is_warm_start = step <= config.ctc.num_steps
+            run_step = ctc_step_fn if is_warm_start else step_fn
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, *loaded.frozen, batch)
+                state, metrics = run_step(state, *loaded.frozen, batch)
             pending.append(metrics)
             progress.update()
 
             is_last = step == config.num_steps
-            if step % config.log_every_steps == 0 or is_last:
+            ends_warm_start = step == config.ctc.num_steps
+            if step % config.log_every_steps == 0 or is_last or ends_warm_start:
                 scalars = summarize(jax.device_get(pending), time.monotonic() - since)
                 scalars["learning_rate"] = float(np.asarray(schedule(step - 1)))
                 batches = range(step - len(pending), step)
                 ids = [u.row.id for i in batches for u in source.members(i) if u is not None]
                 require_finite(scalars, step=step, utterance_ids=ids)
                 writer.write(step, scalars)
+                loss = "ctc_loss" if is_warm_start else "loss"
                 progress.set_postfix(
-                    loss=f"{scalars['loss']:.3f}",
+                    {loss: f"{scalars[loss]:.3f}"},
                     lr=f"{scalars['learning_rate']:.1e}",
                     audio=f"{scalars['audio_secs_per_sec']:.0f}s/s",
                 )
@@ -282,14 +299,15 @@ def main(config: TrainConfig) -> None:
 def summarize(steps: list[dict[str, np.ndarray]], secs: float) -> dict[str, float]:
     """Means over the steps since the last log line, with the throughput."""
     stacked = {name: np.array([metrics[name] for metrics in steps]) for name in steps[0]}
-    labels = np.maximum(stacked["num_labels"], 1)
+    labels, audio_secs = (stacked.pop(name) for name in ("num_labels", "audio_secs"))
+    means = {name: float(values.mean()) for name, values in stacked.items()}
+    for name in {"loss", "ctc_loss"} & stacked.keys():  # per label, not per step
+        means[name] = float(np.average(stacked[name], weights=np.maximum(labels, 1)))
     return {
-        "loss": float(np.average(stacked["loss"], weights=labels)),
-        "grad_norm": float(stacked["grad_norm"].mean()),
-        "scale_ratio": float(stacked["scale_ratio"].mean()),
+        **means,
         "num_steps": len(steps),
         "step_secs": secs / len(steps),
-        "audio_secs_per_sec": float(stacked["audio_secs"].sum()) / secs,
+        "audio_secs_per_sec": float(audio_secs.sum()) / secs,
     }
 
 

@@ -273,6 +273,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CTCConfig:
+    """A warm start: the projector learns to spell before the LLM is asked what it reads.
+
+    In the first steps the loss is CTC between the audio tokens and the embedding rows of the
+    transcript's tokens, without the LLM's layers: a fraction of a step's cost, and none of the
+    plateau that a speech LLM sits on until it has found out how sound and text align.
+    """
+
+    num_steps: int = 0
+    """Steps of the warm start, the first of the run's; 0 leaves it out."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the warm start, which has a warm-up and a decay of its own."""
+    blank: str = "<|endoftext|>"
+    """Token whose embedding row is CTC's blank; no transcript may hold it."""
+
+    def __post_init__(self) -> None:
+        _require(self, num_steps=_NOT_NEGATIVE, learning_rate=_ABOVE_ZERO, blank=_NOT_EMPTY)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run."""
 
@@ -289,6 +309,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ctc: CTCConfig = field(default_factory=CTCConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dtype: DTypeName = "bfloat16"
     """Compute dtype, and storage of the frozen towers; master weights are always float32."""
@@ -298,7 +319,7 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     log_every_steps: int = 10
     eval_every_steps: int = 1000
-    """0 evaluates only before the first and after the last step."""
+    """0 evaluates only before the first and after the last step; none during a CTC warm start."""
     save_every_steps: int = 500
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
@@ -328,6 +349,11 @@ class TrainConfig:
             keep_checkpoints=_POSITIVE,
             max_new_tokens=_POSITIVE,
         )
+        if self.ctc.num_steps >= self.num_steps:
+            raise ValueError(
+                f"TrainConfig.ctc.num_steps = {self.ctc.num_steps}: must leave steps of num_steps"
+                f" = {self.num_steps} to the LLM"
+            )
 
 
 _SPEECH = "docs/demo/speech"
@@ -358,11 +384,13 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
                 eval_batch_size=64,
                 cache_features=True,
             ),
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=40),
+            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=40),
+            ctc=CTCConfig(num_steps=600),
+            init_output_scale=0.13,  # the RMS of the LLM's own embeddings
             dtype="float32",
-            num_steps=720,
-            eval_every_steps=240,
-            save_every_steps=120,
+            num_steps=900,
+            eval_every_steps=150,
+            save_every_steps=150,
             max_new_tokens=24,
         ),
     ),

@@ -52,6 +52,17 @@ class Prompt:
         """Labels of a transcript: its ids and the end of turn."""
         return (*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_of_turn)
 
+    def token_id(self, token: str) -> int:
+        """Id of one token of the vocabulary.
+
+        Raises:
+          ValueError: if it is none.
+        """
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the LLM's tokenizer has no token {token!r}")
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the end of turn."""
         ids = list(ids)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -72,6 +73,14 @@ class SpeechLLM:
         slot = jnp.clip(jnp.cumsum(is_audio, axis=1) - 1, 0, audio.shape[1] - 1)  # [B, L]
         audio = jnp.take_along_axis(audio, slot[..., None], axis=1)  # [B, L, D]
         return jnp.where(is_audio[..., None], audio.astype(text.dtype), text)
+
+    def embedding_logits(
+        self, llm_params: Params, audio: Float[Array, "B A D"], token_ids: np.ndarray
+    ) -> Float[Array, "B A C"]:
+        """Inner products of audio tokens with the embeddings of C tokens, f32."""
+        tokens = jnp.asarray(token_ids)[None]
+        rows = apply(self.llm, llm_params, tokens, method="embed")[0]  # [C, D]
+        return jnp.einsum("BAD,CD->BAC", audio, rows, preferred_element_type=jnp.float32)
 
     def label_logits(
         self,

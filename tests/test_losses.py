@@ -1,4 +1,4 @@
-"""Cross-entropy of labels."""
+"""Cross-entropy of labels, and CTC."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flax_projector.losses import cross_entropy
+from flax_projector.losses import cross_entropy, ctc
 
 pytestmark = pytest.mark.torch
 
@@ -30,3 +30,30 @@ def test_padding_with_infinite_logits_does_not_matter():
     logits = jnp.full((1, 2, 3), jnp.inf).at[0, 0].set(jnp.zeros(3))
     total, count = cross_entropy(logits, jnp.zeros((1, 2), int), jnp.array([[True, False]]))
     np.testing.assert_allclose([float(total), float(count)], [np.log(3), 1], rtol=1e-6)
+
+
+def test_ctc_equals_torch_and_leaves_out_what_cannot_be_spelt():
+    rng = np.random.default_rng(0)
+    num_audio, num_labels = np.array([9, 6, 4, 5, 7]), np.array([4, 3, 3, 0, 7])
+    logits = rng.standard_normal((5, 9, 11)).astype(np.float32) * 3
+    labels = rng.integers(1, 11, (5, 7))
+    labels[0, :3] = 7  # equal neighbours: a blank must stand between them
+    labels[2, :3] = 5  # needs 3 + 2 audio tokens and has 4
+    labels[4] = [1, 2, 3, 4, 5, 6, 7]
+    audio_valid = np.arange(9) < num_audio[:, None]
+    label_valid = np.arange(7) < num_labels[:, None]
+    spelt = [0, 1, 4]
+    expected = torch.nn.functional.ctc_loss(
+        torch.from_numpy(logits[spelt]).log_softmax(-1).transpose(0, 1),
+        torch.from_numpy(labels[spelt]),
+        torch.from_numpy(num_audio[spelt]),
+        torch.from_numpy(num_labels[spelt]),
+        reduction="sum",
+    )
+    args = [jnp.asarray(x) for x in (audio_valid, labels, label_valid)]
+    (total, count), grads = jax.value_and_grad(ctc, has_aux=True)(jnp.asarray(logits), *args)
+    assert float(count) == 4 + 3 + 7
+    np.testing.assert_allclose(float(total), float(expected), rtol=1e-5)
+    assert np.isfinite(np.asarray(grads)).all()
+    assert not np.asarray(grads)[[2, 3]].any()
+    assert not np.asarray(grads)[~audio_valid].any()

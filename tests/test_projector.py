@@ -21,11 +21,11 @@ from convert.checkpoint import in_memory
 from convert.load import load_projector, load_tower
 from convert.models import PROJECTOR, ModelKind
 from convert.trees import flatten, unflatten
-from flax_projector.config import MeshConfig, OptimizerConfig, ProjectorConfig
+from flax_projector.config import CTCConfig, MeshConfig, OptimizerConfig, ProjectorConfig
 from flax_projector.layers import RMSNorm, exact_gelu
 from flax_projector.projector import ResidualAudioProjector, ResidualMLP, output_length
 from flax_projector.sharding import make_mesh, strip_axes
-from flax_projector.train_step import make_optimizer
+from flax_projector.train_step import make_optimizer, make_schedule
 from tests.tiny import randomize, read_all
 
 pytestmark = pytest.mark.torch
@@ -399,7 +399,7 @@ def test_twenty_updates_equal_those_of_torch() -> None:
     ]
     adamw = torch.optim.AdamW(groups, lr=optim.learning_rate)
     schedule = get_cosine_schedule_with_warmup(adamw, optim.warmup_steps, num_steps)
-    optimizer = make_optimizer(optim, num_steps)
+    optimizer = make_optimizer(optim, make_schedule(optim, num_steps, CTCConfig()))
 
     def loss(params, frames, target):
         return jnp.mean((forward(ResidualAudioProjector(config), params, frames) - target) ** 2)

@@ -5,13 +5,14 @@ import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flax_projector.config import PRESETS, LlamaConfig, MeshConfig, WhisperConfig
 from flax_projector.llama import abstract_decoder
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, use_mesh
 from flax_projector.speech_llm import make_speech_llm
-from flax_projector.train_step import make_optimizer, train_step
+from flax_projector.train_step import make_optimizer, make_schedule, train_step
 from flax_projector.whisper import abstract_encoder
 from train_tpu import abstract_train_state, shardings_of
 
@@ -67,20 +68,22 @@ def abstract_batch(mesh, batch_size: int, *, frames: int, length: int, text: int
     }
 
 
+@pytest.mark.parametrize("classes", [None, np.arange(200)], ids=["llm", "ctc"])
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)])
-def test_step_compiles_for_v5e_and_fits_its_memory(tpu_devices, mesh_config):
+def test_step_compiles_for_v5e_and_fits_its_memory(tpu_devices, mesh_config, classes):
     config = PRESETS["whisper-base-smollm2-135m"][1]
     mesh = make_mesh(mesh_config, tpu_devices)
     dtype = jnp.dtype(config.dtype)
     model = make_speech_llm(WHISPER_BASE, config.projector, SMOLLM2_135M, dtype=dtype)
-    optimizer = make_optimizer(config.optimizer, config.num_steps)
+    schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
+    optimizer = make_optimizer(config.optimizer, schedule)
     state = abstract_train_state(config, optimizer, mesh)
     frozen = (
         abstract_encoder(WHISPER_BASE, param_dtype=dtype, mesh=mesh),
         abstract_decoder(SMOLLM2_135M, param_dtype=dtype, mesh=mesh),
     )
     batch = abstract_batch(mesh, 16, frames=750, length=256, text=64)
-    step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0, classes=classes)
     with use_mesh(mesh):
         compiled = (
             jax.jit(

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 
@@ -27,6 +28,8 @@ from flax_projector.sharding import (
 from flax_projector.speech_llm import make_speech_llm
 from flax_projector.train_step import (
     TrainState,
+    ctc_classes,
+    ctc_sums,
     init_state,
     loss_sums,
     make_optimizer,
@@ -96,7 +99,7 @@ def make_batch(batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def compile_step(model, params, mesh: Mesh, batch):
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1e-4))
     state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params[0])
     step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
     everywhere = replicated(mesh)
@@ -187,7 +190,7 @@ def test_dropout_changes_with_the_step_and_not_with_the_run(params):
         encoder_dim=12, llm_dim=20, projector_hidden_dim=16, projector_dropout=0.4
     )
     model = make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32)
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1e-4))
     state = init_state(params[0], optimizer)
     batch = make_batch(8)
     step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, seed=0))
@@ -196,3 +199,44 @@ def test_dropout_changes_with_the_step_and_not_with_the_run(params):
         float(step(s, *params[1:], batch)[1]["loss"]) for s in (state, state, later)
     )
     assert first == again != other
+
+
+def test_ctc_classes_are_the_blank_and_the_spoken_tokens():
+    targets = [(9, 4, 60), (4, 17, 60)]
+    assert ctc_classes(targets, blank=3).tolist() == [3, 4, 9, 17]
+    with pytest.raises(ValueError, match=r"token 17 occurs in a transcript: choose another"):
+        ctc_classes(targets, blank=17)
+
+
+@pytest.mark.torch
+def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
+    """The valid audio tokens of each clip against its transcript without the end, by torch."""
+    import torch
+
+    arrays = make_batch(8)
+    arrays["frame_valid"][0, 4:] = False  # one audio token for several labels
+    batch = {name: jnp.asarray(x) for name, x in arrays.items()}
+    rows = zip(np.asarray(batch["labels"]), np.asarray(batch["label_valid"]), strict=True)
+    targets = [labels[valid].tolist() for labels, valid in rows]
+    classes = ctc_classes(targets, blank=60)
+    total, metrics = ctc_sums(model, params[0], params[1], params[2], batch, classes=classes)
+
+    frames = model.encode(params[1], batch["samples"])[:, :FRAMES]
+    audio = np.asarray(model.embed_audio(params[0], frames, batch["frame_valid"]))
+    embedding = np.asarray(params[2]["embed_tokens"]["embedding"])[classes]
+    losses, k = [], model.projector.config.projector_pool_stride
+    for clip, valid, target in zip(audio, batch["frame_valid"], targets, strict=True):
+        logits = torch.from_numpy(clip[: -(-int(valid.sum()) // k)] @ embedding.T)
+        labels = torch.tensor([[classes.tolist().index(token) for token in target[:-1]]])
+        loss = torch.nn.functional.ctc_loss(
+            logits.log_softmax(-1)[:, None],
+            labels,
+            torch.tensor([len(logits)]),
+            torch.tensor([labels.shape[1]]),
+            reduction="sum",
+        )
+        if labels.shape[1] and torch.isfinite(loss):
+            losses.append((float(loss), labels.shape[1]))
+    assert len(losses) == 7
+    assert float(metrics["num_labels"]) == sum(count for _, count in losses)
+    np.testing.assert_allclose(float(total), sum(loss for loss, _ in losses), rtol=1e-4)

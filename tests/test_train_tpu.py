@@ -12,7 +12,7 @@ import pytest
 
 import train_tpu
 from flax_projector import __main__ as program
-from flax_projector.config import MeshConfig, ProjectorConfig, from_json, to_json
+from flax_projector.config import CTCConfig, MeshConfig, ProjectorConfig, from_json, to_json
 from flax_projector.metrics import MetricsWriter
 from flax_projector.sharding import make_mesh
 from tests.tiny import read_losses, read_params, tiny_config
@@ -51,31 +51,48 @@ def test_a_run_learns_and_leaves_everything_behind(run):
     assert saved["projector_pool_stride"] == 4 and saved["audio_model_id"] == config.encoder
 
 
-def test_losses_do_not_depend_on_the_mesh(run, monkeypatch):
+WARM_START = {"ctc": CTCConfig(num_steps=10, learning_rate=1e-2, blank="<|endoftext|>")}
+
+
+@pytest.mark.parametrize("stages", [{}, WARM_START], ids=["llm", "ctc, then llm"])
+def test_losses_do_not_depend_on_the_mesh(run, monkeypatch, stages):
     sharded = [
-        run(name=f"mesh{i}", num_steps=20, mesh=mesh)
+        run(name=f"mesh{i}", num_steps=20, mesh=mesh, **stages)
         for i, mesh in enumerate([MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
     ]
     monkeypatch.setattr(train_tpu, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    single = read_losses(run(name="single", num_steps=20))
+    single = read_losses(run(name="single", num_steps=20, **stages))
     assert len(single) == 20
     for config in sharded:
         np.testing.assert_allclose(read_losses(config), single, atol=1e-4, rtol=0)
 
 
-def test_a_killed_run_ends_with_the_same_bytes(run, monkeypatch):
-    whole = run(name="whole")
+def test_warm_start_learns_to_spell_before_the_llm_reads(run):
+    config = run(num_steps=21, log_every_steps=4, **WARM_START)
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if "num_steps" in r]
+    assert [(r["step"], r["num_steps"], "ctc_loss" in r) for r in records] == [
+        *((4, 4, True), (8, 4, True), (10, 2, True)),
+        *((12, 2, False), (16, 4, False), (20, 4, False), (21, 1, False)),
+    ]
+    assert records[2]["ctc_loss"] < records[0]["ctc_loss"]
+    assert all(("loss" in r) != ("ctc_loss" in r) for r in records)
+
+
+@pytest.mark.parametrize("stages", [{}, {"ctc": CTCConfig(4, 1e-2)}], ids=["llm", "ctc first"])
+def test_a_killed_run_ends_with_the_same_bytes(run, monkeypatch, stages):
+    whole = run(name="whole", **stages)
     write = MetricsWriter.write
 
     def write_until_killed(self, step, scalars):
-        if step == 5:
+        if step == 3:
             raise KeyboardInterrupt
         write(self, step, scalars)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MetricsWriter, "write", write_until_killed)
-        run(name="killed")
-    resumed = run(name="killed")
+        run(name="killed", **stages)
+    resumed = run(name="killed", **stages)
     assert read_losses(resumed)[-2:] == read_losses(whole)[-2:]
     expected = final_params(whole)
     for name, leaf in final_params(resumed).items():
@@ -145,6 +162,13 @@ def test_a_start_that_fails_may_be_corrected(run):
     with pytest.raises(ValueError, match="neither a folder here nor a model"):
         run(num_steps=1, encoder="/no/such/folder")
     run(num_steps=1)
+
+
+def test_a_warm_start_needs_a_blank_that_is_there(run):
+    with pytest.raises(ValueError, match=r"tokenizer has no token '<none>'"):
+        run(ctc=CTCConfig(num_steps=2, blank="<none>"))
+    with pytest.raises(ValueError, match=r"ctc.num_steps = 6: must leave steps of num_steps = 6"):
+        run(ctc=CTCConfig(num_steps=6))
 
 
 def test_missing_data_is_an_error_that_names_the_option(run):

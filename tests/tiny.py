@@ -60,7 +60,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     return tokenizer
 
 
@@ -167,6 +167,7 @@ def read_params(folder: str | Path) -> dict:
 
 
 def read_losses(config: TrainConfig) -> list[float]:
-    """Training losses of a run, step by step."""
+    """Training losses of a run, step by step, those of a warm start included."""
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    records = map(json.loads, lines)
+    return [r.get("loss", r.get("ctc_loss")) for r in records if "grad_norm" in r]

@@ -45,9 +45,13 @@ def eval_curves(records: list[dict], metric: str) -> dict[str, list[tuple[int, f
 
 def draw(records: list[dict], path: Path) -> None:
     """Training loss and held-out word error rate over the steps."""
-    steps = sorted((r["step"], r["loss"]) for r in records if "loss" in r)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot(*zip(*steps, strict=True), label="training", color="black", linewidth=1.2)
+    for metric, label, color in (
+        ("ctc_loss", "training, CTC without the LLM", "tab:gray"),
+        ("loss", "training", "black"),
+    ):
+        if steps := sorted((r["step"], r[metric]) for r in records if metric in r):
+            left.plot(*zip(*steps, strict=True), label=label, color=color, linewidth=1.2)
     for name, points in eval_curves(records, "loss").items():
         left.plot(*zip(*points, strict=True), "o--", markersize=4, linewidth=0.8, label=name)
     left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
@@ -68,10 +72,15 @@ def markdown(run: Path, records: list[dict], parity: dict) -> str:
     """Word error rates before and after, sample transcripts and the table of parity."""
     config = configs.from_json((run / "config.json").read_text())
     train = [r for r in records if "loss" in r]
-    train_secs = sum(r["step_secs"] * r["num_steps"] for r in train)
+    minutes = {
+        metric: sum(r["step_secs"] * r["num_steps"] for r in records if metric in r) / 60
+        for metric in ("ctc_loss", "loss")
+    }
     lines = [
-        f"{config.num_steps} steps of {config.data.batch_size} utterances, seed {config.seed}: "
-        f"{train_secs / 60:.1f} minutes of training steps, final loss {train[-1]['loss']:.3f}.",
+        f"Batches of {config.data.batch_size} utterances, seed {config.seed}: "
+        f"{config.ctc.num_steps} steps of CTC in {minutes['ctc_loss']:.1f} minutes, then "
+        f"{config.num_steps - config.ctc.num_steps} steps with the LLM in {minutes['loss']:.1f} "
+        f"minutes; final loss {train[-1]['loss']:.3f}.",
         "",
         "| held-out set | utterances | WER before | WER after | loss after |",
         "| --- | --- | --- | --- | --- |",
