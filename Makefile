@@ -41,8 +41,8 @@ test-slow: models
 
 # Side by side with PyTorch and with the plain libraries; prints JSON.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/projector.py
-	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/bench_projector.py
+	$(BIN)/python benchmarks/bench_convert.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train_tpu
+from convert import api
 from flax_projector import __main__ as program
 from flax_projector.config import CTCConfig, MeshConfig, ProjectorConfig, from_json, to_json
 from flax_projector.metrics import MetricsWriter
@@ -145,6 +146,26 @@ def test_a_run_may_start_from_a_converted_projector(run):
     expected = final_params(first)
     for name, leaf in final_params(second).items():
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def test_any_checkpoint_of_a_run_converts(run, tmp_path):
+    config = run(num_steps=6, keep_checkpoints=3)
+    last = api.to_torch(config.out, tmp_path / "last")
+    assert api.verify(last, config.out).is_same
+    assert api.verify(last, Path(config.out) / "projector").is_same
+    earlier = api.to_torch(config.out, tmp_path / "earlier.pt", step=4)
+    assert not api.verify(earlier, config.out, step=None).is_same
+    with pytest.raises(ValueError, match=r"run has no checkpoint of step 5; it has 2, 4, 6"):
+        api.to_torch(config.out, tmp_path / "x", step=5)
+    described = json.loads((tmp_path / "last/config.json").read_text())
+    assert described["audio_model_id"] == config.encoder
+
+
+def test_a_run_refuses_a_projector_that_computes_something_else(run):
+    first = run(name="first", num_steps=1)
+    other = dataclasses.replace(first.projector, rms_norm_eps=1e-8)
+    with pytest.raises(ValueError, match=r"rms_norm_eps  the checkpoint has 1e-06, the run 1e-08"):
+        run(name="second", projector=other, init_projector=str(Path(first.out) / "projector"))
 
 
 def test_kept_features_give_the_losses_of_live_ones(run):

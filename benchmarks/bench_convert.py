@@ -6,7 +6,7 @@ peak resident memory of the process, imports included.
 
 Example:
 
-  python benchmarks/convert.py --rounds 5 --folder /tmp
+  python benchmarks/bench_convert.py --rounds 5 --folder /tmp
 """
 
 import argparse

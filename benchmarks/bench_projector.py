@@ -5,7 +5,7 @@ medians in seconds, and ours divided by PyTorch's.
 
 Example:
 
-  python benchmarks/projector.py --rounds 15
+  python benchmarks/bench_projector.py --rounds 15
 """
 
 import argparse
