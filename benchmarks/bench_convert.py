@@ -1,18 +1,21 @@
 """Conversion of a projector of 600 MB against reading and writing the same file.
 
 The yardstick is the safetensors library: `load_file`, then `save_file`. Every measurement is a
-process of its own, and they take turns. Prints JSON: medians in seconds without imports, and the
-peak resident memory of the process, imports included.
+process of its own, and they take turns. Files lie in memory (/dev/shm), since a disk's write-back
+would be measured otherwise. Prints JSON: medians in seconds without imports, and the peak resident
+memory of the process, imports included.
 
 Example:
 
-  python benchmarks/bench_convert.py --rounds 5 --folder /tmp
+  python benchmarks/bench_convert.py --rounds 5
+  python benchmarks/bench_convert.py --folder /tmp   # on the disk
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
-TASKS = ("plain copy", "to-flax", "to-flax --no-verify", "to-torch", "to-torch --no-verify")
+RESULTS = {  # of each task, in the order in which one needs another's
+    "plain copy": "copy.safetensors",
+    "to-flax": "flax",
+    "to-flax --no-verify": "flax-unverified",
+    "to-torch": "hf-back",
+    "to-torch --no-verify": "hf-back-unverified",
+}
 
 
 def make_projector(folder: Path) -> int:
@@ -52,11 +61,13 @@ def make_projector(folder: Path) -> int:
 def run(task: str, folder: Path) -> dict[str, float]:
     """Does one task in this process."""
     name, _, option = task.partition(" --")
+    dst = folder / RESULTS[task]
+    is_verified = option != "no-verify"
     if name == "plain copy":
         from safetensors.numpy import load_file, save_file
 
         def work():
-            save_file(load_file(folder / "hf/model.safetensors"), folder / "copy.safetensors")
+            save_file(load_file(folder / "hf/model.safetensors"), dst)
     else:
         import jax
 
@@ -66,11 +77,10 @@ def run(task: str, folder: Path) -> dict[str, float]:
         jax.devices()  # started before the clock
 
         def work():
-            verify = option != "no-verify"
             if name == "to-flax":
-                to_flax(folder / "hf", folder / "flax", overwrite=True, verify=verify)
+                to_flax(folder / "hf", dst, verify=is_verified)
             else:
-                to_torch(folder / "flax", folder / "back", overwrite=True, verify=verify)
+                to_torch(folder / RESULTS["to-flax"], dst, verify=is_verified)
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
@@ -80,13 +90,26 @@ def run(task: str, folder: Path) -> dict[str, float]:
     return {"secs": secs, "peak_mib": peak, "imports_mib": imported}
 
 
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5, help="of all tasks, one after the other")
-    parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
-    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)  # one, in --folder
+    memory = Path("/dev/shm")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=memory if memory.is_dir() else None,
+        help="where to work (default: %(default)s)",
+    )
+    parser.add_argument("--task", choices=RESULTS, help=argparse.SUPPRESS)  # one, in --folder
     args = parser.parse_args()
     if args.task:
         json.dump(run(args.task, args.folder), sys.stdout)
@@ -94,11 +117,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         size = make_projector(folder / "hf")
-        measured = {task: [] for task in TASKS}
+        measured = {task: [] for task in RESULTS}
         for _ in range(args.rounds + 1):
-            for task in TASKS:
+            for task, result in RESULTS.items():
+                remove(folder / result)
+                os.sync()  # neither this nor what was written last is done at this task's expense
                 command = [sys.executable, __file__, "--task", task, "--folder", name]
-                os.sync()  # what the last one wrote is not written at this one's expense
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
                 measured[task].append(json.loads(output))
     plain = statistics.median(r["secs"] for r in measured["plain copy"][1:])

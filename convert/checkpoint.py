@@ -2,7 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -66,6 +68,22 @@ class Checkpoint:
         """The tensors under new names: {new: old}."""
         infos = {new: self.infos[old] for new, old in old_names.items()}
         return replace(self, infos=infos, read=lambda name: self.read(old_names[name]))
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, tensor) in order; meanwhile two threads read the next two.
+
+        Args:
+          names: which tensors; None gives all.
+        """
+        with ThreadPoolExecutor(2) as readers:
+            upcoming = deque()
+            for name in self.infos if names is None else names:
+                upcoming.append((name, readers.submit(self.read, name)))
+                if len(upcoming) > 2:
+                    first, tensor = upcoming.popleft()
+                    yield first, tensor.result()
+            for first, tensor in upcoming:
+                yield first, tensor.result()
 
     @contextlib.contextmanager
     def with_progress(self, label: str, *, is_quiet: bool = False) -> Iterator["Checkpoint"]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint import type_handlers
 
 from convert.checkpoint import Checkpoint, TensorInfo
@@ -117,14 +118,11 @@ class _Leaf:
     def __init__(self, checkpoint: Checkpoint, path: str) -> None:
         self.shape, self.dtype = checkpoint.infos[path]
         self.nbytes = checkpoint.infos[path].nbytes
-        self._checkpoint, self._path = checkpoint, path
-
-    def read(self) -> np.ndarray:
-        return self._checkpoint.read(self._path)
+        self.checkpoint, self.path = checkpoint, path
 
 
 class _LeafHandler(type_handlers.NumpyHandler):
-    """Reads a leaf, writes it as a numpy array and forgets it before it reads the next one."""
+    """Writes one leaf as a numpy array while it reads the next ones, and holds no others."""
 
     async def serialize(
         self,
@@ -133,10 +131,24 @@ class _LeafHandler(type_handlers.NumpyHandler):
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list:
         args = args or [ocp.SaveArgs()] * len(values)
-        for value, info, arg in zip(values, infos, args, strict=True):
-            for written in await super().serialize([value.read()], [info], [arg]):
-                await asyncio.to_thread(written.result)
+        # A conversion can be repeated: it need not wait until the disk has every byte.
+        settings = tensorstore.Context.Spec({"file_io_sync": False})
+        unsynced = tensorstore.Context(settings, infos[0].ts_context)
+        leaves = values[0].checkpoint.stream([value.path for value in values])
+        writing = []
+        for info, arg in zip(infos, args, strict=True):
+            _, leaf = await asyncio.to_thread(next, leaves)  # while the last one is being written
+            await _wait(writing)
+            info = info.replace(ts_context=unsynced)
+            writing = await super().serialize([leaf], [info], [arg])
+            del leaf
+        await _wait(writing)
         return []
+
+
+async def _wait(writing: Sequence[Any]) -> None:
+    for future in writing:
+        await asyncio.to_thread(future.result)
 
 
 def _params_of(src: str | Path) -> Path:

@@ -102,7 +102,7 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
     Returns:
       Nested dict of ShapeDtypeStructs, sharded by LOGICAL_RULES.
     """
-    boxed = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
+    boxed = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), inputs)["params"]
     if mesh is None:
         return strip_axes(boxed)
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), LOGICAL_RULES)

@@ -53,7 +53,7 @@ def draw(records: list[dict], path: Path) -> None:
         if steps := sorted((r["step"], r[metric]) for r in records if metric in r):
             left.plot(*zip(*steps, strict=True), label=label, color=color, linewidth=1.2)
     for name, points in eval_curves(records, "loss").items():
-        left.plot(*zip(*points, strict=True), "o--", markersize=4, linewidth=0.8, label=name)
+        left.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
     left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     for name, points in eval_curves(records, "wer").items():
         xs, ys = zip(*points, strict=True)
@@ -64,7 +64,7 @@ def draw(records: list[dict], path: Path) -> None:
     right.set(xlabel="step", ylabel="word error rate (%), evaluated at the dots", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left")
     figure.savefig(path, dpi=120)
 
 
