@@ -42,10 +42,11 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
       path: the folder that Orbax wrote.
       subtree: only the leaves below this path, "params/" for example, and named without it.
     """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata: Any = checkpointer.metadata(path).item_metadata
-    if metadata is None:
-        raise ValueError(f"{path} is not a complete Orbax checkpoint")
+    handler: Any = ocp.PyTreeCheckpointHandler()
+    try:
+        metadata = handler.metadata(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not a complete Orbax checkpoint: {error}") from error
     found = {
         p.removeprefix(subtree): m
         for p, m in flatten(dict(metadata)).items()
@@ -56,8 +57,12 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
     def read(leaf: str) -> np.ndarray:
         # A shape for Orbax to fill, without memory behind it.
         like = np.broadcast_to(np.zeros((), infos[leaf].dtype), infos[leaf].shape)
-        item = unflatten({subtree + leaf: like})
-        args = ocp.args.PyTreeRestore(item, partial_restore=True)
+        # Arrays that a run saved sharded come back whole, whatever devices are here.
+        args = ocp.args.PyTreeRestore(
+            unflatten({subtree + leaf: like}),
+            restore_args=unflatten({subtree + leaf: ocp.RestoreArgs(restore_type=np.ndarray)}),
+            partial_restore=True,
+        )
         return flatten(_restore(path, ocp.PyTreeCheckpointHandler(), args))[subtree + leaf]
 
     return Checkpoint(infos, read)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,13 @@ def test_any_checkpoint_of_a_run_converts(run, tmp_path):
     assert not api.verify(earlier, config.out, step=None).is_same
     with pytest.raises(ValueError, match=r"run has no checkpoint of step 5; it has 2, 4, 6"):
         api.to_torch(config.out, tmp_path / "x", step=5)
+    # Saved by eight devices, read on a machine with one.
+    command = [sys.executable, "-m", "convert", "verify", str(last), config.out]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, cwd=Path(train_tpu.__file__).parent, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, f"{config.out}: step 6 of 3 checkpoints\n")
     described = json.loads((tmp_path / "last/config.json").read_text())
     assert described["audio_model_id"] == config.encoder
 
