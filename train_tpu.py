@@ -114,6 +114,7 @@ def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
 
 
 def shardings_of(tree):
+    """The sharding of every leaf of a tree of arrays or ShapeDtypeStructs."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -312,6 +313,7 @@ def summarize(steps: list[dict[str, np.ndarray]], secs: float) -> dict[str, floa
 
 
 def cli() -> None:
+    """Reads the command line, and runs; bad input ends in one line."""
     setup_logging()
     config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
     log.info("config:\n%s", configs.to_json(config))

@@ -153,9 +153,15 @@ def _comparison_lines(result: Comparison) -> list[str]:
             f"outputs: PyTorch(A) and Flax(B) differ by {result.output_error:.1e} of their RMS "
             f"at most (allowed: {MAX_OUTPUT_ERROR:.0e})"
         )
-    count = sum(not pair.is_same for pair in result.tensors)
-    same = "the same model, bit for bit"
-    lines.append(same if result.is_same else f"NOT the same model: {count} tensors differ")
+    differences = {
+        "tensors": sum(not pair.is_same for pair in result.tensors),
+        "config fields": len(result.config),
+        "outputs": int(not result.outputs_agree),
+    }
+    found = ", ".join(f"{count} {what}" for what, count in differences.items() if count)
+    lines.append(
+        "the same model, bit for bit" if result.is_same else f"NOT the same model: {found} differ"
+    )
     return lines
 
 

@@ -60,10 +60,15 @@ class Comparison:
     output_error: float | None
 
     @property
+    def outputs_agree(self) -> bool:
+        """Whether the frameworks' outputs differ by rounding at most, if they were run."""
+        return self.output_error is None or self.output_error <= MAX_OUTPUT_ERROR
+
+    @property
     def is_same(self) -> bool:
         """Whether both are the same model."""
-        outputs_agree = self.output_error is None or self.output_error <= MAX_OUTPUT_ERROR
-        return all(pair.is_same for pair in self.tensors) and not self.config and outputs_agree
+        are_same = all(pair.is_same for pair in self.tensors)
+        return are_same and not self.config and self.outputs_agree
 
 
 def compare(a: Source, b: Source, given: Json) -> Comparison:

@@ -18,6 +18,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] in the dtype of `x`."""
         wide = x.float() if x.dtype.itemsize < 4 else x
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
@@ -33,6 +34,7 @@ class ResidualMLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
         h = self.dropout(F.gelu(self.fc1(x)))
         return x + self.dropout(self.fc2(h))
 

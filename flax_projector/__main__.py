@@ -87,6 +87,7 @@ def evaluate(listener: Listener, manifests: list[Path], *, as_json: bool) -> Non
 
 
 def cli(argv: list[str] | None = None) -> None:
+    """Runs one command of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m flax_projector",
         description=__doc__,

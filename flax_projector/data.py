@@ -180,9 +180,11 @@ class Waveforms:
         self._window_samples = window_samples
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
+        """[N] samples, of the whole window."""
         return (self._window_samples,)
 
     def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
+        """f32[<= N] samples at 16 kHz."""
         samples = load_audio(utterance.row.audio)
         return samples, num_encoder_frames(len(samples))
 

@@ -30,9 +30,11 @@ class FeatureStore:
         self._offsets = offsets
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
+        """[S, E] of the bucket."""
         return (bucket.num_frames, self._frames.shape[1])
 
     def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
+        """f32[<= S, E] kept frames."""
         start, stop = self._offsets[utterance.row.id]
         return self._frames[start:stop], stop - start
 

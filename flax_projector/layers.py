@@ -31,6 +31,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """[..., D] in `dtype`; the mean square is taken in at least f32."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -72,6 +72,7 @@ class LlamaAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, rotary, key_valid, cache, cache_index):
+        """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
         c = self.config
         b, t, _ = x.shape
         q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -100,6 +101,7 @@ class LlamaMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """[B, T, D] in `dtype`."""
         c = self.config
         gate = dense(self, c.intermediate_size, ("embed", "mlp"), "gate_proj", use_bias=False)(x)
         up = dense(self, c.intermediate_size, ("embed", "mlp"), "up_proj", use_bias=False)(x)
@@ -116,6 +118,7 @@ class LlamaLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, rotary, key_valid, cache, cache_index):
+        """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
         c = self.config
         args = (c, self.dtype, self.param_dtype)
         norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
@@ -146,6 +149,7 @@ class LlamaDecoder(nn.Module):
     remat: bool = False
 
     def setup(self) -> None:
+        """Makes the parts that the methods share."""
         c = self.config
         self.embed_tokens = nn.Embed(
             c.vocab_size,

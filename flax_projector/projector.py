@@ -29,6 +29,7 @@ class ResidualMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B A D"], *, deterministic: bool) -> Float[Array, "B A D"]:
+        """[B, A, D] in `dtype`; dropout needs the "dropout" rng unless `deterministic`."""
         c = self.config
         std = c.projector_init_std
         dropout = nn.Dropout(c.projector_dropout, deterministic=deterministic)

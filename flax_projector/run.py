@@ -58,6 +58,7 @@ class LoadedModel:
 
     @property
     def frozen(self) -> tuple[Params, Params]:
+        """The parameters that no step changes: encoder, LLM."""
         return self.encoder_params, self.llm_params
 
 

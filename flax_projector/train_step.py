@@ -78,6 +78,7 @@ def make_optimizer(
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, around f32 parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

@@ -118,6 +118,7 @@ class EncoderSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
+        """[B, S, E] in `dtype`; every frame sees every other."""
         b, s, e = x.shape
         heads = (b, s, self.config.encoder_attention_heads, -1)
         q = dense(self, e, ("embed", "heads"), "q_proj")(x).reshape(heads)
@@ -136,6 +137,7 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], None]:
+        """[B, S, E] in `dtype`, and nothing to collect for the scan."""
         c = self.config
         attention = EncoderSelfAttention(c, self.dtype, self.param_dtype, name="self_attn")
         x = x + attention(_layer_norm(self, "self_attn_layer_norm")(x))

@@ -1,6 +1,7 @@
 """The layers of the packages, read from their imports: a module imports only what lies below."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,25 @@ def test_converter_does_not_see_training(name):
 @pytest.mark.parametrize("name", sorted(m for m in modules() if m.startswith("flax_projector.")))
 def test_package_never_names_torch(name):
     assert not imports(modules()[name], ("torch",))
+
+
+def public_functions(body: list[ast.stmt], prefix: str = "") -> dict[str, ast.FunctionDef]:
+    """Functions and methods of a module or class whose names say that others may call them."""
+    found = {}
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            found |= public_functions(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and re.match(r"__call__|[^_]", node.name):
+            found[prefix + node.name] = node
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_every_public_function_has_a_docstring(name):
+    tree = ast.parse(modules()[name].read_text())
+    bare = [
+        function
+        for function, node in public_functions(tree.body).items()
+        if not ast.get_docstring(node) and not function.startswith("ShapeDtype.")
+    ]
+    assert not bare, f"{name}: {bare}"
