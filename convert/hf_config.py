@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from convert.errors import Problem, raise_any
 from flax_projector.config import (
     SAMPLE_RATE,
+    Llama3RopeScaling,
     LlamaConfig,
     ProjectorConfig,
     TrainConfig,
@@ -51,17 +52,16 @@ _WHISPER_ONLY = {
     "quantization_config": _Only((None,)),
 }
 _LLAMA_ONLY = {
-    "model_type": _Only(("llama",), is_required=True),
+    "model_type": _Only(("llama", "qwen2", "qwen3", "smollm3"), is_required=True),
     "hidden_act": _Only(("silu",)),
-    "attention_bias": _Only((False,)),
     "mlp_bias": _Only((False,)),
-    "rope_scaling": _Only((None,)),
-    "rope_parameters.rope_type": _Only(("default",)),
-    "rope_parameters.partial_rotary_factor": _Only((1.0,)),
+    "rope_type": _Only(("default", "llama3")),
+    "partial_rotary_factor": _Only((1.0,)),
     "sliding_window": _Only((None,)),
-    "use_sliding_window": _Only((False,)),
+    "layer_types": _Only(("full_attention",)),
     "quantization_config": _Only((None,)),
 }
+LLAMA_FAMILY = _LLAMA_ONLY["model_type"].values
 
 
 def parse_projector(data: Json, where: str = CONFIG) -> ProjectorConfig:
@@ -85,17 +85,51 @@ def parse_whisper(data: Json, where: str = CONFIG) -> WhisperConfig:
 
 
 def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
-    """Reads a Llama config: transformers 5 keeps `rope_theta` in `rope_parameters`, older ones not.
+    """Reads the config of a decoder of the Llama family: Llama, Qwen2, Qwen3 or SmolLM3.
 
-    An absent `head_dim` is hidden_size / num_attention_heads, as in transformers.
+    transformers 5 keeps everything about rotary positions in `rope_parameters`, older ones in
+    `rope_theta` and `rope_scaling`. What is absent is what transformers takes it to be.
     """
-    rope = data.get("rope_parameters") or {}
-    flat = {**data, **{f"rope_parameters.{name}": value for name, value in rope.items()}}
+    flat: dict[str, Any] = {"tie_word_embeddings": data.get("model_type") == "smollm3", **data}
+    if "num_attention_heads" in flat:
+        _set_absent(flat, "num_key_value_heads", flat["num_attention_heads"])
+        if "hidden_size" in flat:
+            _set_absent(flat, "head_dim", flat["hidden_size"] // flat["num_attention_heads"])
+
+    blocks = [block for name in ("rope_scaling", "rope_parameters") if (block := data.get(name))]
+    rope = {name: value for block in blocks for name, value in block.items()}
+    types = {str(block.get("rope_type", block.get("type"))) for block in blocks} or {"default"}
+    flat["rope_type"] = " and ".join(sorted(types))
+    flat["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
     if "rope_theta" in rope:
         flat["rope_theta"] = rope["rope_theta"]
-    if flat.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= flat.keys():
-        flat["head_dim"] = flat["hidden_size"] // flat["num_attention_heads"]
-    return _parse(LlamaConfig, flat, _LLAMA_ONLY, where)
+    flat["rope_scaling"] = None
+    if flat["rope_type"] == "llama3":
+        names = [field.name for field in fields(Llama3RopeScaling)]
+        missing = [Problem("missing", name, "of rope_type llama3") for name in names]
+        raise_any(
+            f"{where} does not describe a model that LlamaConfig can express",
+            [problem for problem in missing if problem.name not in rope],
+        )
+        flat["rope_scaling"] = Llama3RopeScaling(**{name: rope[name] for name in names})
+
+    # SmolLM3 marks with 0 the layers that have no rotary positions.
+    marks = enumerate(data.get("no_rope_layers") or ())
+    flat["no_rope_layers"] = tuple(i for i, is_rotated in marks if not is_rotated)
+    others = set(data.get("layer_types") or ()) - {"full_attention"}
+    flat["layer_types"] = min(others, default="full_attention")
+    if data.get("model_type") != "llama" and not data.get("use_sliding_window"):
+        flat["sliding_window"] = None  # written down, but not used
+
+    bias = bool(data.get("attention_bias"))
+    flat |= {"qkv_bias": bias or data.get("model_type") == "qwen2", "o_bias": bias}
+    flat["qk_norm"] = data.get("model_type") == "qwen3"
+    return _parse(LlamaConfig, flat, _LLAMA_ONLY, where, may_be_null={"rope_scaling"})
+
+
+def _set_absent(data: dict[str, Any], name: str, value: Any) -> None:
+    if data.get(name) is None:
+        data[name] = value
 
 
 def projector_config_dict(config: ProjectorConfig, *, dtype: str) -> dict[str, Any]:
@@ -123,29 +157,6 @@ def run_config_dict(config: TrainConfig) -> dict[str, Any]:
         "text_model_id": config.llm,
         "system_prompt": config.prompt.system,
         "user_prompt": f"{config.prompt.user}<audio>",
-    }
-
-
-def whisper_config_dict(config: WhisperConfig) -> dict[str, Any]:
-    """The encoder's fields of HF's WhisperConfig."""
-    return {
-        "model_type": "whisper",
-        "activation_function": "gelu",
-        "scale_embedding": False,
-        **asdict(config),
-    }
-
-
-def llama_config_dict(config: LlamaConfig) -> dict[str, Any]:
-    """HF's LlamaConfig, with `rope_theta` in both its old and its new place."""
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        **asdict(config),
     }
 
 

@@ -24,7 +24,7 @@ class ModelKind:
     """All that conversion knows about one model.
 
     Attributes:
-      model_type: of its config.json.
+      model_types: that its config.json may have.
       table: names and transforms.
       parse_config: config.json, and what to call it in messages, -> dataclass.
       abstract_params: dataclass -> nested dict of ShapeDtypeStructs; takes `param_dtype`, `mesh`.
@@ -32,7 +32,7 @@ class ModelKind:
         config.json would be; None if shapes do not tell enough.
     """
 
-    model_type: str
+    model_types: tuple[str, ...]
     table: Table
     parse_config: Callable[[hf_config.Json, str], Any]
     abstract_params: Callable[..., dict]
@@ -57,12 +57,12 @@ class ModelKind:
 
 
 PROJECTOR = ModelKind(
-    "asr_model", tables.PROJECTOR, hf_config.parse_projector, abstract_projector, infer_projector
+    ("asr_model",), tables.PROJECTOR, hf_config.parse_projector, abstract_projector, infer_projector
 )
 WHISPER_ENCODER = ModelKind(
-    "whisper", tables.WHISPER_ENCODER, hf_config.parse_whisper, abstract_encoder
+    ("whisper",), tables.WHISPER_ENCODER, hf_config.parse_whisper, abstract_encoder
 )
-LLAMA = ModelKind("llama", tables.LLAMA, hf_config.parse_llama, abstract_decoder)
+LLAMA = ModelKind(hf_config.LLAMA_FAMILY, tables.LLAMA, hf_config.parse_llama, abstract_decoder)
 
 KINDS = (PROJECTOR, WHISPER_ENCODER, LLAMA)
 
@@ -75,7 +75,7 @@ def detect(source: Source) -> ModelKind:
     """
     if source.config_text is not None:
         model_type = json.loads(source.config_text).get("model_type")
-        found = [kind for kind in KINDS if kind.model_type == model_type]
+        found = [kind for kind in KINDS if model_type in kind.model_types]
         evidence = f"its config.json says model_type {model_type!r}"
     else:
         keys = source.checkpoint.infos
@@ -83,7 +83,7 @@ def detect(source: Source) -> ModelKind:
         found = [kind for kind, count in matches.items() if count == max(matches.values()) > 0]
         evidence = f"the names of its {len(keys)} tensors do not tell"
     if len(found) != 1:
-        known = ", ".join(f"{kind.name} ({kind.model_type!r})" for kind in KINDS)
+        known = ", ".join(f"{kind.name} ({' or '.join(kind.model_types)})" for kind in KINDS)
         raise ValueError(
             f"{source.path} is no model that can be converted: {evidence}; known are {known}"
         )

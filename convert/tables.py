@@ -69,6 +69,12 @@ LLAMA = Table(
         Rule("layers.{i}.self_attn.k_proj.weight",         "layers/self_attn/k_proj/kernel",        transpose()),                # N x [K*d, D] <-> [N, D, K*d]
         Rule("layers.{i}.self_attn.v_proj.weight",         "layers/self_attn/v_proj/kernel",        transpose()),                # N x [K*d, D] <-> [N, D, K*d]
         Rule("layers.{i}.self_attn.o_proj.weight",         "layers/self_attn/o_proj/kernel",        transpose()),                # N x [D, H*d] <-> [N, H*d, D]
+        Rule("layers.{i}.self_attn.q_proj.bias",           "layers/self_attn/q_proj/bias",          IDENTITY),                   # N x [H*d] <-> [N, H*d]; Qwen2
+        Rule("layers.{i}.self_attn.k_proj.bias",           "layers/self_attn/k_proj/bias",          IDENTITY),                   # N x [K*d] <-> [N, K*d]; Qwen2
+        Rule("layers.{i}.self_attn.v_proj.bias",           "layers/self_attn/v_proj/bias",          IDENTITY),                   # N x [K*d] <-> [N, K*d]; Qwen2
+        Rule("layers.{i}.self_attn.o_proj.bias",           "layers/self_attn/o_proj/bias",          IDENTITY),                   # N x [D] <-> [N, D]; attention_bias
+        Rule("layers.{i}.self_attn.q_norm.weight",         "layers/self_attn/q_norm/scale",         IDENTITY),                   # N x [d] <-> [N, d]; Qwen3
+        Rule("layers.{i}.self_attn.k_norm.weight",         "layers/self_attn/k_norm/scale",         IDENTITY),                   # N x [d] <-> [N, d]; Qwen3
         Rule("layers.{i}.post_attention_layernorm.weight", "layers/post_attention_layernorm/scale", IDENTITY),                   # N x [D] <-> [N, D]
         Rule("layers.{i}.mlp.gate_proj.weight",            "layers/mlp/gate_proj/kernel",           transpose()),                # N x [F, D] <-> [N, D, F]
         Rule("layers.{i}.mlp.up_proj.weight",              "layers/mlp/up_proj/kernel",             transpose()),                # N x [F, D] <-> [N, D, F]

@@ -132,8 +132,33 @@ class WhisperConfig:
 
 
 @dataclass(frozen=True)
+class Llama3RopeScaling:
+    """How Llama 3.x stretches rotary positions over a longer context, with HF's field names."""
+
+    factor: float
+    """By which the low frequencies are divided."""
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    """Context length before the stretch; wavelengths below it / high_freq_factor are kept."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            factor=_ABOVE_ZERO,
+            low_freq_factor=_ABOVE_ZERO,
+            high_freq_factor=(lambda v: v > self.low_freq_factor, "must exceed low_freq_factor"),
+            original_max_position_embeddings=_POSITIVE,
+        )
+
+
+@dataclass(frozen=True)
 class LlamaConfig:
-    """A Llama-family decoder's shape, with the field names of HF's `LlamaConfig`."""
+    """A Llama-family decoder, with the field names of HF's `LlamaConfig` where it has them.
+
+    The fields below `tie_word_embeddings` tell the families apart: Llama and SmolLM2, Llama 3.x,
+    Qwen2, Qwen3, SmolLM3.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -145,10 +170,23 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    rope_scaling: Llama3RopeScaling | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    """Numbers of the layers without rotary positions (SmolLM3)."""
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have biases (Qwen2)."""
+    o_bias: bool = False
+    """The projection out of attention has one."""
+    qk_norm: bool = False
+    """Each head's queries and keys are normalised before they are rotated (Qwen3)."""
 
     def __post_init__(self) -> None:
         _require(
             self,
+            no_rope_layers=(
+                lambda v: all(0 <= i < self.num_hidden_layers for i in v),
+                f"must be layers from 0 to {self.num_hidden_layers - 1}",
+            ),
             vocab_size=_POSITIVE,
             hidden_size=_POSITIVE,
             intermediate_size=_POSITIVE,

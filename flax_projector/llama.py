@@ -1,18 +1,23 @@
-"""The Llama-family decoder, frozen: `embed`, `blocks` and `logits` apart, so that audio can be
-spliced between the first two and logits taken only where they are needed."""
+"""The frozen decoder of the Llama family.
+
+`embed`, `blocks` and `logits` are apart, so that audio can be spliced between the first two and
+logits taken only where they are needed.
+"""
 
 import functools
+import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.attention import attend
-from flax_projector.config import LlamaConfig
+from flax_projector.config import Llama3RopeScaling, LlamaConfig
 from flax_projector.layers import RMSNorm, dense
 from flax_projector.sharding import abstract_params
 
@@ -45,13 +50,31 @@ def causal_mask(length: int) -> Bool[Array, "1 L L"]:
 
 
 def _rotary(
-    positions: Int[Array, "#B T"], head_dim: int, theta: float
+    positions: Int[Array, "#B T"], config: LlamaConfig
 ) -> tuple[Float[Array, "#B T 1 d"], Float[Array, "#B T 1 d"]]:
     """cos and sin of the rotary angles, f32, repeated for the two halves of a head."""
-    inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    halves = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
+    inv_freq = config.rope_theta ** (-halves / config.head_dim)  # [d/2], radians per position
+    if config.rope_scaling is not None:
+        inv_freq = _scale_frequencies(inv_freq, config.rope_scaling)
     angles = positions[..., None].astype(jnp.float32) * inv_freq  # [B, T, d/2]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]  # [B, T, 1, d]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _scale_frequencies(
+    inv_freq: Float[Array, "half"], scaling: Llama3RopeScaling
+) -> Float[Array, "half"]:
+    """Divides low frequencies by the factor, keeps high ones, and blends in between.
+
+    Source: `_compute_llama3_parameters` (transformers).
+    """
+    waves = (
+        scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    )  # in the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((waves - low) / (high - low), 0, 1)
+    return inv_freq * (kept + (1 - kept) / scaling.factor)
 
 
 def _rotate(
@@ -71,25 +94,28 @@ class LlamaAttention(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, rotary, key_valid, cache, cache_index):
+    def __call__(self, x, rotary, is_rotated, key_valid, cache, cache_index):
         """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
         c = self.config
         b, t, _ = x.shape
         q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
         def project(features: int, name: str) -> Array:
-            y = dense(self, features, ("embed", "heads"), name, use_bias=False)(x)
+            y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
             return y.reshape(b, t, -1, c.head_dim)
 
-        q = _rotate(project(q_dim, "q_proj"), *rotary)
-        k = _rotate(project(kv_dim, "k_proj"), *rotary)
-        v = project(kv_dim, "v_proj")
+        q, k, v = project(q_dim, "q_proj"), project(kv_dim, "k_proj"), project(kv_dim, "v_proj")
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="k_norm")(k)
+        q, k = (jnp.where(is_rotated, _rotate(heads, *rotary), heads) for heads in (q, k))
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=1)
             cache = KVCache(k=k, v=v)
         out = attend(q, k, v, key_valid=key_valid).reshape(b, t, q_dim)
-        return dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=False)(out), cache
+        o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
+        return o_proj(out), cache
 
 
 class LlamaMLP(nn.Module):
@@ -117,14 +143,14 @@ class LlamaLayer(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, rotary, key_valid, cache, cache_index):
+    def __call__(self, x, rotary, is_rotated, key_valid, cache, cache_index):
         """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
         c = self.config
         args = (c, self.dtype, self.param_dtype)
         norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
         attention = LlamaAttention(*args, name="self_attn")
         h = RMSNorm(*norm_args, name="input_layernorm")(x)
-        h, cache = attention(h, rotary, key_valid, cache, cache_index)
+        h, cache = attention(h, rotary, is_rotated, key_valid, cache, cache_index)
         x = x + h
         h = RMSNorm(*norm_args, name="post_attention_layernorm")(x)
         x = x + LlamaMLP(*args, name="mlp")(h)
@@ -140,7 +166,8 @@ class LlamaDecoder(nn.Module):
       param_dtype: storage dtype.
       remat: recompute each layer in the backward pass.
 
-    Source: `LlamaForCausalLM` (transformers).
+    Source: `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `SmolLM3ForCausalLM`
+    (transformers).
     """
 
     config: LlamaConfig
@@ -165,7 +192,7 @@ class LlamaDecoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.param_dtype)
@@ -209,8 +236,9 @@ class LlamaDecoder(nn.Module):
           Hidden states after the final norm, and the new cache (None without one).
         """
         c = self.config
-        rotary = _rotary(positions, c.head_dim, c.rope_theta)
-        x, cache = self.layers(x, rotary, key_valid, cache, cache_index)
+        rotary = _rotary(positions, c)
+        is_rotated = np.isin(np.arange(c.num_hidden_layers), c.no_rope_layers, invert=True)
+        x, cache = self.layers(x, rotary, jnp.asarray(is_rotated), key_valid, cache, cache_index)
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

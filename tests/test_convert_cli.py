@@ -375,12 +375,12 @@ def test_converted_whisper_encoder_computes_the_same(tmp_path) -> None:
 
 
 def test_llama_config_that_cannot_be_expressed_stops_the_conversion(tmp_path, caplog) -> None:
-    config = {"model_type": "llama", "hidden_act": "gelu", "attention_bias": True}
+    config = {"model_type": "llama", "hidden_act": "gelu", "mlp_bias": True}
     write_safetensors(
         tmp_path / "src/model.safetensors", in_memory({"model.norm.weight": np.ones(3)})
     )
     (tmp_path / "src/config.json").write_text(json.dumps(config))
     assert main(["to-flax", str(tmp_path / "src"), str(tmp_path / "flax")]) == 1
     assert "unsupported  hidden_act" in caplog.text
-    assert "unsupported  attention_bias" in caplog.text
+    assert "unsupported  mlp_bias" in caplog.text
     assert "missing      vocab_size" in caplog.text

@@ -27,10 +27,26 @@ def projector_dict(config=PROJECTOR):
     return hf_config.projector_config_dict(config, dtype="bfloat16")
 
 
+# Of LlamaConfig, under other names or in another form in config.json.
+OUR_FIELDS = {"rope_scaling", "no_rope_layers", "qkv_bias", "o_bias", "qk_norm"}
 CASES = {
     "projector": (hf_config.parse_projector, PROJECTOR, projector_dict()),
-    "whisper": (hf_config.parse_whisper, WHISPER, hf_config.whisper_config_dict(WHISPER)),
-    "llama": (hf_config.parse_llama, LLAMA, hf_config.llama_config_dict(LLAMA)),
+    "whisper": (
+        hf_config.parse_whisper,
+        WHISPER,
+        {"model_type": "whisper", "activation_function": "gelu", **dataclasses.asdict(WHISPER)},
+    ),
+    "llama": (
+        hf_config.parse_llama,
+        LLAMA,
+        {
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            **{k: v for k, v in dataclasses.asdict(LLAMA).items() if k not in OUR_FIELDS},
+            "rope_parameters": {"rope_type": "default", "rope_theta": LLAMA.rope_theta},
+        },
+    ),
 }
 
 
@@ -49,10 +65,21 @@ def test_config_comes_back(name) -> None:
         ("whisper", "scale_embedding", True, "scale_embedding  = True, supported: False"),
         ("whisper", "model_type", "bert", "model_type  = 'bert'"),
         ("llama", "hidden_act", "gelu", "hidden_act  = 'gelu', supported: 'silu'"),
-        ("llama", "model_type", "smollm3", "model_type  = 'smollm3', supported: 'llama'"),
-        ("llama", "attention_bias", True, "attention_bias  = True, supported: False"),
+        ("llama", "model_type", "gpt2", "model_type  = 'gpt2', supported: 'llama' or 'qwen2' or"),
+        ("llama", "layer_types", ["full_attention", "linear_attention"], "= 'linear_attention'"),
         ("llama", "mlp_bias", True, "mlp_bias  = True, supported: False"),
-        ("llama", "rope_scaling", {"factor": 2}, "rope_scaling  = {'factor': 2}, supported: None"),
+        (
+            "llama",
+            "rope_scaling",
+            {"type": "linear", "factor": 2},
+            "= 'default and linear', supp",
+        ),
+        (
+            "llama",
+            "rope_parameters",
+            {"rope_type": "llama3"},
+            "missing  high_freq_factor ",
+        ),
         ("llama", "rope_parameters", {"rope_type": "yarn"}, "rope_type  = 'yarn', supported: 'def"),
         ("llama", "sliding_window", 128, "sliding_window  = 128, supported: None"),
         ("llama", "quantization_config", {"bits": 4}, "quantization_config  = {'bits': 4}"),
@@ -71,7 +98,7 @@ def test_value_that_cannot_be_expressed_is_an_error(name, field, value, message)
     [
         *[("projector", f) for f in ("encoder_dim", "projector_pool_stride", "model_type")],
         *[("whisper", f.name) for f in dataclasses.fields(WhisperConfig)],
-        *[("llama", f) for f in ("vocab_size", "rms_norm_eps", "tie_word_embeddings")],
+        *[("llama", f) for f in ("vocab_size", "rms_norm_eps", "num_hidden_layers")],
     ],
 )
 def test_missing_field_is_an_error(name, field) -> None:
@@ -96,6 +123,19 @@ def test_rope_theta_is_read_from_its_old_and_its_new_place() -> None:
     neither = {k: v for k, v in old.items() if k != "rope_theta"}
     with pytest.raises(ConversionError, match="missing  rope_theta"):
         hf_config.parse_llama(neither)
+
+
+@pytest.mark.parametrize(("family", "is_tied"), [("llama", False), ("smollm3", True)])
+def test_absent_tie_is_what_transformers_takes_it_to_be(family, is_tied) -> None:
+    data = {k: v for k, v in CASES["llama"][2].items() if k != "tie_word_embeddings"}
+    assert hf_config.parse_llama(data | {"model_type": family}).tie_word_embeddings == is_tied
+
+
+def test_sliding_window_that_is_not_used_is_no_obstacle() -> None:
+    data = {**CASES["llama"][2], "model_type": "qwen2", "sliding_window": 4096}
+    assert hf_config.parse_llama({**data, "use_sliding_window": False}).qkv_bias
+    with pytest.raises(ConversionError, match="sliding_window  = 4096, supported: None"):
+        hf_config.parse_llama({**data, "use_sliding_window": True})
 
 
 @pytest.mark.parametrize("absent", [{}, {"head_dim": None}])
@@ -159,7 +199,7 @@ def test_hugging_face_reads_what_we_write(tmp_path, name) -> None:
     (tmp_path / "config.json").write_text(hf_config.config_text(data))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     for field in dataclasses.fields(config):
-        if field.name != "rope_theta":  # lies in rope_parameters
+        if field.name not in {"rope_theta", *OUR_FIELDS}:
             assert getattr(theirs, field.name) == getattr(config, field.name), field.name
     theirs.save_pretrained(tmp_path)
     assert parse(json.loads((tmp_path / "config.json").read_text())) == config

@@ -11,7 +11,7 @@ from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
 CONFIGS = {
     PROJECTOR: ProjectorConfig(5, 7, projector_pool_stride=3, projector_hidden_dim=11),
     WHISPER_ENCODER: WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13),
-    LLAMA: LlamaConfig(13, 10, 7, 3, 4, 2, head_dim=6),
+    LLAMA: LlamaConfig(13, 10, 7, 3, 4, 2, head_dim=6, qkv_bias=True, o_bias=True, qk_norm=True),
 }
 
 
