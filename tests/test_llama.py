@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from convert.models import LLAMA
+from flax_projector.layers import RMSNorm
 from flax_projector.llama import (
     KVCache,
     LlamaDecoder,
@@ -225,6 +226,21 @@ def test_layer_equals_transformers(pair, layer) -> None:
     assert_close(y, expected, 1e-5)
 
 
+def test_scan_equals_the_layers_one_by_one(pair) -> None:
+    x = jnp.asarray(random_floats(2, LENGTH, pair.config.hidden_size))
+    scanned, _ = run_embeddings(pair.module, pair.params, x, random_floats(2, LENGTH, VOCAB))
+    layer = LlamaLayer(pair.config, jnp.float32, jnp.float32)
+    rotary = _rotary(jnp.arange(LENGTH)[None], pair.config)
+    for i in range(NUM_LAYERS):
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], pair.params["layers"])
+        is_rotated = i not in pair.config.no_rope_layers
+        x, _ = run(layer, params, x, rotary, is_rotated, causal_mask(LENGTH), None, 0)
+    norm = RMSNorm(pair.config.rms_norm_eps)
+    x = norm.apply({"params": pair.params["norm"]}, x)
+    logits = pair.module.apply({"params": pair.params}, x, method="logits")
+    assert_close(scanned, logits, 1e-5)
+
+
 def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
     positions = np.arange(600)[None]  # 30 s of audio at 12.5 tokens per second, and its texts
     cos_sin = _rotary(jnp.asarray(positions), pair.config)
@@ -248,6 +264,40 @@ def test_padded_batch_equals_transformers_with_its_mask(pair) -> None:
         ).logits.numpy()
     got = np.asarray(run(pair.module, pair.params, tokens))
     assert_close(got[is_text], expected[is_text], 1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_masked(module: LlamaDecoder, params: dict, tokens: Any, positions: Any, key_valid: Any):
+    """Logits under any positions and mask."""
+    apply = functools.partial(module.apply, {"params": params})
+    embedded = apply(tokens, method="embed")
+    hidden: Any = apply(embedded, positions=positions, key_valid=key_valid, method="blocks")
+    return apply(hidden[0], method="logits")
+
+
+def test_left_padding_equals_transformers_with_its_mask(pair) -> None:
+    tokens, lengths = random_tokens(3, LENGTH), np.array([4, LENGTH, 7])
+    is_text = np.arange(LENGTH) >= LENGTH - lengths[:, None]
+    positions = np.maximum(np.cumsum(is_text, axis=1) - 1, 0)
+    with torch.no_grad():
+        expected = pair.torch(
+            torch.from_numpy(tokens).long(),
+            attention_mask=torch.from_numpy(is_text).long(),
+            position_ids=torch.from_numpy(positions),
+        ).logits.numpy()
+    key_valid = np.asarray(causal_mask(LENGTH)) & is_text[:, None]
+    got = np.asarray(run_masked(pair.module, pair.params, tokens, positions, key_valid))
+    assert_close(got[is_text], expected[is_text], 1e-4)
+
+
+def test_packed_texts_do_not_see_each_other(pair) -> None:
+    tokens = random_tokens(1, LENGTH)
+    text = np.array([[0] * 4 + [1] * (LENGTH - 4)])
+    positions = np.concatenate([np.arange(4), np.arange(LENGTH - 4)])[None]
+    key_valid = np.asarray(causal_mask(LENGTH)) & (text[:, :, None] == text[:, None])
+    packed = run_masked(pair.module, pair.params, tokens, positions, key_valid)
+    assert_close(packed[:, :4], run(pair.module, pair.params, tokens[:, :4]), 1e-5)
+    assert_close(packed[:, 4:], run(pair.module, pair.params, tokens[:, 4:]), 1e-5)
 
 
 def test_gradient_of_input_embeddings_equals_transformers(pair) -> None:
