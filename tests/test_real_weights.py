@@ -69,7 +69,7 @@ def test_encoder_equals_hugging_face_on_speech(mesh):
     assert np.sqrt(np.mean((ours - expected) ** 2) / np.mean(expected**2)) < 1e-5
 
 
-def test_llm_equals_hugging_face_in_logits_and_tokens(mesh):
+def test_llm_logits_equal_hugging_face(mesh):
     config, params = load(LLAMA, "smollm2-135m-instruct", abstract_decoder, mesh)
     folder = MODELS / "smollm2-135m-instruct"
     hf: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER)
@@ -83,28 +83,63 @@ def test_llm_equals_hugging_face_in_logits_and_tokens(mesh):
     logits = np.asarray(llm.apply({"params": params}, jnp.asarray(ids)))
     assert np.abs(logits - expected).max() < 1e-3
 
+
+PROMPTS = [
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "Count from one to ten.",
+    "Explain in one sentence why the sky is blue.",
+    "Name three fruits.",
+    "Translate 'good morning' into Spanish.",
+    "Who wrote Hamlet?",
+    "Give me a recipe for pancakes.",
+    "Is seven a prime number? Answer shortly.",
+    "Tell a story about a robot that learns to hear.",
+]
+
+
+def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
+    """64 tokens each, ours as one batch of unequal lengths, theirs one by one."""
+    folder, num_tokens = MODELS / "smollm2-135m-instruct", 64
+    hf: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER)
+    hf.eval().generation_config.eos_token_id = None  # goes on after the end of its turn, as ours
+    tokenizer = load_tokenizer(folder)
+    prompts = [
+        tokenizer.encode(f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n").ids
+        for p in PROMPTS
+    ]
+    lengths = np.array([len(ids) for ids in prompts])
+    padded = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, ids in zip(padded, prompts, strict=True):
+        row[: len(ids)] = ids
+
+    config, params = load(LLAMA, folder.name, abstract_decoder, mesh)
     model = make_speech_llm(
         WHISPER_ENCODER.read_config(MODELS / "whisper-base"),
         PRESETS["demo"][1].projector,
         config,
         dtype=jnp.float32,
     )
-    inputs = llm.apply({"params": params}, jnp.asarray(ids), method="embed")
+    inputs = model.llm.apply({"params": params}, jnp.asarray(padded), method="embed")
     ours = jax.jit(
         lambda params, inputs: generate(
             params,
             inputs,
-            jnp.array([ids.shape[1]]),
+            jnp.asarray(lengths),
             model=model,
-            max_new_tokens=32,
-            end_of_turn=-2,  # never: all 32 tokens are compared
+            max_new_tokens=num_tokens,
+            end_of_turn=-2,  # never: all 64 tokens are compared
         ),
         out_shardings=replicated(mesh),
     )(params, inputs)
-    theirs = hf.generate(
-        torch.from_numpy(ids), do_sample=False, min_new_tokens=32, max_new_tokens=32
-    )
-    assert np.asarray(ours)[0].tolist() == theirs[0, ids.shape[1] :].tolist()
+    for row, ids, prompt in zip(np.asarray(ours), prompts, PROMPTS, strict=True):
+        theirs = hf.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),  # it takes <|im_end|> for padding otherwise
+            do_sample=False,
+            max_new_tokens=num_tokens,
+        )
+        assert row.tolist() == theirs[0, len(ids) :].tolist(), prompt
 
 
 def test_tokenizer_makes_the_prompt_of_the_chat_template():
