@@ -421,7 +421,7 @@ def test_detect_by_the_names_of_tensors(tmp_path) -> None:
     assert detect(open_source(tmp_path / "model.safetensors")) is PROJECTOR
 
 
-@pytest.mark.parametrize("config", [None, {"model_type": "smollm3"}])
+@pytest.mark.parametrize("config", [None, {"model_type": "gpt2"}])
 def test_unknown_model_is_an_error(tmp_path, config) -> None:
     write_safetensors(tmp_path / "model.safetensors", in_memory(random_tensors()))
     if config:
