@@ -152,10 +152,17 @@ def _open_safetensors(path: Path) -> Checkpoint:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    starts = {key: 8 + size + header[key]["data_offsets"][0] for key in infos}
+
     def read(key: str) -> np.ndarray:
-        # Opened for each tensor: the file is mapped, and what was read counts until it is closed.
-        with safe_open(path, framework="np") as file:
-            return file.get_tensor(key)
+        # Mapped, not copied as the library would: what is converted is read from the file directly.
+        shape, dtype = infos[key]
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        return np.memmap(path, dtype, "r", starts[key], shape).view(np.ndarray)
 
     return Checkpoint(infos, read, metadata)
 
