@@ -25,7 +25,7 @@ from convert import engine
 from convert.checkpoint import in_memory
 from convert.models import PROJECTOR
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
-from convert.trees import unflatten
+from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
 from flax_projector.projector import ResidualAudioProjector
 
@@ -40,8 +40,7 @@ def make_functions() -> dict[str, tuple[Callable, Callable]]:
     module = TorchProjector(CONFIG).eval()
     source = in_memory({name: x.detach().numpy() for name, x in module.state_dict().items()})
     plan = engine.plan_to_flax(PROJECTOR.table, source.infos, PROJECTOR.leaves(CONFIG))
-    leaves = engine.as_flax(plan, source)
-    params = unflatten({path: jnp.asarray(leaves.read(path)) for path in leaves.infos})
+    params = read_tree(engine.as_flax(plan, source))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(BATCH, FRAMES, CONFIG.encoder_dim)).astype(np.float32)
     w = rng.normal(size=(BATCH, FRAMES // 4, CONFIG.llm_dim)).astype(np.float32)

@@ -11,7 +11,7 @@ of a name appear everywhere:
   template    either of the two in a table, without the prefix; "{i}" is a layer number:
               "layers.{i}.fc1.weight"
 
-Modules import downwards only: checkpoint, errors, paths, trees, rules <- tables, engine, hf_config
+Modules import downwards only: checkpoint, errors, paths, rules <- trees, tables, engine, hf_config
 <- torch_files, flax_files, infer <- sources <- models <- compare, load <- api <- __main__. Training
 uses `load` and `flax_files`, which never import torch.
 """

@@ -50,11 +50,6 @@ class Checkpoint:
         """Size of all tensors, in bytes."""
         return sum(info.nbytes for info in self.infos.values())
 
-    @property
-    def num_params(self) -> int:
-        """Elements of all tensors."""
-        return sum(math.prod(info.shape) for info in self.infos.values())
-
     def cast(self, dtype: np.dtype) -> "Checkpoint":
         """The same tensors, converted to `dtype` when they are read."""
         infos = {name: TensorInfo(info.shape, dtype) for name, info in self.infos.items()}

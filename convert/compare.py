@@ -14,7 +14,7 @@ from convert.checkpoint import Checkpoint, TensorInfo
 from convert.hf_config import Json
 from convert.models import PROJECTOR, ModelKind, config_text_of, detect
 from convert.sources import Source
-from convert.trees import unflatten
+from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
 from flax_projector.projector import ResidualAudioProjector
 
@@ -86,9 +86,9 @@ def compare(a: Source, b: Source, given: Json) -> Comparison:
       ValueError: if one is no model that can be converted, they hold different models, or Flax
         parameters do not fit their own config.
     """
-    kind = detect(a)
-    if detect(b) is not kind:
-        raise ValueError(f"{a.path} is a {kind.name}, {b.path} a {detect(b).name}")
+    kind, other_kind = detect(a), detect(b)
+    if kind is not other_kind:
+        raise ValueError(f"{a.path} is a {kind.name}, {b.path} a {other_kind.name}")
     a, b = (
         dataclasses.replace(one, config_text=one.config_text or other.config_text)
         for one, other in ((a, b), (b, a))
@@ -166,8 +166,7 @@ def _run_torch(config: ProjectorConfig, tensors: Checkpoint, frames: np.ndarray)
 def _run_flax(config: ProjectorConfig, tensors: Checkpoint, frames: np.ndarray) -> np.ndarray:
     source = tensors.cast(np.dtype(np.float32))
     plan = engine.plan_to_flax(PROJECTOR.table, source.infos, PROJECTOR.leaves(config))
-    leaves = engine.as_flax(plan, source)
-    params = unflatten({path: jnp.asarray(leaves.read(path)) for path in leaves.infos})
+    params = read_tree(engine.as_flax(plan, source))
     with jax.default_matmul_precision("highest"):
         y = ResidualAudioProjector(config).apply({"params": params}, jnp.asarray(frames))
     return np.asarray(y)

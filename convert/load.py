@@ -13,9 +13,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from convert import engine
 from convert.checkpoint import TensorInfo
 from convert.errors import Problem, raise_any
-from convert.flax_files import is_flax_folder, load_params, open_flax
-from convert.models import PROJECTOR, ModelKind, config_text_of
-from convert.sources import open_source
+from convert.flax_files import is_flax_folder, load_params
+from convert.models import PROJECTOR, ModelKind
+from convert.sources import Source, open_source
 from convert.trees import flatten, unflatten
 from flax_projector.config import ProjectorConfig
 
@@ -65,15 +65,18 @@ def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -
     Raises:
       ConversionError: if the checkpoint does not have exactly these leaves.
     """
-    if is_flax_folder(path):
-        return _load_flax(path, abstract)
+    return _load(kind, open_source(path), abstract)
+
+
+def _load(kind: ModelKind, source: Source, abstract: Mapping[str, Any]) -> dict:
+    if is_flax_folder(source.path):
+        return _load_flax(source, abstract)
     target = flatten(abstract)
-    source = open_source(path)
     leaves = source.checkpoint
     if source.side == "torch":
         plan = engine.plan_to_flax(kind.table, leaves.infos, target)
         leaves = engine.as_flax(plan, leaves)
-    _log_casts(path, leaves.infos, target)
+    _log_casts(source.path, leaves.infos, target)
     with leaves.with_progress(f"loading {kind.name}", is_quiet=jax.process_index() > 0) as shown:
         return unflatten({p: _place(shown.read(p), leaf) for p, leaf in target.items()})
 
@@ -92,7 +95,7 @@ def load_projector(path: str | Path, config: ProjectorConfig, abstract: Mapping[
     """
     source = open_source(path)
     if source.config_text is not None:
-        theirs = PROJECTOR.parse_text(config_text_of(source, PROJECTOR, {}), str(path))
+        theirs = PROJECTOR.parse_text(source.config_text, str(path))
         raise_any(
             f"{path} is another projector than the run's",
             [
@@ -100,7 +103,7 @@ def load_projector(path: str | Path, config: ProjectorConfig, abstract: Mapping[
                 for name, (a, b) in theirs.differences(config).items()
             ],
         )
-    return load_tower(PROJECTOR, path, abstract)
+    return _load(PROJECTOR, source, abstract)
 
 
 def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -109,17 +112,16 @@ def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
 
 
-def _load_flax(path: str | Path, abstract: Mapping[str, Any]) -> dict:
-    target = flatten(abstract)
-    infos = open_flax(path).infos
-    _log_casts(path, infos, target)
+def _load_flax(source: Source, abstract: Mapping[str, Any]) -> dict:
+    target, infos = flatten(abstract), source.checkpoint.infos
+    _log_casts(source.path, infos, target)
     stored = {  # as on disk: Orbax would cast without a word
         p: jax.ShapeDtypeStruct(
             leaf.shape, infos[p].dtype if p in infos else leaf.dtype, sharding=leaf.sharding
         )
         for p, leaf in target.items()
     }
-    params = load_params(path, unflatten(stored))
+    params = load_params(source.path, unflatten(stored))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dict(abstract))
 
 

@@ -145,34 +145,34 @@ def _weights_in(folder: Path) -> Path:
 
 def _open_safetensors(path: Path) -> Checkpoint:
     try:
-        with safe_open(path, framework="np") as file:
-            keys = file.keys()
-            infos = {key: _header(path, key, file.get_slice(key)) for key in keys}
-            metadata = file.metadata() or {}
+        with safe_open(path, framework="np"):
+            pass  # the library checks that header and data fit together
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    starts = {key: 8 + size + header[key]["data_offsets"][0] for key in infos}
+    metadata = header.pop("__metadata__", None) or {}
+    infos = {key: _header(path, key, entry) for key, entry in header.items()}
 
     def read(key: str) -> np.ndarray:
         # Mapped, not copied as the library would: what is converted is read from the file directly.
         shape, dtype = infos[key]
         if 0 in shape:
             return np.empty(shape, dtype)
-        return np.memmap(path, dtype, "r", starts[key], shape).view(np.ndarray)
+        start = 8 + size + header[key]["data_offsets"][0]
+        return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)
 
     return Checkpoint(infos, read, metadata)
 
 
-def _header(path: Path, key: str, tensor: Any) -> TensorInfo:
-    code = tensor.get_dtype()
+def _header(path: Path, key: str, entry: Mapping[str, Any]) -> TensorInfo:
+    code = entry["dtype"]
     if code not in _SAFETENSORS_DTYPES:
         known = ", ".join(_SAFETENSORS_DTYPES)
         raise ValueError(f"{path}: tensor {key} has dtype {code}, can read {known}")
-    return TensorInfo(tuple(tensor.get_shape()), _SAFETENSORS_DTYPES[code])
+    return TensorInfo(tuple(entry["shape"]), _SAFETENSORS_DTYPES[code])
 
 
 def _open_sharded(index: Path) -> Checkpoint:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from convert.checkpoint import Checkpoint
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -15,3 +18,8 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """{"fc1/kernel": x} -> {"fc1": {"kernel": x}}."""
     return unflatten_dict(leaves, sep="/")
+
+
+def read_tree(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every leaf of a Flax checkpoint, as a module takes them: {"fc1": {"kernel": array}}."""
+    return unflatten({path: jnp.asarray(checkpoint.read(path)) for path in checkpoint.infos})

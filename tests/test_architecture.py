@@ -20,8 +20,9 @@ LAYERS: list[set[str]] = [
     {"flax_projector.decode", "flax_projector.checkpoints"},
     {"flax_projector.evaluate"},
     {"flax_projector.metrics"},
-    {"convert.checkpoint", "convert.errors", "convert.paths", "convert.rules", "convert.trees"},
-    {"convert.tables", "convert.engine", "convert.hf_config", "convert.torch_projector"},
+    {"convert.checkpoint", "convert.errors", "convert.paths", "convert.rules"},
+    {"convert.tables", "convert.engine", "convert.hf_config", "convert.torch_projector"}
+    | {"convert.trees"},
     {"convert.torch_files", "convert.flax_files", "convert.infer"},
     {"convert.sources"},
     {"convert.models"},

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import soundfile
 import torch
@@ -17,7 +16,7 @@ from convert.flax_files import open_flax
 from convert.hf_config import projector_config_dict
 from convert.models import PROJECTOR
 from convert.torch_files import write_safetensors
-from convert.trees import unflatten
+from convert.trees import read_tree
 from flax_projector.config import (
     DataConfig,
     MeshConfig,
@@ -163,7 +162,7 @@ def read_all(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def read_params(folder: str | Path) -> dict:
     """The parameters in a Flax folder, as a module takes them."""
-    return jax.tree.map(jax.numpy.asarray, unflatten(read_all(open_flax(folder))))
+    return read_tree(open_flax(folder))
 
 
 def read_losses(config: TrainConfig) -> list[float]:
