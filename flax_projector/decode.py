@@ -10,7 +10,8 @@ import jiwer
 from jaxtyping import Array, Float, Int
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from flax_projector.llama import causal_mask, make_cache
+from flax_projector.attention import causal_mask
+from flax_projector.llama import make_cache
 from flax_projector.speech_llm import Params, SpeechLLM, apply
 from flax_projector.train_step import Batch, batch_frames
 

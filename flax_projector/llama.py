@@ -44,11 +44,6 @@ def make_cache(
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def causal_mask(length: int) -> Bool[Array, "1 L L"]:
-    """True where key position <= query position."""
-    return jnp.tril(jnp.ones((1, length, length), bool))
-
-
 def _rotary(
     positions: Int[Array, "#B T"], config: LlamaConfig
 ) -> tuple[Float[Array, "#B T 1 d"], Float[Array, "#B T 1 d"]]:
@@ -113,7 +108,8 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=1)
             cache = KVCache(k=k, v=v)
-        out = attend(q, k, v, key_valid=key_valid).reshape(b, t, q_dim)
+        out = attend(q, k, v, is_causal=key_valid is None, key_valid=key_valid)
+        out = out.reshape(b, t, q_dim)
         o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
         return o_proj(out), cache
 
@@ -219,7 +215,7 @@ class LlamaDecoder(nn.Module):
         x: Float[Array, "B L D"],
         *,
         positions: Int[Array, "#B L"],
-        key_valid: Bool[Array, "#B L C"],
+        key_valid: Bool[Array, "#B L C"] | None = None,
         cache: KVCache | None = None,
         cache_index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
@@ -229,6 +225,7 @@ class LlamaDecoder(nn.Module):
           x: input embeddings, text and audio merged.
           positions: rotary position of each input.
           key_valid: True where a query may see a key; C is the cache length, or L without a cache.
+            None is the causal mask, without a cache; it lets the platform's fused kernel be used.
           cache: keys and values so far; the new ones are written from `cache_index` on.
           cache_index: first slot that is written.
 
@@ -255,7 +252,6 @@ class LlamaDecoder(nn.Module):
         hidden, _ = self.blocks(
             self.embed(tokens),
             positions=jnp.arange(length)[None],
-            key_valid=causal_mask(length),
         )
         return self.logits(hidden)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_projector.config import MeshConfig
 
@@ -70,8 +70,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _spec_that_divides(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, name: str):
-    """Drops mesh axes from dimensions that they do not divide (3 kv heads over 2 devices)."""
+def spec_that_divides(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, name: str
+) -> PartitionSpec:
+    """Drops mesh axes from dimensions that they do not divide (3 kv heads over 2 devices).
+
+    Args:
+      spec: mesh axes of each dimension.
+      shape: sizes of the dimensions.
+      mesh: whose axes they are.
+      name: what is sharded, for the log.
+    """
     parts = []
     for dim, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
         names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
@@ -109,7 +118,7 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), LOGICAL_RULES)
 
     def place(path, leaf, spec):
-        spec = _spec_that_divides(spec, leaf.shape, mesh, jax.tree_util.keystr(path))
+        spec = spec_that_divides(spec, leaf.shape, mesh, jax.tree_util.keystr(path))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, strip_axes(boxed), specs)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
-from flax_projector.llama import LlamaDecoder, causal_mask
+from flax_projector.llama import LlamaDecoder
 from flax_projector.projector import ResidualAudioProjector
 from flax_projector.prompt import AUDIO_TOKEN
 from flax_projector.whisper import WhisperEncoder, log_mel
@@ -98,7 +98,6 @@ class SpeechLLM:
             llm_params,
             inputs,
             positions=jnp.arange(length)[None],
-            key_valid=causal_mask(length),
             method="blocks",
         )
         hidden = jnp.take_along_axis(hidden, label_positions[..., None], axis=1)  # [B, T, D]

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest layer first; modules of one layer do not import each other.
 LAYERS: list[set[str]] = [
     {"flax_projector.config"},
-    {"flax_projector.attention", "flax_projector.losses", "flax_projector.sharding"},
-    {"flax_projector.layers"},
+    {"flax_projector.losses", "flax_projector.sharding"},
+    {"flax_projector.attention", "flax_projector.layers"},
     {"flax_projector.projector", "flax_projector.whisper", "flax_projector.llama"},
     {"flax_projector.prompt"},
     {"flax_projector.speech_llm", "flax_projector.data"},

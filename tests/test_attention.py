@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_projector.attention import attend
+from flax_projector.attention import attend, plain_attend, splash_attend
+from flax_projector.config import MeshConfig
+from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
+from tests.parity import assert_close, assert_relative_l2, relative_l2
 
-jit_attend: Any = jax.jit(attend)
+jit_attend: Any = jax.jit(attend, static_argnames="is_causal")
 
 BATCH, QUERIES, KEYS, HEAD_DIM = 2, 5, 7, 3
 
@@ -45,6 +48,7 @@ def make_mask(rows: int) -> np.ndarray:
 MASKS = {"all": None, "one for the batch": make_mask(1), "one per row": make_mask(BATCH)}
 
 
+@pytest.mark.parity("softmax in numpy, f64")
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (6, 2), (4, 1), (1, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-10)])
@@ -55,7 +59,18 @@ def test_output_is_softmax_attention(num_heads, num_kv_heads, mask, dtype, toler
         out = jit_attend(q, k, v, key_valid=None if mask is None else jnp.asarray(mask))
     assert out.dtype == dtype
     expected = reference(*qkv, key_valid=mask)
-    np.testing.assert_allclose(np.asarray(out), expected, rtol=tolerance, atol=tolerance)
+    assert_close(out, expected, tolerance)
+
+
+@pytest.mark.parity("softmax in numpy, f64")
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_long_sequences_equal_the_reference(is_causal) -> None:
+    """More than one block of keys, the last not filled."""
+    length = 701
+    q, k, v = (np.asarray(x[:1]) for x in make_long_qkv(length, 2, 1, HEAD_DIM))
+    out = jit_attend(q, k, v, is_causal=is_causal)
+    mask = np.tril(np.ones((1, length, length), bool)) if is_causal else None
+    assert_close(out, reference(q, k, v, mask), 1e-5)
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4])
@@ -75,11 +90,63 @@ def test_masked_keys_get_no_gradient() -> None:
         assert grad[:, -1].any()
 
 
-def relative_rms(got, expected) -> float:
-    got = np.asarray(got).astype(np.float64)
-    return np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
+@pytest.mark.parametrize("length", [1, QUERIES])
+def test_causal_is_the_lower_triangle(length) -> None:
+    q, k, v = (jnp.asarray(x[:, :length]) for x in make_qkv(6, 2))
+    causal = jit_attend(q, k, v, is_causal=True)
+    triangle = jnp.tril(jnp.ones((1, length, length), bool))
+    expected = jit_attend(q, k, v, key_valid=triangle)
+    np.testing.assert_allclose(causal, expected, rtol=1e-5, atol=1e-6)
 
 
+def make_long_qkv(length: int, num_heads: int, num_kv_heads: int, head_dim: int) -> list[Any]:
+    rng = np.random.default_rng(length)
+    sizes = (num_heads, num_kv_heads, num_kv_heads)
+    return [jnp.asarray(rng.normal(size=(8, length, n, head_dim)), jnp.float32) for n in sizes]
+
+
+def output_and_gradients(function: Any, qkv: list[Any]) -> Any:
+    """Of sum(f(q, k, v) ** 2)."""
+
+    def squares(q, k, v):
+        out = function(q, k, v)
+        return jnp.sum(jnp.square(out)), out
+
+    return jax.jit(jax.grad(squares, argnums=(0, 1, 2), has_aux=True))(*qkv)
+
+
+SPLASH_CASES = {  # length, query heads, key heads, head dim
+    "one block, padded": (20, 6, 2, 10),
+    "exact": (128, 2, 2, 16),
+    "two blocks, padded": (150, 4, 1, 8),
+}
+
+
+@pytest.mark.consistency("ours in plain JAX")
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("case", SPLASH_CASES.values(), ids=SPLASH_CASES)
+@pytest.mark.parametrize("mesh_config", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_tpu_kernel_equals_the_plain_form(case, is_causal, mesh_config) -> None:
+    """Interpreted on CPU: outputs and gradients, alone and split over a mesh."""
+    qkv = make_long_qkv(*case)
+
+    def kernel(q, k, v):
+        return splash_attend(q, k, v, is_causal=is_causal, interpret=True)
+
+    expected = output_and_gradients(lambda *x: plain_attend(*x, is_causal=is_causal), qkv)
+    if mesh_config is None:
+        got = output_and_gradients(kernel, qkv)
+    else:
+        mesh = make_mesh(mesh_config)
+        qkv = [jax.device_put(x, batch_sharding(mesh)) for x in qkv]
+        with use_mesh(mesh):
+            got = output_and_gradients(kernel, qkv)
+    for ours, plain in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_close(ours, plain, 1e-4, what="output and gradients")
+    assert_close(got[1], expected[1], 1e-5, what="output")
+
+
+@pytest.mark.parity("softmax in numpy, f64")
 def test_bf16_scores_and_softmax_are_f32() -> None:
     # Scores near 500 with differences near 1: rounding them to bf16 (spacing 2) picks other keys.
     q, k, v = make_qkv(6, 2)
@@ -88,9 +155,9 @@ def test_bf16_scores_and_softmax_are_f32() -> None:
     out = jit_attend(q, k, v)
     assert out.dtype == jnp.bfloat16
     expected = reference(q, k, v)
-    assert relative_rms(out, expected) < 1e-2
+    assert_relative_l2(out, expected, 1e-2)
 
     scores = jnp.einsum("BTHd,BCHd->BHTC", q, jnp.repeat(k, 3, axis=2)) * HEAD_DIM**-0.5
     rounded = jnp.einsum("BHTC,BCHd->BTHd", jax.nn.softmax(scores), jnp.repeat(v, 3, axis=2))
     assert scores.dtype == jnp.bfloat16
-    assert relative_rms(rounded, expected) > 1e-1  # this test would notice
+    assert relative_l2(rounded, expected) > 1e-1  # this test would notice

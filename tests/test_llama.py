@@ -25,16 +25,17 @@ from transformers import (
 )
 
 from convert.models import LLAMA
+from flax_projector.attention import causal_mask
 from flax_projector.layers import RMSNorm
 from flax_projector.llama import (
     KVCache,
     LlamaDecoder,
     LlamaLayer,
     _rotary,
-    causal_mask,
     make_cache,
 )
-from tests.test_projector import assert_close, load_on_one_device, relative_l2
+from tests.parity import assert_close, assert_relative_l2, relative_l2
+from tests.test_projector import load_on_one_device
 from tests.tiny import randomize
 
 pytestmark = pytest.mark.torch
@@ -126,7 +127,13 @@ def make_pair(
     return SimpleNamespace(torch=model, config=flax_config, module=module, params=params)
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=list(VARIANTS))
+PAIRS = [
+    pytest.param(variant, id=name, marks=pytest.mark.variant(variant.get("family", "llama")))
+    for name, variant in VARIANTS.items()
+]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> Any:
     return make_pair(tmp_path_factory.mktemp("llama"), **request.param)
 
@@ -177,6 +184,7 @@ def run_cached(
     return apply(hidden, method="logits"), cache
 
 
+@pytest.mark.parity("transformers")
 def test_logits_equal_transformers(pair) -> None:
     tokens = random_tokens(3, LENGTH)
     with torch.no_grad():
@@ -205,6 +213,7 @@ def test_families_differ_in_what_they_compute(pair) -> None:
     assert same == (plain == pair.config)
 
 
+@pytest.mark.parity("transformers")
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 def test_layer_equals_transformers(pair, layer) -> None:
     x = random_floats(2, LENGTH, pair.config.hidden_size)
@@ -226,6 +235,7 @@ def test_layer_equals_transformers(pair, layer) -> None:
     assert_close(y, expected, 1e-5)
 
 
+@pytest.mark.consistency("ours without the scan")
 def test_scan_equals_the_layers_one_by_one(pair) -> None:
     x = jnp.asarray(random_floats(2, LENGTH, pair.config.hidden_size))
     scanned, _ = run_embeddings(pair.module, pair.params, x, random_floats(2, LENGTH, VOCAB))
@@ -241,6 +251,7 @@ def test_scan_equals_the_layers_one_by_one(pair) -> None:
     assert_close(scanned, logits, 1e-5)
 
 
+@pytest.mark.parity("transformers")
 def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
     positions = np.arange(600)[None]  # 30 s of audio at 12.5 tokens per second, and its texts
     cos_sin = _rotary(jnp.asarray(positions), pair.config)
@@ -249,12 +260,14 @@ def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
         assert_close(got[:, :, 0], theirs, 1e-5)
 
 
+@pytest.mark.consistency("ours without padding")
 def test_right_padding_changes_nothing(pair) -> None:
     tokens = random_tokens(3, LENGTH)
     padded = run(pair.module, pair.params, tokens)
     assert_close(padded[:, :7], run(pair.module, pair.params, tokens[:, :7]), 1e-5)
 
 
+@pytest.mark.parity("transformers")
 def test_padded_batch_equals_transformers_with_its_mask(pair) -> None:
     tokens, lengths = random_tokens(3, LENGTH), np.array([4, LENGTH, 7])
     is_text = np.arange(LENGTH) < lengths[:, None]
@@ -275,6 +288,7 @@ def run_masked(module: LlamaDecoder, params: dict, tokens: Any, positions: Any, 
     return apply(hidden[0], method="logits")
 
 
+@pytest.mark.parity("transformers")
 def test_left_padding_equals_transformers_with_its_mask(pair) -> None:
     tokens, lengths = random_tokens(3, LENGTH), np.array([4, LENGTH, 7])
     is_text = np.arange(LENGTH) >= LENGTH - lengths[:, None]
@@ -290,6 +304,7 @@ def test_left_padding_equals_transformers_with_its_mask(pair) -> None:
     assert_close(got[is_text], expected[is_text], 1e-4)
 
 
+@pytest.mark.consistency("ours one by one")
 def test_packed_texts_do_not_see_each_other(pair) -> None:
     tokens = random_tokens(1, LENGTH)
     text = np.array([[0] * 4 + [1] * (LENGTH - 4)])
@@ -300,15 +315,17 @@ def test_packed_texts_do_not_see_each_other(pair) -> None:
     assert_close(packed[:, 4:], run(pair.module, pair.params, tokens[:, 4:]), 1e-5)
 
 
+@pytest.mark.parity("transformers")
 def test_gradient_of_input_embeddings_equals_transformers(pair) -> None:
     x = random_floats(2, LENGTH, pair.config.hidden_size)
     weights = random_floats(2, LENGTH, VOCAB)
     torch_x = torch.from_numpy(x).requires_grad_()
     (pair.torch(inputs_embeds=torch_x).logits * torch.from_numpy(weights)).sum().backward()
     _, grad = run_embeddings(pair.module, pair.params, x, weights)
-    assert relative_l2(grad, torch_x.grad) < 1e-4
+    assert_relative_l2(grad, torch_x.grad, 1e-4)
 
 
+@pytest.mark.consistency("ours without remat")
 @pytest.mark.parametrize("pair", [VARIANTS["untied, 4 heads per kv head"]], indirect=True)
 def test_remat_changes_no_value(pair) -> None:
     x = random_floats(2, LENGTH, pair.config.hidden_size)
@@ -319,9 +336,10 @@ def test_remat_changes_no_value(pair) -> None:
         run_embeddings(pair.module, pair.params, x, weights),
         strict=True,
     ):
-        assert relative_l2(got, expected) < 1e-6
+        assert_relative_l2(got, expected, 1e-6)
 
 
+@pytest.mark.consistency("ours without a cache")
 @pytest.mark.parametrize("chunks", [(1,) * LENGTH, (4, 1, 1, 4, 1)], ids=["1 by 1", "by chunks"])
 def test_cached_decoding_equals_the_full_forward(pair, chunks) -> None:
     tokens = random_tokens(3, LENGTH)
@@ -339,6 +357,7 @@ def test_cached_decoding_equals_the_full_forward(pair, chunks) -> None:
     assert not cache.k[:, :, LENGTH:].any()
 
 
+@pytest.mark.consistency("ours in f32")
 def test_bf16_decoder_is_near_f32_with_f32_logits(pair) -> None:
     tokens = random_tokens(3, LENGTH)
     stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pair.params)
@@ -351,4 +370,4 @@ def test_bf16_decoder_is_near_f32_with_f32_logits(pair) -> None:
         expected = torch_bf16.float()(torch.from_numpy(tokens).long()).logits
     # Norms of queries and keys round more: then PyTorch's own bf16 is the measure.
     limit = max(1e-2, 1.1 * relative_l2(theirs, expected))
-    assert relative_l2(logits, run(pair.module, same, tokens)) < limit
+    assert_relative_l2(logits, run(pair.module, same, tokens), limit)
