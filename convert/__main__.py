@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_given(verify, "if neither has a config.json, or it lacks a field")
     verify.set_defaults(run=_verify)
 
-    text = "list tensors, dtypes and config of a checkpoint, from its headers"
+    text = "tell which model a checkpoint is and whether it is supported; list config and tensors"
     inspect = commands.add_parser("inspect", help=text, description=text)
     inspect.add_argument("path", metavar="PATH", help="folder or file, of PyTorch or of Flax")
     inspect.add_argument("--step", type=int, help="which checkpoint, where there are several")
@@ -171,7 +171,8 @@ def _header(info: TensorInfo) -> str:
 
 def _inspect(args: argparse.Namespace) -> int:
     summary = api.inspect(args.path, step=args.step)
-    lines = [f"model   {summary.kind.name if summary.kind else 'unknown'}"]
+    verdict = "supported" if summary.kind else f"not supported, {summary.reason}"
+    lines = [f"model   {summary.architecture}: {verdict}"]
     if summary.config is not None:
         values = dataclasses.asdict(summary.config).items()
         lines.append("config  " + "\n        ".join(f"{name} = {value}" for name, value in values))

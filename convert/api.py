@@ -9,8 +9,9 @@ from typing import Any
 from convert import engine
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo
 from convert.compare import Comparison, compare
+from convert.errors import ConversionError
 from convert.flax_files import open_flax, write_flax
-from convert.hf_config import CONFIG, with_dtype
+from convert.hf_config import CONFIG, architecture, with_dtype
 from convert.models import ModelKind, config_text_of, detect
 from convert.paths import replacing
 from convert.sources import Source, open_source
@@ -24,13 +25,18 @@ class Summary:
     """What the headers of a checkpoint tell.
 
     Attributes:
+      architecture: what its config.json calls it, "llama (LlamaForCausalLM)"; without one, what
+        its tensors' names tell; "unknown" if nothing does.
       kind: what it holds; None if that cannot be converted.
       config: dataclass of the config.json; None if there is none, or no `kind`.
+      reason: why it cannot be converted; None if it can.
       infos: shape and dtype of every tensor by torch key, or of every leaf by flax path.
     """
 
+    architecture: str
     kind: ModelKind | None
     config: Any
+    reason: str | None
     infos: Mapping[str, TensorInfo]
 
 
@@ -130,15 +136,15 @@ def inspect(path: str | Path, *, step: int | None = None) -> Summary:
       ValueError: if it is no checkpoint, or damaged.
     """
     source = open_source(path, step=step)
-    infos = source.checkpoint.infos
+    text, infos = source.config_text, source.checkpoint.infos
+    name = architecture(text) if text is not None else "unknown"
     try:
         kind = detect(source)
-        text = source.config_text
-        config = kind.parse_text(text, str(path)) if text is not None else None
+        config = kind.parse_text(text, CONFIG) if text is not None else None
     except ValueError as error:
-        _log.info("cannot be converted: %s", error)
-        return Summary(None, None, infos)
-    return Summary(kind, config, infos)
+        reason = error.reason if isinstance(error, ConversionError) else str(error)
+        return Summary(name, None, None, reason.replace("\n", "; "), infos)
+    return Summary(kind.name if text is None else name, kind, config, None, infos)
 
 
 def verify(

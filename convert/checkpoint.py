@@ -81,17 +81,9 @@ class Checkpoint:
                 yield first, tensor.result()
 
     @contextlib.contextmanager
-    def with_progress(self, label: str, *, is_quiet: bool = False) -> Iterator["Checkpoint"]:
-        """The same tensors; a bar on stderr, if that is a terminal, shows what has been read.
-
-        Args:
-          label: in front of the bar.
-          is_quiet: shows nothing, as on every process but the first.
-        """
-        disable = True if is_quiet else None  # None: tqdm asks whether stderr is a terminal
-        with tqdm(
-            total=self.nbytes, desc=label, unit="B", unit_scale=True, disable=disable
-        ) as progress:
+    def with_progress(self, label: str) -> Iterator["Checkpoint"]:
+        """The same tensors; a bar shows what has been read."""
+        with progress_bar(label, self.nbytes) as progress:
 
             def read(name: str) -> np.ndarray:
                 array = self.read(name)
@@ -101,6 +93,18 @@ class Checkpoint:
             yield replace(self, read=read)
 
 
+def progress_bar(label: str, num_bytes: int, *, is_quiet: bool = False) -> tqdm:
+    """A bar on stderr, if that is a terminal; its `update` takes the bytes that are done.
+
+    Args:
+      label: in front of the bar.
+      num_bytes: of everything.
+      is_quiet: shows nothing, as on every process but the first.
+    """
+    disable = True if is_quiet else None  # None: tqdm asks whether stderr is a terminal
+    return tqdm(total=num_bytes, desc=label, unit="B", unit_scale=True, disable=disable)
+
+
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Checkpoint:
     """Arrays that are there already."""
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
@@ -108,14 +112,22 @@ def in_memory(arrays: Mapping[str, np.ndarray]) -> Checkpoint:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order: itself, or a copy.
-
-    A transposed matrix is copied in strips of a cache line, five times as fast as numpy does it.
-    """
+    """The array in C order: itself, or a copy."""
     if array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, array.dtype)
+    copy_into(out, array)
+    return out
+
+
+def copy_into(out: np.ndarray, array: np.ndarray) -> None:
+    """Copies an array into a contiguous one of the same shape and dtype.
+
+    A transposed matrix is copied in strips of a cache line, five times as fast as numpy does it.
+    """
+    if array.ndim < 2 or array.strides[-1] == array.itemsize:
+        np.copyto(out, array, casting="no")
+        return
     for start in range(0, array.shape[-1], 16):
         strip = np.s_[..., start : start + 16]
-        out[strip] = array[strip]
-    return out
+        np.copyto(out[strip], array[strip], casting="no")

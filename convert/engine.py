@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous, copy_into
 from convert.errors import Problem, raise_any
 from convert.rules import Ignore, Rule, Table
 
@@ -153,6 +153,22 @@ def as_flax(plan: Plan, source: Checkpoint) -> Checkpoint:
     Raises:
       ConversionError: if a tensor that the model ties to another differs from it.
     """
+    check_copies(plan, source)
+    leaves = {leaf.path: leaf for leaf in plan.leaves}
+
+    def read(path: str) -> np.ndarray:
+        leaf = leaves[path]
+        return read_part(leaf, source, (slice(None),) * len(leaf.info.shape))
+
+    return Checkpoint(plan.params, read)
+
+
+def check_copies(plan: Plan, source: Checkpoint) -> None:
+    """Checks that tied tensors, of which only one has a leaf, are equal.
+
+    Raises:
+      ConversionError: naming every tensor that differs from the one it is tied to.
+    """
     raise_any(
         "tied tensors differ",
         [
@@ -161,19 +177,29 @@ def as_flax(plan: Plan, source: Checkpoint) -> Checkpoint:
             if not is_same(source.read(key), source.read(twin))
         ],
     )
-    leaves = {leaf.path: leaf for leaf in plan.leaves}
 
-    def read(path: str) -> np.ndarray:
-        leaf = leaves[path]
-        forward = leaf.rule.transform.forward
-        if not leaf.rule.is_stacked:
-            return contiguous(forward(source.read(leaf.keys[0])))
-        stacked = np.empty(leaf.info.shape, leaf.info.dtype)
-        for slot, key in zip(stacked, leaf.keys, strict=True):
-            np.copyto(slot, contiguous(forward(source.read(key))), casting="no")
-        return stacked
 
-    return Checkpoint(plan.params, read)
+def read_part(leaf: LeafPlan, source: Checkpoint, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a Flax leaf; nothing else is copied out of its torch tensors.
+
+    Args:
+      leaf: of a plan to Flax.
+      source: the torch checkpoint that the plan is for.
+      index: a slice of every axis of the leaf, as JAX describes a shard.
+
+    Returns:
+      A contiguous array. It has memory of its own, since JAX may keep it, and a file may change.
+    """
+    shape = [len(range(n)[along]) for n, along in zip(leaf.info.shape, index, strict=True)]
+    part = np.empty(shape, leaf.info.dtype)
+    if leaf.rule.is_stacked:
+        keys, slots, index = leaf.keys[index[0]], part, index[1:]
+    else:
+        keys, slots = leaf.keys, part[np.newaxis]
+    for i, key in enumerate(keys):
+        tensor = leaf.rule.transform.forward(source.read(key))
+        copy_into(slots[i, ...], tensor[*index, ...])
+    return part
 
 
 def as_torch(plan: Plan, source: Checkpoint) -> Checkpoint:

@@ -19,6 +19,10 @@ from convert.trees import flatten, unflatten
 
 _PARAMS = "params"
 _MARKER = "_CHECKPOINT_METADATA"  # in every finished Orbax checkpoint
+_CHUNK_BYTES = 16 << 20
+"""Leaves are stored in chunks of this size at most: a process that needs a shard of a leaf reads
+little more than that, and a buffer of this size is reused where a larger one would be mapped anew,
+page by page."""
 
 
 def is_flax_folder(path: str | Path) -> bool:
@@ -110,10 +114,11 @@ def write_flax(
         ),
     )
     tree = unflatten({path: _Leaf(checkpoint, path) for path in checkpoint.infos})
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     with replacing(Path(dst).resolve(), overwrite=overwrite) as part:
         part.mkdir()
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(tree))
+            checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(tree, save_args))
         (part / CONFIG).write_text(config_text, "utf-8")
 
 

@@ -58,6 +58,7 @@ _LLAMA_ONLY = {
     "rope_type": _Only(("default", "llama3")),
     "partial_rotary_factor": _Only((1.0,)),
     "sliding_window": _Only((None,)),
+    "is_causal": _Only((True,)),
     "layer_types": _Only(("full_attention",)),
     "quantization_config": _Only((None,)),
 }
@@ -90,21 +91,30 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     transformers 5 keeps everything about rotary positions in `rope_parameters`, older ones in
     `rope_theta` and `rope_scaling`. What is absent is what transformers takes it to be.
     """
-    flat: dict[str, Any] = {"tie_word_embeddings": data.get("model_type") == "smollm3", **data}
-    if "num_attention_heads" in flat:
-        _set_absent(flat, "num_key_value_heads", flat["num_attention_heads"])
-        if "hidden_size" in flat:
-            _set_absent(flat, "head_dim", flat["hidden_size"] // flat["num_attention_heads"])
+    is_smollm3 = data.get("model_type") == "smollm3"
+    flat: dict[str, Any] = {
+        "tie_word_embeddings": is_smollm3,
+        "rope_theta": 2e6 if is_smollm3 else 1e4,
+        **data,
+    }
+    heads, width = flat.get("num_attention_heads"), flat.get("hidden_size")
+    if heads:
+        _set_absent(flat, "num_key_value_heads", heads)
+        if width:
+            _set_absent(flat, "head_dim", width // heads)
 
-    blocks = [block for name in ("rope_scaling", "rope_parameters") if (block := data.get(name))]
-    rope = {name: value for block in blocks for name, value in block.items()}
-    types = {str(block.get("rope_type", block.get("type"))) for block in blocks} or {"default"}
-    flat["rope_type"] = " and ".join(sorted(types))
-    flat["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0)
+    rope: Json = data.get("rope_scaling") or data.get("rope_parameters") or {"rope_type": "default"}
+    flat["rope_type"] = rope.get("rope_type", rope.get("type"))
+    flat["partial_rotary_factor"] = rope.get(
+        "partial_rotary_factor", data.get("partial_rotary_factor", 1.0)
+    )
     if "rope_theta" in rope:
         flat["rope_theta"] = rope["rope_theta"]
     flat["rope_scaling"] = None
     if flat["rope_type"] == "llama3":
+        length = "original_max_position_embeddings"
+        if length in data:
+            rope = {**rope, length: data[length]}
         names = [field.name for field in fields(Llama3RopeScaling)]
         missing = [Problem("missing", name, "of rope_type llama3") for name in names]
         raise_any(
@@ -113,9 +123,9 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
         )
         flat["rope_scaling"] = Llama3RopeScaling(**{name: rope[name] for name in names})
 
-    # SmolLM3 marks with 0 the layers that have no rotary positions.
-    marks = enumerate(data.get("no_rope_layers") or ())
-    flat["no_rope_layers"] = tuple(i for i, is_rotated in marks if not is_rotated)
+    flat["no_rope_layers"] = ()
+    if is_smollm3:
+        flat["no_rope_layers"] = _layers_without_rope(data, where)
     others = set(data.get("layer_types") or ()) - {"full_attention"}
     flat["layer_types"] = min(others, default="full_attention")
     if data.get("model_type") != "llama" and not data.get("use_sliding_window"):
@@ -125,6 +135,19 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     flat |= {"qkv_bias": bias or data.get("model_type") == "qwen2", "o_bias": bias}
     flat["qk_norm"] = data.get("model_type") == "qwen3"
     return _parse(LlamaConfig, flat, _LLAMA_ONLY, where, may_be_null={"rope_scaling"})
+
+
+def _layers_without_rope(data: Json, where: str) -> tuple[int, ...]:
+    """Of SmolLM3: marked with 0, or every fourth if nothing is said."""
+    layers = range(data.get("num_hidden_layers") or 0)
+    marks = data.get("no_rope_layers")
+    if marks is None:
+        interval = data.get("no_rope_layer_interval", 4)
+        return tuple(layer for layer in layers if (layer + 1) % interval == 0)
+    if layers and len(marks) != len(layers):
+        text = f"has {len(marks)} marks for {len(layers)} layers"
+        raise_any(f"{where} contradicts itself", [Problem("wrong", "no_rope_layers", text)])
+    return tuple(i for i, is_rotated in enumerate(marks) if not is_rotated)
 
 
 def _set_absent(data: dict[str, Any], name: str, value: Any) -> None:
@@ -183,6 +206,13 @@ def read_config_text(path: str | Path) -> str:
     if not is_object:
         raise ValueError(f"{file} holds no JSON object")
     return text
+
+
+def architecture(text: str) -> str:
+    """What a config.json calls its model: "llama (LlamaForCausalLM)", or "unknown"."""
+    data = json.loads(text)
+    model_type, classes = data.get("model_type") or "unknown", data.get("architectures")
+    return f"{model_type} ({', '.join(classes)})" if classes else model_type
 
 
 def config_text(config: Json | str) -> str:

@@ -1,17 +1,18 @@
 """Weights for training: from a folder or the hub into sharded device arrays, without torch."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from convert import engine
-from convert.checkpoint import TensorInfo
+from convert.checkpoint import TensorInfo, progress_bar
 from convert.errors import Problem, raise_any
 from convert.flax_files import is_flax_folder, load_params
 from convert.models import PROJECTOR, ModelKind
@@ -41,17 +42,23 @@ def resolve_model(path_or_hub_id: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        advice = (
+            "HF_HUB_OFFLINE forbids downloading: unset it, or"
+            if constants.HF_HUB_OFFLINE
+            else "Check the name; if it needs a login, run `hf auth login`; without network,"
+        )
         raise ValueError(
             f"{path_or_hub_id!r} is neither a folder here nor a model that the hub gave "
-            f"({type(error).__name__}). Check the name; if it needs a login, run `hf auth login`; "
-            "without network, copy the model's folder from a machine that has it and pass its path"
+            f"({type(error).__name__}). {advice} copy the model's folder from a machine that has "
+            "it and pass its path"
         ) from error
 
 
 def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -> dict:
-    """Loads a model leaf by leaf.
+    """Loads a model leaf by leaf, straight into its shards.
 
-    Host memory holds the largest leaf (all layers of one kernel), never the whole model.
+    A process copies only the bytes of its own shards out of the file, each once. Beside the arrays,
+    host memory holds its shards of one leaf (all layers of one kernel), never the model.
 
     Args:
       kind: what the folder holds.
@@ -71,14 +78,22 @@ def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -
 def _load(kind: ModelKind, source: Source, abstract: Mapping[str, Any]) -> dict:
     if is_flax_folder(source.path):
         return _load_flax(source, abstract)
-    target = flatten(abstract)
-    leaves = source.checkpoint
-    if source.side == "torch":
-        plan = engine.plan_to_flax(kind.table, leaves.infos, target)
-        leaves = engine.as_flax(plan, leaves)
-    _log_casts(source.path, leaves.infos, target)
-    with leaves.with_progress(f"loading {kind.name}", is_quiet=jax.process_index() > 0) as shown:
-        return unflatten({p: _place(shown.read(p), leaf) for p, leaf in target.items()})
+    target, checkpoint = flatten(abstract), source.checkpoint
+    if source.side == "flax":  # the state of a run: a projector, small enough to be read whole
+        _log_casts(source.path, checkpoint.infos, target)
+        return unflatten({p: _place(checkpoint.read(p).__getitem__, x) for p, x in target.items()})
+
+    plan = engine.plan_to_flax(kind.table, checkpoint.infos, target)
+    engine.check_copies(plan, checkpoint)
+    _log_casts(source.path, plan.params, target)
+    num_bytes, is_quiet = sum(leaf.info.nbytes for leaf in plan.leaves), jax.process_index() > 0
+    arrays = {}
+    with progress_bar(f"loading {kind.name}", num_bytes, is_quiet=is_quiet) as progress:
+        for leaf in plan.leaves:
+            read_part = functools.partial(engine.read_part, leaf, checkpoint)
+            arrays[leaf.path] = _place(read_part, target[leaf.path])
+            progress.update(leaf.info.nbytes)
+    return unflatten(arrays)
 
 
 def load_projector(path: str | Path, config: ProjectorConfig, abstract: Mapping[str, Any]) -> dict:
@@ -106,10 +121,23 @@ def load_projector(path: str | Path, config: ProjectorConfig, abstract: Mapping[
     return _load(PROJECTOR, source, abstract)
 
 
-def _place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Puts this host's parts of a leaf on its devices."""
-    array = array.astype(like.dtype, copy=False)
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+def _place(
+    read_part: Callable[[tuple[slice, ...]], np.ndarray], like: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """Puts this host's parts of a leaf on its devices; each part is read once.
+
+    It waits until they are there: other leaves read meanwhile would pile up on the host.
+    """
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = str(index)  # slices cannot be keys before Python 3.12
+        if key not in parts:
+            parts[key] = read_part(index).astype(like.dtype, copy=False)
+        return parts[key]
+
+    array = jax.make_array_from_callback(like.shape, like.sharding, part)
+    return jax.block_until_ready(array)
 
 
 def _load_flax(source: Source, abstract: Mapping[str, Any]) -> dict:

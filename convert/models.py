@@ -10,6 +10,7 @@ import jax
 
 from convert import hf_config, tables
 from convert.checkpoint import TensorInfo
+from convert.errors import ConversionError, Problem
 from convert.infer import infer_projector
 from convert.rules import Table
 from convert.sources import Source
@@ -71,22 +72,21 @@ def detect(source: Source) -> ModelKind:
     """Finds out which model it is: by its config.json, or by the names of its tensors.
 
     Raises:
-      ValueError: if it is none of `KINDS`.
+      ConversionError: if it is none of `KINDS`.
     """
+    known = ", ".join(f"{kind.name} ({' or '.join(kind.model_types)})" for kind in KINDS)
     if source.config_text is not None:
         model_type = json.loads(source.config_text).get("model_type")
         found = [kind for kind in KINDS if model_type in kind.model_types]
-        evidence = f"its config.json says model_type {model_type!r}"
+        problem = Problem("unsupported", "model_type", f"= {model_type!r}, supported: {known}")
     else:
         keys = source.checkpoint.infos
         matches = {kind: kind.table.num_known(keys, kind.table.prefix_of(keys)) for kind in KINDS}
         found = [kind for kind, count in matches.items() if count == max(matches.values()) > 0]
-        evidence = f"the names of its {len(keys)} tensors do not tell"
+        text = f"of the {len(keys)} tensors do not tell which model it is, supported: {known}"
+        problem = Problem("unknown", "names", text)
     if len(found) != 1:
-        known = ", ".join(f"{kind.name} ({' or '.join(kind.model_types)})" for kind in KINDS)
-        raise ValueError(
-            f"{source.path} is no model that can be converted: {evidence}; known are {known}"
-        )
+        raise ConversionError(f"{source.path} is no model that can be converted", [problem])
     return found[0]
 
 

@@ -97,12 +97,15 @@ class ProjectorConfig:
     def differences(self, other: "ProjectorConfig") -> dict[str, tuple[Any, Any]]:
         """Fields in which another config makes another function: name -> (ours, the other's).
 
-        Dropout and initialisation belong to training; a width may be given or derived.
+        Dropout and initialisation belong to training; a width may be given or derived; without
+        layers there is no hidden width.
         """
-        names = ("encoder_dim", "llm_dim", "hidden_dim", "projector_pool_stride")
+        names = ["encoder_dim", "llm_dim", "projector_pool_stride", "projector_num_layers"]
+        if self.projector_num_layers or other.projector_num_layers:
+            names.append("hidden_dim")
         return {
             name: (getattr(self, name), getattr(other, name))
-            for name in (*names, "projector_num_layers", "rms_norm_eps")
+            for name in (*names, "rms_norm_eps")
             if getattr(self, name) != getattr(other, name)
         }
 
@@ -193,7 +196,7 @@ class LlamaConfig:
             num_hidden_layers=_POSITIVE,
             num_key_value_heads=_POSITIVE,
             num_attention_heads=_multiple_of(self.num_key_value_heads, "num_key_value_heads"),
-            head_dim=_POSITIVE,
+            head_dim=_multiple_of(2, "coordinates per rotation"),
             rms_norm_eps=_ABOVE_ZERO,
             rope_theta=_ABOVE_ZERO,
         )

@@ -201,21 +201,72 @@ def test_inspect_lists_the_headers(tmp_path, projector, capsys, form) -> None:
         path = shutil.copy(projector / "model.safetensors", tmp_path / "bare.safetensors")
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("model   projector\n")
+    name = "projector" if form == "bare" else "asr_model"
+    assert out.startswith(f"model   {name}: supported\n")
     assert ("encoder_dim = 5" in out) == (form != "bare")
     name = "input_proj/kernel" if form == "flax" else "projector.input_proj.weight"
     assert name in out
     assert "total   8 tensors, 298 parameters, 1,192 bytes" in out
 
 
-@pytest.mark.parametrize("config", [None, '{"model_type": "llama"}'])
-def test_inspect_shows_what_cannot_be_converted(tmp_path, capsys, caplog, config) -> None:
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (None, "unknown: not supported, names of the 1 tensors do not tell which model it is, sup"),
+        ({}, "unknown: not supported, model_type = None, supported: projector (asr_model), whispe"),
+        (GPT2, "gpt2 (GPT2LMHeadModel): not supported, model_type = 'gpt2', supported: projector"),
+    ],
+)
+def test_inspect_shows_what_cannot_be_converted(tmp_path, capsys, config, line) -> None:
     write_safetensors(tmp_path / "x.safetensors", in_memory({"w": np.zeros((3, 2), np.float16)}))
-    if config:
-        (tmp_path / "config.json").write_text(config)
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
-    assert "cannot be converted: " in caplog.text
-    assert "model   unknown\nw  float16   [3, 2]\ntotal" in capsys.readouterr().out
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"model   {line}")
+    assert others[0] == "w  float16   [3, 2]"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("is_whisper", "changes", "verdict"),
+    [
+        (True, {}, "whisper (WhisperModel): supported"),
+        (False, {}, "llama (LlamaForCausalLM): supported"),
+        (False, {"model_type": "qwen3", "architectures": None}, "qwen3: supported"),
+        (
+            True,
+            {"activation_function": "relu"},
+            "whisper (WhisperModel): not supported, activation_function = 'relu', supported: "
+            "'gelu'",
+        ),
+        (
+            True,
+            {"d_model": 13, "encoder_layers": 0},
+            "whisper (WhisperModel): not supported, config.json: WhisperConfig.encoder_layers = 0: "
+            "must be at least 1; WhisperConfig.d_model = 13: must be a multiple of "
+            "encoder_attention_heads = 3",
+        ),
+        (
+            False,
+            {"hidden_act": "gelu", "sliding_window": 128},
+            "llama (LlamaForCausalLM): not supported, hidden_act = 'gelu', supported: 'silu'; "
+            "sliding_window = 128, supported: None",
+        ),
+    ],
+)
+def test_inspect_tells_whether_an_architecture_is_supported(
+    tmp_path, capsys, is_whisper, changes, verdict
+) -> None:
+    model = tiny_whisper("WhisperModel") if is_whisper else tiny_llama(True)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"model   {verdict}"
 
 
 def test_command_line_runs_as_a_module(tmp_path, projector) -> None:
@@ -324,11 +375,13 @@ def test_llama_comes_back_and_hugging_face_takes_it(tmp_path, dtype, is_tied, sh
 
 @pytest.mark.torch
 @pytest.mark.parametrize("form", ["WhisperModel", "WhisperForConditionalGeneration", "encoder"])
-def test_whisper_encoder_comes_back(tmp_path, form) -> None:
+def test_whisper_encoder_comes_back(tmp_path, form, caplog) -> None:
     model = tiny_whisper(form)
     model.save_pretrained(tmp_path / "src")
-    api.to_flax(tmp_path / "src", tmp_path / "flax")
-    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+    assert main(["to-flax", str(tmp_path / "src"), str(tmp_path / "flax")]) == 0
+    assert main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "hf")]) == 0
+    left_out = "decoder.* (the decoder is not used: the LLM takes its place)"
+    assert (left_out in caplog.text) == (form != "encoder")
 
     before, after = open_torch(tmp_path / "src"), open_torch(tmp_path / "hf")
     prefix = {"WhisperModel": "encoder.", "encoder": ""}.get(form, "model.encoder.")

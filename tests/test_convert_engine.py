@@ -15,7 +15,7 @@ from convert.rules import IDENTITY, Rule, Table, transpose
 from convert.trees import unflatten
 from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
 from flax_projector.projector import ResidualAudioProjector
-from tests.tiny import read_all
+from tests.tiny import read_all, torch_infos
 
 # Unequal, co-prime, not square: a forgotten transpose cannot hide in a shape.
 CONFIGS = {
@@ -39,8 +39,7 @@ def random_bits(infos: dict[str, TensorInfo], seed: int = 0) -> dict[str, np.nda
 
 def make_checkpoint(kind: ModelKind, config, *, dtype="float32", prefix=None):
     """A random torch checkpoint of the model, and its headers."""
-    leaves = {p: TensorInfo(x.shape, DTYPES[dtype]) for p, x in kind.leaves(config).items()}
-    infos = engine.plan_to_torch(kind.table, leaves, leaves, prefix=prefix).tensors
+    infos = torch_infos(kind, config, dtype, prefix=prefix)
     return random_bits(infos), infos
 
 

@@ -72,7 +72,7 @@ def test_config_comes_back(name) -> None:
             "llama",
             "rope_scaling",
             {"type": "linear", "factor": 2},
-            "= 'default and linear', supp",
+            "rope_type  = 'linear', supp",
         ),
         (
             "llama",
@@ -81,6 +81,7 @@ def test_config_comes_back(name) -> None:
             "missing  high_freq_factor ",
         ),
         ("llama", "rope_parameters", {"rope_type": "yarn"}, "rope_type  = 'yarn', supported: 'def"),
+        ("llama", "is_causal", False, "is_causal  = False, supported: True"),
         ("llama", "sliding_window", 128, "sliding_window  = 128, supported: None"),
         ("llama", "quantization_config", {"bits": 4}, "quantization_config  = {'bits': 4}"),
     ],
@@ -121,8 +122,30 @@ def test_rope_theta_is_read_from_its_old_and_its_new_place() -> None:
     new = {k: v for k, v in data.items() if k != "rope_theta"}
     assert hf_config.parse_llama(old) == hf_config.parse_llama(new) == LLAMA
     neither = {k: v for k, v in old.items() if k != "rope_theta"}
-    with pytest.raises(ConversionError, match="missing  rope_theta"):
-        hf_config.parse_llama(neither)
+    assert hf_config.parse_llama(neither).rope_theta == 10_000  # as transformers
+
+
+def smollm3_dict(**changes) -> dict:
+    return {**CASES["llama"][2], "model_type": "smollm3", "num_hidden_layers": 8, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, (3, 7)),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 3}, (2, 5)),
+        ({"no_rope_layers": [0, 1, 1, 1, 1, 1, 0, 1]}, (0, 6)),
+        ({"no_rope_layers": [0] * 8, "model_type": "llama"}, ()),
+    ],
+    ids=["nothing said", "interval", "marks", "another family"],
+)
+def test_layers_without_rope_are_those_of_transformers(changes, layers) -> None:
+    assert hf_config.parse_llama(smollm3_dict(**changes)).no_rope_layers == layers
+
+
+def test_too_few_marks_of_rope_are_an_error() -> None:
+    with pytest.raises(ConversionError, match="no_rope_layers  has 2 marks for 8 layers"):
+        hf_config.parse_llama(smollm3_dict(no_rope_layers=[0, 1]))
 
 
 @pytest.mark.parametrize(("family", "is_tied"), [("llama", False), ("smollm3", True)])
@@ -138,10 +161,15 @@ def test_sliding_window_that_is_not_used_is_no_obstacle() -> None:
         hf_config.parse_llama({**data, "use_sliding_window": True})
 
 
+def test_odd_head_dim_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"LlamaConfig.head_dim = 7: must be a multiple of .* = 2"):
+        hf_config.parse_llama({**CASES["llama"][2], "head_dim": 7})
+
+
 @pytest.mark.parametrize("absent", [{}, {"head_dim": None}])
 def test_absent_head_dim_follows_from_the_heads(absent) -> None:
     data = {k: v for k, v in CASES["llama"][2].items() if k != "head_dim"}
-    assert hf_config.parse_llama(data | absent).head_dim == 12 // 4
+    assert hf_config.parse_llama(data | absent | {"hidden_size": 24}).head_dim == 24 // 4
 
 
 @pytest.mark.parametrize(("stored", "hidden"), [(None, 28), (0, 28), (11, 11)])

@@ -4,16 +4,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convert import api, engine
-from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, in_memory
+from convert.checkpoint import DTYPES, Checkpoint, in_memory
 from convert.hf_config import config_text, projector_config_dict
 from convert.models import PROJECTOR
 from convert.torch_files import WEIGHTS, open_torch, write_safetensors
 from flax_projector.config import ProjectorConfig
-from tests.tiny import read_all
+from tests.tiny import read_all, torch_infos
 
 sizes = st.integers(1, 9)
 configs = st.builds(
@@ -30,9 +30,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def random_bits(config: ProjectorConfig, dtype: str, prefix: str, seed: int) -> Checkpoint:
     """A torch checkpoint of random bits: NaNs with payloads, infinities and signed zeros."""
-    target = PROJECTOR.leaves(config)
-    leaves = {path: TensorInfo(x.shape, DTYPES[dtype]) for path, x in target.items()}
-    infos = engine.plan_to_torch(PROJECTOR.table, leaves, target, prefix=prefix).tensors
+    infos = torch_infos(PROJECTOR, config, dtype, prefix=prefix)
     rng = np.random.default_rng(seed)
     return in_memory(
         {
@@ -65,6 +63,13 @@ def test_there_and_back_is_the_identity(config, dtype, prefix, seed) -> None:
     st.sampled_from(["hf", "x.safetensors", "x.pt"]),
     st.booleans(),
     seeds,
+)
+@example(
+    ProjectorConfig(1, 1, 1, projector_hidden_dim=1, projector_num_layers=0),
+    "bfloat16",
+    "hf",
+    True,
+    0,
 )
 @settings(max_examples=12, deadline=None)
 def test_there_and_back_through_files_is_the_identity(config, dtype, name, is_bare, seed) -> None:

@@ -10,11 +10,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
 
-from convert.checkpoint import Checkpoint, TensorInfo, in_memory
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, in_memory
 from convert.engine import plan_to_torch
 from convert.flax_files import open_flax
 from convert.hf_config import projector_config_dict
-from convert.models import PROJECTOR
+from convert.models import PROJECTOR, ModelKind
 from convert.torch_files import write_safetensors
 from convert.trees import read_tree
 from flax_projector.config import (
@@ -28,6 +28,14 @@ from flax_projector.config import (
 ENCODER_DIM, LLM_DIM = 24, 40
 
 
+def torch_infos(
+    kind: ModelKind, config: Any, dtype: str = "float32", *, prefix: str | None = None
+) -> dict[str, TensorInfo]:
+    """Headers of a torch checkpoint of the model: shape and dtype by key."""
+    leaves = {p: TensorInfo(x.shape, DTYPES[dtype]) for p, x in kind.leaves(config).items()}
+    return plan_to_torch(kind.table, leaves, leaves, prefix=prefix).tensors
+
+
 def make_projector(folder: Path, *, num_layers: int = 1, seed: int = 0) -> Path:
     """A random projector as an HF folder: E = 5, k = 3, D = 7, F = 11."""
     config = ProjectorConfig(
@@ -37,13 +45,9 @@ def make_projector(folder: Path, *, num_layers: int = 1, seed: int = 0) -> Path:
         projector_hidden_dim=11 if num_layers else None,
         projector_num_layers=num_layers,
     )
-    target = PROJECTOR.leaves(config)
-    leaves = {path: TensorInfo(x.shape, np.dtype(x.dtype)) for path, x in target.items()}
-    plan = plan_to_torch(PROJECTOR.table, leaves, target)
+    infos = torch_infos(PROJECTOR, config)
     rng = np.random.default_rng(seed)
-    tensors = {
-        key: rng.normal(size=info.shape).astype(np.float32) for key, info in plan.tensors.items()
-    }
+    tensors = {key: rng.normal(size=info.shape).astype(info.dtype) for key, info in infos.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", in_memory(tensors))
     data = projector_config_dict(config, dtype="float32")
