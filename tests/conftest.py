@@ -18,6 +18,24 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_addoption(parser):
+    help = "write what the tests measured against PyTorch as Markdown; without -n"
+    parser.addoption("--parity-table", metavar="FILE", help=help)
+
+
+def pytest_configure(config):
+    if config.getoption("parity_table") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--parity-table needs the tests in one process: leave out -n")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    file = session.config.getoption("parity_table")
+    if file and exitstatus == pytest.ExitCode.OK:
+        from tests.parity import write_tables
+
+        Path(file).write_text(write_tables(session.items))
+
+
 @pytest.fixture
 def tiny_towers(tmp_path_factory):
     """HF folders of a tiny random Whisper and a tiny random Llama with a ChatML tokenizer."""

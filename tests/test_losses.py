@@ -7,23 +7,28 @@ import pytest
 import torch
 
 from flax_projector.losses import cross_entropy, ctc
+from tests.parity import assert_relative_l2
 
 pytestmark = pytest.mark.torch
 
 
-def test_equals_torch_and_ignores_padding():
+@pytest.mark.parity("PyTorch")
+def test_cross_entropy_equals_torch_and_ignores_padding():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((3, 5, 17)).astype(np.float32) * 4
     labels = rng.integers(0, 17, (3, 5))
     valid = rng.random((3, 5)) < 0.6
+    torch_logits = torch.from_numpy(logits[valid]).requires_grad_()
     expected = torch.nn.functional.cross_entropy(
-        torch.from_numpy(logits[valid]), torch.from_numpy(labels[valid]), reduction="sum"
+        torch_logits, torch.from_numpy(labels[valid]), reduction="sum"
     )
-    total, count = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(valid))
+    expected.backward()
+    args = [jnp.asarray(x) for x in (logits, labels, valid)]
+    (total, count), grads = jax.value_and_grad(cross_entropy, has_aux=True)(*args)
     assert float(count) == valid.sum()
-    np.testing.assert_allclose(float(total), float(expected), rtol=1e-6)
-    grads = jax.grad(lambda x: cross_entropy(x, jnp.asarray(labels), jnp.asarray(valid))[0])
-    assert not np.any(np.asarray(grads(jnp.asarray(logits)))[~valid])
+    assert_relative_l2(total, expected, 1e-6, what="sum")
+    assert_relative_l2(np.asarray(grads)[valid], torch_logits.grad, 1e-5, what="gradient")
+    assert not np.asarray(grads)[~valid].any()
 
 
 def test_padding_with_infinite_logits_does_not_matter():
@@ -32,6 +37,7 @@ def test_padding_with_infinite_logits_does_not_matter():
     np.testing.assert_allclose([float(total), float(count)], [np.log(3), 1], rtol=1e-6)
 
 
+@pytest.mark.parity("PyTorch")
 def test_ctc_equals_torch_and_leaves_out_what_cannot_be_spelt():
     rng = np.random.default_rng(0)
     num_audio, num_labels = np.array([9, 6, 4, 5, 7]), np.array([4, 3, 3, 0, 7])
@@ -43,17 +49,19 @@ def test_ctc_equals_torch_and_leaves_out_what_cannot_be_spelt():
     audio_valid = np.arange(9) < num_audio[:, None]
     label_valid = np.arange(7) < num_labels[:, None]
     spelt = [0, 1, 4]
+    torch_logits = torch.from_numpy(logits[spelt]).requires_grad_()
     expected = torch.nn.functional.ctc_loss(
-        torch.from_numpy(logits[spelt]).log_softmax(-1).transpose(0, 1),
+        torch_logits.log_softmax(-1).transpose(0, 1),
         torch.from_numpy(labels[spelt]),
         torch.from_numpy(num_audio[spelt]),
         torch.from_numpy(num_labels[spelt]),
         reduction="sum",
     )
+    expected.backward()
     args = [jnp.asarray(x) for x in (audio_valid, labels, label_valid)]
     (total, count), grads = jax.value_and_grad(ctc, has_aux=True)(jnp.asarray(logits), *args)
     assert float(count) == 4 + 3 + 7
-    np.testing.assert_allclose(float(total), float(expected), rtol=1e-5)
-    assert np.isfinite(np.asarray(grads)).all()
+    assert_relative_l2(total, expected, 1e-5, what="sum")
+    assert_relative_l2(np.asarray(grads)[spelt], torch_logits.grad, 1e-5, what="gradient")
     assert not np.asarray(grads)[[2, 3]].any()
     assert not np.asarray(grads)[~audio_valid].any()

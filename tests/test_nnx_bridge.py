@@ -11,6 +11,7 @@ from convert.trees import flatten
 from flax_projector.config import MeshConfig, ProjectorConfig
 from flax_projector.projector import ResidualAudioProjector
 from flax_projector.sharding import make_mesh, replicated, strip_axes, use_mesh
+from tests.parity import assert_close
 
 CONFIG = ProjectorConfig(
     7, 13, projector_pool_stride=3, projector_hidden_dim=29, projector_dropout=0.3
@@ -38,6 +39,7 @@ def test_nnx_computes_what_linen_computes(projector) -> None:
     np.testing.assert_array_equal(np.asarray(module(FRAMES)), np.asarray(expected))
 
 
+@pytest.mark.consistency("linen")
 def test_nnx_gradients_are_those_of_linen(projector) -> None:
     module, params = projector
 
@@ -48,7 +50,7 @@ def test_nnx_gradients_are_those_of_linen(projector) -> None:
     grads = flatten(nnx.to_pure_dict(nnx.grad(lambda m: jnp.sum(m(FRAMES) ** 3))(module)))
     assert grads.keys() == flatten(expected).keys()
     for name, leaf in flatten(expected).items():
-        np.testing.assert_allclose(np.asarray(grads[name]), np.asarray(leaf), rtol=1e-6, atol=1e-6)
+        assert_close(grads[name], leaf, 1e-6, name)
 
 
 def test_nnx_drops_with_its_own_rngs(projector) -> None:

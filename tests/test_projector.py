@@ -26,6 +26,7 @@ from flax_projector.layers import RMSNorm, exact_gelu
 from flax_projector.projector import ResidualAudioProjector, ResidualMLP, output_length
 from flax_projector.sharding import make_mesh, strip_axes
 from flax_projector.train_step import make_optimizer, make_schedule
+from tests.parity import assert_close, assert_relative_l2
 from tests.tiny import randomize, read_all
 
 pytestmark = pytest.mark.torch
@@ -56,26 +57,20 @@ def to_flax(config: ProjectorConfig, tensors: dict[str, torch.Tensor]) -> dict[s
     return unflatten(read_all(engine.as_flax(plan, source)))
 
 
-def relative_l2(got: Any, expected: Any) -> float:
-    got, expected = (np.asarray(x).astype(np.float64) for x in (got, expected))
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-
-
-def assert_close(got: Any, expected: Any, tolerance: float, message: str = "") -> None:
-    """Equal shapes, and every element within both tolerances of torch's."""
-    got, expected = (np.asarray(x.detach() if torch.is_tensor(x) else x) for x in (got, expected))
-    assert got.shape == expected.shape, message
-    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=message)
-
-
 def random_frames(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=["ours", "tiny-audio's"])
+ORACLES = [
+    pytest.param(name, marks=pytest.mark.variant(f"{name} module"))
+    for name in ("our", "tiny-audio's")
+]
+
+
+@pytest.fixture(scope="module", params=ORACLES)
 def torch_class(request) -> Any:
     """The PyTorch module to compare with."""
-    if request.param == "ours":
+    if request.param == "our":
         return torch_projector.ResidualAudioProjector
     if not SEED_MODULE.exists():
         pytest.skip("tiny-audio's module is not beside this repository")
@@ -111,6 +106,7 @@ def weighted_gradients(module: ResidualAudioProjector, params: dict, frames: Any
 LENGTHS = [(k, 2 * k + remainder) for k in range(1, 6) for remainder in range(k)]
 
 
+@pytest.mark.parity("PyTorch")
 @pytest.mark.parametrize(("stride", "length"), [*LENGTHS, (4, 1), (5, 3)])
 def test_forward_equals_torch_for_every_remainder(torch_class, stride, length) -> None:
     config = make_config(projector_pool_stride=stride)
@@ -120,6 +116,7 @@ def test_forward_equals_torch_for_every_remainder(torch_class, stride, length) -
     assert_close(y, module(torch.from_numpy(frames)), 1e-5)
 
 
+@pytest.mark.parity("PyTorch")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("num_layers", "hidden_dim"), [(0, 5), (1, None), (2, 0), (3, 5), (4, 17)])
 def test_forward_equals_torch_for_every_depth(torch_class, num_layers, hidden_dim, batch) -> None:
@@ -130,6 +127,7 @@ def test_forward_equals_torch_for_every_depth(torch_class, num_layers, hidden_di
     assert_close(y, module(torch.from_numpy(frames)), 1e-5)
 
 
+@pytest.mark.parity("PyTorch")
 @pytest.mark.parametrize("num_layers", [0, 2])
 def test_forward_equals_torch_in_f64(num_layers) -> None:
     # Ours only: the norms of tiny-audio's module are in f32 whatever the dtype.
@@ -143,21 +141,38 @@ def test_forward_equals_torch_in_f64(num_layers) -> None:
     assert_close(y, module.double()(torch.from_numpy(frames)), 1e-10)
 
 
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-def test_bf16_forward_is_near_torch_and_near_f32(torch_class, param_dtype) -> None:
-    """With f32 masters, as we train, and with bf16 weights, as upstream runs."""
+def bf16_forward(config: ProjectorConfig, params: dict, frames: Any, param_dtype: Any) -> jax.Array:
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
+    y = forward(ResidualAudioProjector(config, jnp.bfloat16, param_dtype), params, frames)
+    assert y.dtype == jnp.bfloat16
+    return y
+
+
+# With f32 masters, as we train, and with bf16 weights, as upstream runs.
+PARAM_DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.mark.parity("PyTorch")
+@pytest.mark.parametrize("param_dtype", PARAM_DTYPES)
+def test_bf16_forward_is_near_torch(torch_class, param_dtype) -> None:
     config = make_config()
     module, params = make_pair(torch_class, config)
     frames = random_frames(3, 50, ENCODER_DIM)
-    f32 = forward(ResidualAudioProjector(config), params, frames)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), params)
-    bf16 = forward(ResidualAudioProjector(config, jnp.bfloat16, param_dtype), params, frames)
-    expected = module.bfloat16()(torch.from_numpy(frames)).float().detach()
-    assert bf16.dtype == jnp.bfloat16
-    assert relative_l2(bf16, expected) < 1e-2
-    assert relative_l2(bf16, f32) < 1e-2
+    expected = module.bfloat16()(torch.from_numpy(frames)).float()
+    assert_relative_l2(bf16_forward(config, params, frames, param_dtype), expected, 1e-2)
 
 
+@pytest.mark.consistency("ours in f32")
+@pytest.mark.parametrize("param_dtype", PARAM_DTYPES)
+def test_bf16_forward_is_near_f32(param_dtype) -> None:
+    config = make_config()
+    _, params = make_pair(torch_projector.ResidualAudioProjector, config)
+    frames = random_frames(3, 50, ENCODER_DIM)
+    expected = forward(ResidualAudioProjector(config), params, frames)
+    assert_relative_l2(bf16_forward(config, params, frames, param_dtype), expected, 1e-2)
+
+
+@pytest.mark.parity("PyTorch")
 @pytest.mark.parametrize(("stride", "num_layers"), [(1, 0), (2, 1), (4, 2), (5, 3)])
 def test_every_gradient_equals_torch(torch_class, stride, num_layers) -> None:
     config = make_config(projector_pool_stride=stride, projector_num_layers=num_layers)
@@ -170,16 +185,17 @@ def test_every_gradient_equals_torch(torch_class, stride, num_layers) -> None:
     (module(torch_frames) * torch.from_numpy(weights)).sum().backward()
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert_same_gradients(param_grads, to_flax(config, grads))
-    assert relative_l2(frame_grad, torch_frames.grad) < 1e-4, "frames"
+    assert_relative_l2(frame_grad, torch_frames.grad, 1e-4, what="gradient of the frames")
 
 
 def assert_same_gradients(got: dict, expected: dict) -> None:
     got, expected = flatten(got), flatten(expected)
     assert got.keys() == expected.keys()
     for name, leaf in expected.items():
-        assert relative_l2(got[name], leaf) < 1e-4, name
+        assert_relative_l2(got[name], leaf, 1e-4, name, what="gradients of the parameters")
 
 
+@pytest.mark.parity("what it recorded")
 @pytest.mark.skipif(not UPSTREAM.exists(), reason="tiny-audio's checkpoint is not at hand")
 def test_checkpoint_of_tiny_audio_computes_what_it_computed() -> None:
     config = PROJECTOR.read_config(UPSTREAM)
@@ -190,8 +206,8 @@ def test_checkpoint_of_tiny_audio_computes_what_it_computed() -> None:
     (param_grads, frame_grad), y = weighted_gradients(
         ResidualAudioProjector(config), params, io["x"], io["w"]
     )
-    assert_close(y, io["y"], 1e-5)
-    assert relative_l2(frame_grad, io["dx"]) < 1e-4
+    assert_close(y, io["y"], 1e-5, what="output")
+    assert_relative_l2(frame_grad, io["dx"], 1e-4, what="gradient of the frames")
     grads = {n[5:]: torch.from_numpy(g) for n, g in io.items() if n.startswith("grad.")}
     assert_same_gradients(param_grads, to_flax(config, grads))
 
@@ -269,6 +285,7 @@ def run_with_dropout(config: ProjectorConfig, params: dict, frames: np.ndarray, 
     return np.asarray(y), kept
 
 
+@pytest.mark.parity("PyTorch")
 def test_dropout_is_where_torch_has_it(torch_class, monkeypatch) -> None:
     config = make_config(projector_dropout=0.3)
     module, params = make_pair(torch_class, config)
@@ -334,6 +351,7 @@ def test_wrong_encoder_width_is_an_error() -> None:
 BF16_GRID = np.linspace(-9, 9, 2001).astype(np.float32)
 
 
+@pytest.mark.parity("PyTorch")
 def test_gelu_is_the_exact_one() -> None:
     gelu = torch.nn.functional.gelu
     expected = gelu(torch.from_numpy(BF16_GRID))
@@ -341,12 +359,13 @@ def test_gelu_is_the_exact_one() -> None:
     assert abs(gelu(torch.from_numpy(BF16_GRID), approximate="tanh") - expected).max() > 4e-4
 
 
+@pytest.mark.parity("PyTorch in f64")
 def test_gelu_rounds_once_in_bf16() -> None:
     x = torch.from_numpy(BF16_GRID).bfloat16()
     got = exact_gelu(jnp.asarray(x.float().numpy(), jnp.bfloat16))
     assert got.dtype == jnp.bfloat16
     expected = torch.nn.functional.gelu(x.double()).float()
-    assert_close(np.asarray(got, np.float32), expected, 2**-8)  # half a unit in the last place
+    assert_close(got, expected, 2**-8)  # half a unit in the last place
 
 
 def bf16_norms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -361,12 +380,13 @@ def bf16_norms() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ours = RMSNorm(1e-6, jnp.bfloat16).apply(variables, jax_x)
     flax = nn.RMSNorm(epsilon=1e-6, dtype=jnp.bfloat16).apply(variables, jax_x)
     expected = theirs(x).float().detach().numpy()
-    return expected, np.asarray(ours, np.float32), np.asarray(flax, np.float32)
+    return expected, np.asarray(ours), np.asarray(flax)
 
 
+@pytest.mark.parity("transformers")
 def test_norm_rounds_in_the_order_of_llama_bit_for_bit() -> None:
     expected, ours, _ = bf16_norms()
-    np.testing.assert_array_equal(ours, expected)
+    assert_close(ours, expected, 0)
 
 
 def test_norm_of_flax_rounds_in_another_order() -> None:
@@ -374,6 +394,7 @@ def test_norm_of_flax_rounds_in_another_order() -> None:
     assert np.mean(flax != expected) > 0.05
 
 
+@pytest.mark.parity("transformers")
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
 def test_norm_equals_llama_in_f32(eps) -> None:
     x, scale = random_frames(11, 13), random_frames(13)
@@ -383,6 +404,7 @@ def test_norm_equals_llama_in_f32(eps) -> None:
     assert_close(ours, theirs(torch.from_numpy(x)), 1e-6)
 
 
+@pytest.mark.parity("PyTorch")
 def test_twenty_updates_equal_those_of_torch() -> None:
     """Clipping, warm-up, cosine and decay of the kernels alone, against PyTorch's own."""
     config = make_config()

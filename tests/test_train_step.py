@@ -35,6 +35,7 @@ from flax_projector.train_step import (
     make_optimizer,
     train_step,
 )
+from tests.parity import assert_relative_l2
 
 WHISPER = WhisperConfig(
     num_mel_bins=80, d_model=12, encoder_layers=2, encoder_attention_heads=3, encoder_ffn_dim=20
@@ -121,6 +122,7 @@ def test_data_parallel_step_only_sums_gradients(model, params):
     assert not re.search(r"\[8,(16000|16400|100,400|\d+,20)\]", hlo), "a whole batch on one device"
 
 
+@pytest.mark.consistency("ours by halves of the batch")
 def test_loss_is_the_mean_over_label_tokens(loss_of):
     """Halves of a batch with unequal label counts weigh by their labels."""
     batch = make_batch(8)
@@ -130,16 +132,17 @@ def test_loss_is_the_mean_over_label_tokens(loss_of):
         for part in (slice(0, 4), slice(4, 8))
     ]
     assert float(metrics["num_labels"]) == batch["label_valid"].sum()
-    np.testing.assert_allclose(float(whole), sum(float(h[0]) for h in halves), rtol=1e-5)
+    assert_relative_l2(whole, sum(float(h[0]) for h in halves), 1e-5)
 
 
+@pytest.mark.consistency("ours without the rows")
 def test_padding_rows_change_nothing(loss_of):
     batch = make_batch(8)
     padding = {name: np.zeros_like(rows[:3]) for name, rows in batch.items()}
     padded = {name: np.concatenate([rows, padding[name]]) for name, rows in batch.items()}
     loss, metrics = loss_of(batch)
     padded_loss, padded_metrics = loss_of(padded)
-    np.testing.assert_allclose(float(padded_loss), float(loss), rtol=1e-6)
+    assert_relative_l2(padded_loss, loss, 1e-6)
     for name in ("num_labels", "audio_secs", "scale_ratio"):
         np.testing.assert_allclose(float(padded_metrics[name]), float(metrics[name]), rtol=0.2)
 
@@ -209,6 +212,7 @@ def test_ctc_classes_are_the_blank_and_the_spoken_tokens():
 
 
 @pytest.mark.torch
+@pytest.mark.parity("PyTorch")
 def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
     """The valid audio tokens of each clip against its transcript without the end, by torch."""
     import torch
@@ -239,4 +243,4 @@ def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
             losses.append((float(loss), labels.shape[1]))
     assert len(losses) == 7
     assert float(metrics["num_labels"]) == sum(count for _, count in losses)
-    np.testing.assert_allclose(float(total), sum(loss for loss, _ in losses), rtol=1e-4)
+    assert_relative_l2(total, sum(loss for loss, _ in losses), 1e-4)

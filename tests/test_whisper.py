@@ -16,7 +16,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Torch
 from convert.models import WHISPER_ENCODER
 from flax_projector.config import SAMPLE_RATE
 from flax_projector.whisper import EncoderLayer, WhisperEncoder, log_mel, num_encoder_frames
-from tests.test_projector import assert_close, load_on_one_device, relative_l2
+from tests.parity import assert_close, assert_relative_l2, assert_within
+from tests.test_projector import load_on_one_device
 from tests.tiny import randomize
 
 pytestmark = pytest.mark.torch
@@ -39,6 +40,7 @@ def make_waveforms(num_samples: int) -> dict[str, np.ndarray]:
     return {name: samples.astype(np.float32) for name, samples in waveforms.items()}
 
 
+@pytest.mark.parity("transformers")
 @pytest.mark.parametrize("num_mel_bins", [80, 128])
 @pytest.mark.parametrize("window_secs", [6, 30])
 def test_log_mel_equals_the_feature_extractor(num_mel_bins, window_secs) -> None:
@@ -48,7 +50,7 @@ def test_log_mel_equals_the_feature_extractor(num_mel_bins, window_secs) -> None
     mel = log_mel(jnp.asarray(list(waveforms.values())), num_mel_bins)
     assert mel.shape == (len(waveforms), num_mel_bins, 100 * window_secs)
     for name, got, features in zip(waveforms, mel, expected["input_features"], strict=True):
-        np.testing.assert_allclose(got, features, atol=1e-4, rtol=0, err_msg=name)
+        assert_within(got, features, 1e-4, name)
 
 
 @pytest.mark.parametrize("num_samples", [0, 160, 200, 321, 479_999])
@@ -111,12 +113,14 @@ def torch_encode(encoder: torch.nn.Module, mel: np.ndarray) -> torch.Tensor:
     return encoder(torch.from_numpy(mel)).last_hidden_state
 
 
+@pytest.mark.parity("transformers")
 @pytest.mark.parametrize("batch", [1, 3])
 def test_encoder_equals_transformers(pair, batch) -> None:
     mel = random_mel(batch)
     assert_close(encode(pair, mel), torch_encode(pair.torch, mel), 1e-4)
 
 
+@pytest.mark.parity("transformers")
 @pytest.mark.parametrize("positions", [1, 7])
 def test_shorter_window_uses_the_first_positions(pair, positions) -> None:
     config = copy.deepcopy(pair.torch.config)
@@ -129,6 +133,7 @@ def test_shorter_window_uses_the_first_positions(pair, positions) -> None:
     assert_close(encode(pair, mel), torch_encode(encoder, mel), 1e-4)
 
 
+@pytest.mark.parity("transformers")
 @pytest.mark.parametrize("scale", [1, 0.01])  # the smaller, the more the norms' epsilon shows
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 def test_layer_equals_transformers(pair, layer, scale) -> None:
@@ -141,11 +146,12 @@ def test_layer_equals_transformers(pair, layer, scale) -> None:
     assert_close(y, expected, 1e-5)
 
 
+@pytest.mark.consistency("ours in f32")
 def test_bf16_encoder_is_near_f32(pair) -> None:
     mel = random_mel(3)
     y = encode(pair, mel, jnp.bfloat16)
     assert y.dtype == jnp.bfloat16
-    assert relative_l2(y, encode(pair, mel)) < 1e-2
+    assert_relative_l2(y, encode(pair, mel), 1e-2)
 
 
 @pytest.mark.parametrize(
