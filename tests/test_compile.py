@@ -1,0 +1,230 @@
+"""Compiles ahead of time for TPUs and GPUs, with their real compilers, which need no hardware."""
+
+import functools
+import importlib.util
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from flax_projector.attention import attend, plain_attend
+from flax_projector.config import PRESETS, MeshConfig, ProjectorConfig
+from flax_projector.llama import abstract_decoder
+from flax_projector.sharding import batch_sharding, make_mesh, replicated, use_mesh
+from flax_projector.speech_llm import make_speech_llm
+from flax_projector.train_step import make_optimizer, make_schedule, train_step
+from flax_projector.whisper import abstract_encoder
+from tests.test_model_sizes import published
+from train_tpu import abstract_train_state, shardings_of
+
+pytestmark = pytest.mark.slow
+
+WHISPER_BASE, SMOLLM2_135M = published("base"), published("SmolLM2-135M")
+WHISPER_LARGE_V3_TURBO, SMOLLM3_3B = published("large-v3-turbo"), published("SmolLM3-3B")
+CHIP_BYTES = 16e9  # of a v5e
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture(autouse=True)
+def settings_of_a_run():
+    """Without what suits the other tests.
+
+    TPU kernels refuse the highest precision for bf16, and programs for absent devices can be
+    written to the persistent cache, but not read back.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it remembers whether it is in use
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def tpu_devices(topology: str):
+    """v5e chips that nobody needs to have."""
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'flax-projector[slow]'")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def gpu_devices():
+    """Eight H100 that nobody needs to have."""
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("no GPU compiler: `make test-slow` installs it")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        "h100", "cuda", target_config=H100, topology="1x1x8"
+    ).devices
+
+
+def peak_bytes(compiled) -> int:
+    """What a compiled function needs on one chip: arguments, temporaries and results."""
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+
+
+def abstract_batch(mesh, batch_size: int, *, frames: int, length: int, text: int) -> dict:
+    """A batch of 30-second windows."""
+    shapes = {
+        "samples": ((480_000,), jnp.float32),
+        "frame_valid": ((frames,), bool),
+        "tokens": ((length,), jnp.int32),
+        "prompt_len": ((), jnp.int32),
+        "label_positions": ((text,), jnp.int32),
+        "labels": ((text,), jnp.int32),
+        "label_valid": ((text,), bool),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=batch_sharding(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("classes", [None, np.arange(200)], ids=["llm", "ctc"])
+@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)])
+def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, classes):
+    config = PRESETS["whisper-base-smollm2-135m"][1]
+    mesh = make_mesh(mesh_config, tpu_devices("v5e:2x2"))
+    dtype = jnp.dtype(config.dtype)
+    model = make_speech_llm(WHISPER_BASE, config.projector, SMOLLM2_135M, dtype=dtype)
+    schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = abstract_train_state(config, optimizer, mesh)
+    frozen = (
+        abstract_encoder(WHISPER_BASE, param_dtype=dtype, mesh=mesh),
+        abstract_decoder(SMOLLM2_135M, param_dtype=dtype, mesh=mesh),
+    )
+    batch = abstract_batch(mesh, 16, frames=750, length=256, text=64)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0, classes=classes)
+    with use_mesh(mesh):
+        compiled = (
+            jax.jit(
+                step,
+                out_shardings=(shardings_of(state), replicated(mesh)),
+                donate_argnums=0,
+            )
+            .lower(state, *frozen, batch)
+            .compile()
+        )
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None
+    peak = peak_bytes(compiled)
+    print(f"{mesh_config}: {peak / 1e9:.2f} GB per chip")  # noqa: T201 - shown by pytest -s
+    assert memory.alias_size_in_bytes > 0, "the state is not donated"
+    assert peak < CHIP_BYTES
+    assert "all-reduce" in hlo, "gradients are not summed over the chips"
+
+
+LENGTH, LABELS = 512, 96  # of the sequence of an utterance
+
+
+@pytest.fixture(scope="module")
+def towers():
+    """whisper-large-v3-turbo and SmolLM3-3B in bf16, on 64 chips, weights split four ways."""
+    mesh = make_mesh(MeshConfig(fsdp=4), tpu_devices("v5e:8x8"))
+    bf16 = jnp.bfloat16
+    model = make_speech_llm(
+        WHISPER_LARGE_V3_TURBO,
+        ProjectorConfig(encoder_dim=1280, llm_dim=2048),
+        SMOLLM3_3B,
+        dtype=bf16,
+        remat=True,
+    )
+    params = {
+        "encoder": abstract_encoder(WHISPER_LARGE_V3_TURBO, param_dtype=bf16, mesh=mesh),
+        "llm": abstract_decoder(SMOLLM3_3B, param_dtype=bf16, mesh=mesh),
+    }
+    return model, params, mesh
+
+
+@pytest.mark.parametrize("part", ["encoder", "llm", "llm gradient"])
+def test_full_size_towers_compile_for_64_chips(towers, part):
+    """Four utterances of 30 s on each chip, with the fused attention."""
+    model, params, mesh = towers
+
+    def on_chips(*shape, dtype=jnp.bfloat16):
+        batch = 4 * mesh.size
+        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=batch_sharding(mesh))
+
+    def encode(params, samples):
+        return model.encode(params, samples)
+
+    def logits(params, inputs, positions):
+        return model.label_logits(params, inputs, positions)
+
+    def gradient(params, inputs, positions):
+        return jax.grad(lambda x: jnp.sum(jax.nn.logsumexp(logits(params, x, positions), -1)))(
+            inputs
+        )
+
+    inputs = (on_chips(LENGTH, 2048), on_chips(LABELS, dtype=jnp.int32))
+    function, args = {
+        "encoder": (encode, (params["encoder"], on_chips(480_000, dtype=jnp.float32))),
+        "llm": (logits, (params["llm"], *inputs)),
+        "llm gradient": (gradient, (params["llm"], *inputs)),
+    }[part]
+    start = time.monotonic()
+    with use_mesh(mesh):
+        jitted = jax.jit(function, out_shardings=batch_sharding(mesh))
+        compiled = jitted.lower(*args).compile()
+    secs, peak, hlo = time.monotonic() - start, peak_bytes(compiled), compiled.as_text()
+    print(f"{part}: compiled in {secs:.0f} s, {peak / 1e9:.2f} GB per chip")  # noqa: T201
+    assert peak < CHIP_BYTES
+    assert hlo is not None and "splash" in hlo, "attention is not fused"
+
+
+@pytest.mark.parametrize("length", [1500, 751, 415])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_attention_is_fused_on_gpus(length, is_causal):
+    """Gradients of 16 heads on 4 of keys, under a mesh that splits batch and heads."""
+    mesh = make_mesh(MeshConfig(tensor=2), gpu_devices())
+    q, k, v = (
+        jax.ShapeDtypeStruct((8, length, n, 64), jnp.bfloat16, sharding=batch_sharding(mesh))
+        for n in (16, 4, 4)
+    )
+
+    def compile_gradient(attention):
+        def total(q, k, v):
+            return jnp.sum(attention(q, k, v, is_causal=is_causal).astype(jnp.float32))
+
+        with use_mesh(mesh):
+            return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v).compile()
+
+    fused, plain = map(compile_gradient, (attend, plain_attend))
+    assert "cudnn" in (fused.as_text() or "")
+    assert "cudnn" not in (plain.as_text() or "")
+    assert peak_bytes(fused) < peak_bytes(plain)
