@@ -9,7 +9,11 @@ BIN := $(VENV)/bin
 MODELS ?= models
 RUN ?= runs/demo
 
-.PHONY: demo test test-slow bench models format clean
+# glibc maps the temporaries of a step anew each time, a page fault for every 4 KiB; in huge pages a
+# training step on a CPU takes an eighth less.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+.PHONY: demo test test-slow parity bench models format clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,19 +38,30 @@ test: $(VENV)/.installed
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --jaxtyping-packages=flax_projector,beartype.beartype
 
-# Real weights and the TPU compiler: minutes, not seconds.
+# Real weights, and the compilers of TPUs and GPUs, which need neither: minutes, not seconds. The one
+# for GPUs lies apart, since JAX would look for a GPU wherever it finds it.
 test-slow: models
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slow]'
-	FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest -m slow
+	test -d .gpu-compiler || $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	    --no-deps --target .gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12
+	PYTHONPATH=.gpu-compiler FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) \
+	    $(BIN)/python -m pytest -m slow
+
+# Measured errors against PyTorch and transformers, from the tests that compare.
+parity: models
+	FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest \
+	    -m 'parity or consistency' --parity-table=docs/parity.md
 
 # Side by side with PyTorch and with the plain libraries; prints JSON.
-bench: $(VENV)/.installed
+bench: models
 	$(BIN)/python benchmarks/bench_projector.py
+	$(BIN)/python benchmarks/bench_towers.py
 	$(BIN)/python benchmarks/bench_convert.py
+	$(BIN)/python benchmarks/bench_load.py --models $(MODELS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .gpu-compiler runs .pytest_cache .ruff_cache

@@ -1,9 +1,9 @@
 """Conversion of a projector of 600 MB against reading and writing the same file.
 
 The yardstick is the safetensors library: `load_file`, then `save_file`. Every measurement is a
-process of its own, and they take turns. Files lie in memory (/dev/shm), since a disk's write-back
-would be measured otherwise. Prints JSON: medians in seconds without imports, and the peak resident
-memory of the process, imports included.
+process of its own, and they take turns. Files lie in memory (/dev/shm) unless --folder says
+otherwise. Prints JSON: medians in seconds without imports, until the task is done and until the
+disk has every byte, and the peak resident memory of the process, imports included.
 
 Example:
 
@@ -14,14 +14,14 @@ Example:
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from own_process import measure, peak_mib
 
 RESULTS = {  # of each task, in the order in which one needs another's
     "plain copy": "copy.safetensors",
@@ -82,12 +82,18 @@ def run(task: str, folder: Path) -> dict[str, float]:
             else:
                 to_torch(folder / RESULTS["to-flax"], dst, verify=is_verified)
 
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    imported = peak_mib()
     start = time.perf_counter()
     work()
     secs = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"secs": secs, "peak_mib": peak, "imports_mib": imported}
+    os.sync()
+    on_disk_secs = time.perf_counter() - start
+    return {
+        "secs": secs,
+        "on_disk_secs": on_disk_secs,
+        "peak_mib": peak_mib(),
+        "imports_mib": imported,
+    }
 
 
 def remove(path: Path) -> None:
@@ -122,16 +128,19 @@ def main() -> None:
             for task, result in RESULTS.items():
                 remove(folder / result)
                 os.sync()  # neither this nor what was written last is done at this task's expense
-                command = [sys.executable, __file__, "--task", task, "--folder", name]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-                measured[task].append(json.loads(output))
-    plain = statistics.median(r["secs"] for r in measured["plain copy"][1:])
+                measured[task].append(measure(__file__, "--task", task, "--folder", name))
+
+    def median(task: str, name: str) -> float:
+        return statistics.median(r[name] for r in measured[task][1:])  # the first fills the caches
+
     results = {}
     for task, rounds in measured.items():
-        secs = statistics.median(r["secs"] for r in rounds[1:])  # the first one fills the caches
+        medians = {name: median(task, name) for name in ("secs", "on_disk_secs")}
+        ratios = {name: secs / median("plain copy", name) for name, secs in medians.items()}
         results[task] = {
-            "secs": round(secs, 2),
-            "ratio": round(secs / plain, 2),
+            **{name: round(secs, 2) for name, secs in medians.items()},
+            "ratio": round(ratios["secs"], 2),
+            "on_disk_ratio": round(ratios["on_disk_secs"], 2),
             "peak_mib": round(max(r["peak_mib"] for r in rounds)),
             "imports_mib": round(max(r["imports_mib"] for r in rounds)),
         }

@@ -9,23 +9,15 @@ Example:
 """
 
 import argparse
-import json
-import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from side_by_side import Pair, compare, flax_params
 
-from convert import engine
-from convert.checkpoint import in_memory
 from convert.models import PROJECTOR
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
-from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
 from flax_projector.projector import ResidualAudioProjector
 
@@ -34,13 +26,11 @@ CONFIG = ProjectorConfig(encoder_dim=1280, llm_dim=2048, projector_hidden_dim=81
 BATCH, FRAMES = 4, 1500
 
 
-def make_functions() -> dict[str, tuple[Callable, Callable]]:
-    """{"forward": (ours, PyTorch's), ...}; each runs once and waits for its result."""
+def make_pairs() -> dict[str, Pair]:
+    """Forward alone, and with the gradients of all parameters."""
     torch.manual_seed(0)
     module = TorchProjector(CONFIG).eval()
-    source = in_memory({name: x.detach().numpy() for name, x in module.state_dict().items()})
-    plan = engine.plan_to_flax(PROJECTOR.table, source.infos, PROJECTOR.leaves(CONFIG))
-    params = read_tree(engine.as_flax(plan, source))
+    params = flax_params(PROJECTOR, CONFIG, module)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(BATCH, FRAMES, CONFIG.encoder_dim)).astype(np.float32)
     w = rng.normal(size=(BATCH, FRAMES // 4, CONFIG.llm_dim)).astype(np.float32)
@@ -71,34 +61,12 @@ def make_functions() -> dict[str, tuple[Callable, Callable]]:
     }
 
 
-def seconds(function: Callable) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=11, help="of both, one after the other")
-    rounds = parser.parse_args().rounds
-    results = {}
-    for name, pair in make_functions().items():
-        for function in pair:  # compilation and warm-up
-            function()
-        times = [[seconds(function) for function in pair] for _ in range(rounds)]
-        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-        ratios = [a / b for a, b in times]
-        results[name] = {
-            "flax_secs": round(ours, 3),
-            "torch_secs": round(theirs, 3),
-            "ratio": round(ours / theirs, 3),
-            "ratio_of_rounds": [round(r, 3) for r in (min(ratios), max(ratios))],
-        }
-    setting = {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads(), "rounds": rounds}
-    json.dump({"benchmark": "projector", **setting, "results": results}, sys.stdout, indent=2)
-    sys.stdout.write("\n")
+    compare("projector", make_pairs(), rounds=parser.parse_args().rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Ours and PyTorch's of the same weights, timed in turns, so that noise slows both alike."""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from convert import engine
+from convert.checkpoint import in_memory
+from convert.models import ModelKind
+from convert.trees import read_tree
+
+Pair = tuple[Callable[[], object], Callable[[], object]]
+"""Ours and PyTorch's; each runs once and waits for its result."""
+
+
+def flax_params(kind: ModelKind, config: Any, module: torch.nn.Module) -> dict[str, Any]:
+    """The parameters of a PyTorch module, as ours of this config takes them."""
+    source = in_memory({name: x.detach().numpy() for name, x in module.state_dict().items()})
+    plan = engine.plan_to_flax(kind.table, source.infos, kind.leaves(config))
+    return read_tree(engine.as_flax(plan, source))
+
+
+def compare(benchmark: str, pairs: Mapping[str, Pair], *, rounds: int) -> None:
+    """Prints JSON: for each pair the medians in seconds, and ours divided by PyTorch's.
+
+    Args:
+      benchmark: its name.
+      pairs: what is compared.
+      rounds: of both functions, one after the other.
+    """
+    results = {}
+    for name, pair in pairs.items():
+        for function in pair:  # compilation and warm-up
+            function()
+        times = [[_seconds(function) for function in pair] for _ in range(rounds)]
+        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+        ratios = [a / b for a, b in times]
+        results[name] = {
+            "flax_secs": round(ours, 3),
+            "torch_secs": round(theirs, 3),
+            "ratio": round(ours / theirs, 3),
+            "ratio_of_rounds": [round(r, 3) for r in (min(ratios), max(ratios))],
+        }
+    setting = {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads(), "rounds": rounds}
+    json.dump({"benchmark": benchmark, **setting, "results": results}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
