@@ -1,5 +1,7 @@
 """The audio projector: encoder frames in, LLM-sized audio tokens out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,13 +10,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_projector.config import ProjectorConfig
-from flax_projector.layers import RMSNorm, dense, exact_gelu
+from flax_projector.layers import RMSNorm, dense, exact_gelu, trained_dot_general
 from flax_projector.sharding import abstract_params
 
 
 def output_length(num_frames: int, pool_stride: int) -> int:
     """Audio tokens of `num_frames` encoder frames: ceil(S / k), since the tail is zero-padded."""
     return -(-num_frames // pool_stride)
+
+
+_trained = functools.partial(dense, dot_general=trained_dot_general)
 
 
 class ResidualMLP(nn.Module):
@@ -33,9 +38,9 @@ class ResidualMLP(nn.Module):
         c = self.config
         std = c.projector_init_std
         dropout = nn.Dropout(c.projector_dropout, deterministic=deterministic)
-        h = dense(self, c.hidden_dim, ("embed", "mlp"), "fc1", std=std)(x)
+        h = _trained(self, c.hidden_dim, ("embed", "mlp"), "fc1", std=std)(x)
         h = dropout(exact_gelu(h))
-        h = dense(self, c.llm_dim, ("mlp", "embed"), "fc2", std=0.1 * std)(h)
+        h = _trained(self, c.llm_dim, ("mlp", "embed"), "fc2", std=0.1 * std)(h)
         return x + dropout(h)
 
 
@@ -84,7 +89,9 @@ class ResidualAudioProjector(nn.Module):
         x = frames.astype(self.dtype)
         x = jnp.pad(x, ((0, 0), (0, -s % k), (0, 0)))
         x = x.reshape(b, -1, k * e)  # [B, A, k*E]
-        x = dense(self, c.llm_dim, ("frames", "embed"), "input_proj", std=c.projector_init_std)(x)
+        x = _trained(self, c.llm_dim, ("frames", "embed"), "input_proj", std=c.projector_init_std)(
+            x
+        )
         x = self._norm("ln_input")(x)
         for i in range(c.projector_num_layers):
             block = ResidualMLP(c, self.dtype, self.param_dtype, name=f"layers_{i}")
