@@ -133,6 +133,7 @@ def _local_attend_by_head(
     num_groups = q.shape[2] // k.shape[2]
     key_valid = jnp.tile(causal_mask(q.shape[1])[0], (num_groups, 1)) if is_causal else None
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass computes scores again
     def attend_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "GT d"]:
         return _attend_matrices(*qkv, key_valid)
 

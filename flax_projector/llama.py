@@ -12,14 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.attention import attend
-from flax_projector.config import Llama3RopeScaling, LlamaConfig
+from flax_projector.config import Llama3RopeScaling, LlamaConfig, RematName
 from flax_projector.layers import RMSNorm, dense
 from flax_projector.sharding import abstract_params
+
+_PRODUCT = "product"  # name of the linear layers' outputs, for the policy that keeps them
+_POLICIES = {
+    "products": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @flax.struct.dataclass
@@ -97,7 +104,7 @@ class LlamaAttention(nn.Module):
 
         def project(features: int, name: str) -> Array:
             y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
-            return y.reshape(b, t, -1, c.head_dim)
+            return checkpoint_name(y, _PRODUCT).reshape(b, t, -1, c.head_dim)
 
         q, k, v = project(q_dim, "q_proj"), project(kv_dim, "k_proj"), project(kv_dim, "v_proj")
         if c.qk_norm:
@@ -111,7 +118,7 @@ class LlamaAttention(nn.Module):
         out = attend(q, k, v, is_causal=key_valid is None, key_valid=key_valid)
         out = out.reshape(b, t, q_dim)
         o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
-        return o_proj(out), cache
+        return checkpoint_name(o_proj(out), _PRODUCT), cache
 
 
 class LlamaMLP(nn.Module):
@@ -125,8 +132,12 @@ class LlamaMLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """[B, T, D] in `dtype`."""
         c = self.config
-        gate = dense(self, c.intermediate_size, ("embed", "mlp"), "gate_proj", use_bias=False)(x)
-        up = dense(self, c.intermediate_size, ("embed", "mlp"), "up_proj", use_bias=False)(x)
+
+        def project(name: str) -> Array:
+            y = dense(self, c.intermediate_size, ("embed", "mlp"), name, use_bias=False)(x)
+            return checkpoint_name(y, _PRODUCT)
+
+        gate, up = project("gate_proj"), project("up_proj")
         down = dense(self, c.hidden_size, ("mlp", "embed"), "down_proj", use_bias=False)
         return down(nn.silu(gate) * up)
 
@@ -160,7 +171,7 @@ class LlamaDecoder(nn.Module):
       config: shape.
       dtype: compute dtype; norms, rotary embeddings, softmax and logits are in f32 at least.
       param_dtype: storage dtype.
-      remat: recompute each layer in the backward pass.
+      remat: what the backward pass computes again, as in `TrainConfig.remat`.
 
     Source: `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `SmolLM3ForCausalLM`
     (transformers).
@@ -169,7 +180,7 @@ class LlamaDecoder(nn.Module):
     config: LlamaConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: RematName = "products"
 
     def setup(self) -> None:
         """Makes the parts that the methods share."""
@@ -183,7 +194,10 @@ class LlamaDecoder(nn.Module):
                 nn.initializers.normal(0.02), ("vocab", "embed")
             ),
         )
-        layer = nn.remat(LlamaLayer, prevent_cse=False) if self.remat else LlamaLayer
+        layer = LlamaLayer
+        if self.remat != "none":
+            policy = _POLICIES[self.remat]
+            layer = nn.remat(LlamaLayer, policy=policy, prevent_cse=False)  # the scan prevents it
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},

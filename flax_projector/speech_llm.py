@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
+from flax_projector.config import LlamaConfig, ProjectorConfig, RematName, WhisperConfig
 from flax_projector.llama import LlamaDecoder
 from flax_projector.projector import ResidualAudioProjector
 from flax_projector.prompt import AUDIO_TOKEN
@@ -110,7 +110,7 @@ def make_speech_llm(
     llama: LlamaConfig,
     *,
     dtype: DTypeLike,
-    remat: bool = False,
+    remat: RematName,
 ) -> SpeechLLM:
     """Puts the modules together: towers stored and computed in `dtype`, f32 master weights.
 

@@ -120,7 +120,9 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, classes):
     config = PRESETS["whisper-base-smollm2-135m"][1]
     mesh = make_mesh(mesh_config, tpu_devices("v5e:2x2"))
     dtype = jnp.dtype(config.dtype)
-    model = make_speech_llm(WHISPER_BASE, config.projector, SMOLLM2_135M, dtype=dtype)
+    model = make_speech_llm(
+        WHISPER_BASE, config.projector, SMOLLM2_135M, dtype=dtype, remat=config.remat
+    )
     schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
     optimizer = make_optimizer(config.optimizer, schedule)
     state = abstract_train_state(config, optimizer, mesh)
@@ -162,7 +164,7 @@ def towers():
         ProjectorConfig(encoder_dim=1280, llm_dim=2048),
         SMOLLM3_3B,
         dtype=bf16,
-        remat=True,
+        remat="layers",
     )
     params = {
         "encoder": abstract_encoder(WHISPER_LARGE_V3_TURBO, param_dtype=bf16, mesh=mesh),

@@ -34,7 +34,11 @@ def pair(request, tmp_path_factory) -> Any:
     llama = make_pair(tmp_path_factory.mktemp("llama"), **VARIANTS[request.param], gain=2)
     projector = ProjectorConfig(ENCODER_DIM, llama.config.hidden_size, projector_pool_stride=3)
     model = make_speech_llm(
-        WhisperConfig(5, ENCODER_DIM, 1, 1, 3), projector, llama.config, dtype=jnp.float32
+        WhisperConfig(5, ENCODER_DIM, 1, 1, 3),
+        projector,
+        llama.config,
+        dtype=jnp.float32,
+        remat="none",
     )
     inputs = random_floats(len(LENGTHS), max(LENGTHS), llama.config.hidden_size)
     return SimpleNamespace(torch=llama.torch, params=llama.params, model=model, inputs=inputs)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from transformers import (
 
 from convert.models import LLAMA
 from flax_projector.attention import causal_mask
+from flax_projector.config import RematName
 from flax_projector.layers import RMSNorm
 from flax_projector.llama import (
     KVCache,
@@ -326,16 +327,16 @@ def test_gradient_of_input_embeddings_equals_transformers(pair) -> None:
 
 
 @pytest.mark.consistency("ours without remat")
+@pytest.mark.parametrize("remat", ["products", "layers"])
 @pytest.mark.parametrize("pair", [VARIANTS["untied, 4 heads per kv head"]], indirect=True)
-def test_remat_changes_no_value(pair) -> None:
+def test_remat_changes_no_value(pair, remat) -> None:
     x = random_floats(2, LENGTH, pair.config.hidden_size)
     weights = random_floats(2, LENGTH, VOCAB)
-    remat = LlamaDecoder(pair.config, remat=True)
-    for got, expected in zip(
-        run_embeddings(remat, pair.params, x, weights),
-        run_embeddings(pair.module, pair.params, x, weights),
-        strict=True,
-    ):
+    results = [
+        run_embeddings(LlamaDecoder(pair.config, remat=name), pair.params, x, weights)
+        for name in (remat, "none")
+    ]
+    for got, expected in zip(*results, strict=True):
         assert_relative_l2(got, expected, 1e-6)
 
 
@@ -371,3 +372,28 @@ def test_bf16_decoder_is_near_f32_with_f32_logits(pair) -> None:
     # Norms of queries and keys round more: then PyTorch's own bf16 is the measure.
     limit = max(1e-2, 1.1 * relative_l2(theirs, expected))
     assert_relative_l2(logits, run(pair.module, same, tokens), limit)
+
+
+@pytest.mark.parametrize("pair", [VARIANTS["untied, 4 heads per kv head"]], indirect=True)
+def test_attention_scores_are_not_kept_for_the_backward_pass(pair) -> None:
+    def kept_sizes(length: int, remat: RematName) -> list[int]:
+        module = LlamaDecoder(pair.config, remat=remat)
+
+        def total(x):
+            positions = jnp.arange(length)[None]
+            hidden: Any = module.apply(
+                {"params": pair.params}, x, positions=positions, method="blocks"
+            )
+            return jnp.sum(hidden[0])
+
+        x = jax.ShapeDtypeStruct((1, length, pair.config.hidden_size), jnp.float32)
+        _, pullback = jax.eval_shape(lambda x: jax.vjp(total, x), x)
+        kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.dtype == jnp.float32]
+        return [leaf.size for leaf in kept]
+
+    for remat in get_args(RematName):
+        short, long = kept_sizes(64, remat), kept_sizes(128, remat)
+        assert max(long) <= 2 * max(short)  # scores would grow with the square of the length
+    sizes = [sum(kept_sizes(128, remat)) for remat in ("none", "products", "layers")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3

@@ -147,6 +147,7 @@ def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
         PRESETS["demo"][1].projector,
         config,
         dtype=jnp.float32,
+        remat="none",
     )
     inputs = model.llm.apply({"params": params}, jnp.asarray(padded), method="embed")
     ours = jax.jit(

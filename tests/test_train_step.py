@@ -55,7 +55,7 @@ FRAMES, LENGTH, TEXT = 24, 19, 5
 @pytest.fixture(scope="module")
 def model():
     projector = ProjectorConfig(encoder_dim=12, llm_dim=20, projector_hidden_dim=16)
-    return make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32)
+    return make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32, remat="products")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_dropout_changes_with_the_step_and_not_with_the_run(params):
     projector = ProjectorConfig(
         encoder_dim=12, llm_dim=20, projector_hidden_dim=16, projector_dropout=0.4
     )
-    model = make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32)
+    model = make_speech_llm(WHISPER, projector, LLAMA, dtype=jnp.float32, remat="products")
     optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1e-4))
     state = init_state(params[0], optimizer)
     batch = make_batch(8)
