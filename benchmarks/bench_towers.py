@@ -51,7 +51,7 @@ def encoder_pair() -> Pair:
     params = flax_params(WHISPER_ENCODER, config, model)
     mel = np.random.default_rng(0).normal(size=(BATCH, 80, 3000)).astype(np.float32)
     jax_mel, torch_mel = jnp.asarray(mel), torch.from_numpy(mel)
-    encode = jax.jit(lambda params, mel: WhisperEncoder(config).apply({"params": params}, mel))
+    encode = jax.jit(lambda params, mel: WhisperEncoder(config).apply({"params": params}, mel)[0])
 
     def torch_encode():
         with torch.no_grad():

@@ -119,7 +119,8 @@ def _make_inputs(
     encode = jax.jit(loaded.model.encode)
 
     def encode_batch(samples: np.ndarray) -> jax.Array:
-        return encode(loaded.encoder_params, jax.device_put(samples, batch_sharding(loaded.mesh)))
+        on_devices = jax.device_put(samples, batch_sharding(loaded.mesh))
+        return encode(loaded.encoder_params, on_devices)[0]
 
     return keep_features(
         Path(config.out) / "features" / name,

@@ -37,10 +37,21 @@ class SpeechLLM:
     projector: ResidualAudioProjector
     llm: LlamaDecoder
 
-    def encode(self, encoder_params: Params, samples: Float[Array, "B N"]) -> Float[Array, "B S E"]:
-        """Encoder frames of 16 kHz waveforms, zero-padded to the window."""
+    def encode(
+        self,
+        encoder_params: Params,
+        samples: Float[Array, "B N"],
+        num_samples: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B S E"], Bool[Array, "B S"]]:
+        """Encoder frames of 16 kHz waveforms, zero-padded to the window, and which are of audio.
+
+        Args:
+          encoder_params: of the frozen encoder.
+          samples: in [-1, 1].
+          num_samples: of each clip, without the padding; None if clips fill the window.
+        """
         mel = log_mel(samples, self.encoder.config.num_mel_bins)
-        return apply(self.encoder, encoder_params, mel)
+        return apply(self.encoder, encoder_params, mel, num_samples)
 
     def embed_audio(
         self,

@@ -86,7 +86,7 @@ def batch_frames(model: SpeechLLM, encoder_params: Params, batch: Batch) -> Floa
     """The batch's encoder frames: kept ones, or encoded now and cut to the bucket's length."""
     if "frames" in batch:
         return batch["frames"]
-    frames = model.encode(encoder_params, batch["samples"])
+    frames, _ = model.encode(encoder_params, batch["samples"])
     return frames[:, : batch["frame_valid"].shape[1]]
 
 

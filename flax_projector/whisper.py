@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 from transformers.audio_utils import mel_filter_bank
 
 from flax_projector.attention import attend
@@ -22,6 +22,12 @@ WINDOW_LENGTH = 400  # samples of one STFT window: 25 ms
 def num_encoder_frames(num_samples: int) -> int:
     """Encoder frames that hold `num_samples` of audio: one per 20 ms, the last partly filled."""
     return -(-num_samples // SAMPLES_PER_FRAME)
+
+
+def valid_frames(num_samples: Int[Array, "B"], num_frames: int) -> Bool[Array, "B S"]:
+    """True for the encoder frames that hold some of a clip's samples; S = `num_frames`."""
+    starts = jnp.arange(num_frames) * SAMPLES_PER_FRAME
+    return starts[None] < num_samples[:, None]
 
 
 @functools.cache
@@ -163,15 +169,20 @@ class WhisperEncoder(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, mel: Float[Array, "B M F"]) -> Float[Array, "B S E"]:
+    def __call__(
+        self, mel: Float[Array, "B M F"], num_samples: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B S E"], Bool[Array, "B S"]]:
         """Encodes log-mel features.
 
         Args:
           mel: [B, M, F]; 3000 frames for the 30 s window that Whisper was trained with, fewer take
             the first position embeddings only.
+          num_samples: length of each clip at 16 kHz, before it was padded to the window; None if
+            clips fill it.
 
         Returns:
-          [B, S, E] in `dtype`, S = F / 2: frames of the whole window, silence included.
+          [B, S, E] in `dtype`, S = F / 2: frames of the whole window, silence included; and the
+          mask of those that hold some of the clip.
 
         Raises:
           ValueError: if M or F does not fit the config.
@@ -205,7 +216,9 @@ class WhisperEncoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = scanned(c, self.dtype, self.param_dtype, name="layers")(x)
-        return _layer_norm(self, "layer_norm")(x)
+        if num_samples is None:
+            num_samples = jnp.full(mel.shape[0], f * HOP_LENGTH)
+        return _layer_norm(self, "layer_norm")(x), valid_frames(num_samples, f // 2)
 
     def _conv(self, *, stride: int, axes: tuple[str, str, str], name: str) -> nn.Conv:
         return nn.Conv(

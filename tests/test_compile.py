@@ -183,7 +183,7 @@ def test_full_size_towers_compile_for_64_chips(towers, part):
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=batch_sharding(mesh))
 
     def encode(params, samples):
-        return model.encode(params, samples)
+        return model.encode(params, samples)[0]
 
     def logits(params, inputs, positions):
         return model.label_logits(params, inputs, positions)

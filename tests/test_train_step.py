@@ -225,7 +225,7 @@ def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
     classes = ctc_classes(targets, blank=60)
     total, metrics = ctc_sums(model, params[0], params[1], params[2], batch, classes=classes)
 
-    frames = model.encode(params[1], batch["samples"])[:, :FRAMES]
+    frames = model.encode(params[1], batch["samples"])[0][:, :FRAMES]
     audio = np.asarray(model.embed_audio(params[0], frames, batch["frame_valid"]))
     embedding = np.asarray(params[2]["embed_tokens"]["embedding"])[classes]
     losses, k = [], model.projector.config.projector_pool_stride

@@ -100,12 +100,15 @@ def random_mel(batch: int, frames: int = 2 * POSITIONS) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run(module: Any, params: dict, x: Any) -> Any:
-    return module.apply({"params": params}, x)
+def run(module: Any, params: dict, *inputs: Any) -> Any:
+    return module.apply({"params": params}, *inputs)
 
 
 def encode(pair, mel: np.ndarray, dtype: Any = jnp.float32) -> Any:
-    return run(WhisperEncoder(pair.config, dtype), pair.params, mel)
+    frames, is_valid = run(WhisperEncoder(pair.config, dtype), pair.params, mel)
+    assert is_valid.shape == frames.shape[:2]
+    assert is_valid.all()
+    return frames
 
 
 @torch.no_grad()
@@ -144,6 +147,16 @@ def test_layer_equals_transformers(pair, layer, scale) -> None:
     y, _ = run(module, params, x)
     expected = pair.torch.layers[layer](torch.from_numpy(x), None)
     assert_close(y, expected, 1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 320, 321, 5 * 320, POSITIONS * 320])
+def test_encoder_tells_which_frames_are_of_the_clip(pair, num_samples) -> None:
+    module = WhisperEncoder(pair.config)
+    lengths = jnp.array([num_samples, POSITIONS * 320])
+    _, is_valid = run(module, pair.params, random_mel(2), lengths)
+    num_frames = [num_encoder_frames(num_samples), POSITIONS]
+    expected = np.arange(POSITIONS) < np.array(num_frames)[:, None]
+    np.testing.assert_array_equal(is_valid, expected)
 
 
 @pytest.mark.consistency("ours in f32")

@@ -103,8 +103,7 @@ def jax_stages(listener: Listener, samples: np.ndarray) -> dict[str, np.ndarray]
     prompt = loaded.prompt
     padded = jnp.pad(jnp.asarray(samples), (0, config.data.window_samples - len(samples)))[None]
     mel = log_mel(padded, model.encoder.config.num_mel_bins)
-    frames = model.encode(loaded.encoder_params, padded)
-    valid = jnp.arange(frames.shape[1])[None] < num_encoder_frames(len(samples))
+    frames, valid = model.encode(loaded.encoder_params, padded, jnp.array([len(samples)]))
     audio = model.embed_audio(listener.projector_params, frames, valid)
     num_tokens = output_length(int(valid.sum()), config.projector.projector_pool_stride)
     audio = audio[:, :num_tokens]
