@@ -34,7 +34,7 @@ from convert.trees import flatten
 from flax_projector import config as configs
 from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
-from flax_projector.data import make_iterator, read_manifest, to_global
+from flax_projector.data import BatchIterator, take_problems, to_global
 from flax_projector.metrics import (
     MetricsWriter,
     quiet_other_processes,
@@ -47,7 +47,8 @@ from flax_projector.run import (
     load_model,
     make_eval_sources,
     make_evaluator,
-    make_source,
+    make_train_source,
+    open_bad_rows,
 )
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
 from flax_projector.train_step import (
@@ -167,18 +168,9 @@ def main(config: TrainConfig) -> None:
         stack.enter_context(use_mesh(mesh))
         # --- frozen towers and data ----------------------------------------------------------
         loaded = load_model(config, mesh)
-        if not config.data.train:
-            raise ValueError("no training data: pass --data.train MANIFEST.jsonl")
-        source = make_source(
-            "train",
-            [row for path in config.data.train for row in read_manifest(path)],
-            loaded,
-            config,
-            batch_size=config.data.batch_size,
-            shuffle_seed=config.seed,
-            num_batches=config.num_steps,
-        )
-        eval_sources = make_eval_sources(loaded, config)
+        bad_rows = open_bad_rows(config)
+        source = make_train_source(loaded, config, bad_rows)
+        eval_sources = make_eval_sources(loaded, config, bad_rows)
 
         # --- state ---------------------------------------------------------------------------
         # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
@@ -188,7 +180,10 @@ def main(config: TrainConfig) -> None:
         manager = stack.enter_context(
             open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
         )
-        iterator = make_iterator(source, config.data.num_threads)
+        iterator = BatchIterator(
+            source, num_threads=config.data.num_threads, num_workers=config.data.num_workers
+        )
+        stack.callback(iterator.close)
         latest = manager.latest_step()
         if latest is not None:
             state, data_state = restore(manager, latest, abstract)
@@ -223,7 +218,7 @@ def main(config: TrainConfig) -> None:
             targets = [utterance.target for utterance in source.utterances]
             classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
             ctc_step_fn = compile_step(classes=classes)
-        evaluator = make_evaluator(loaded, config)
+        evaluator = make_evaluator(loaded, config, bad_rows)
         writer = stack.enter_context(MetricsWriter(folder))
 
         def evaluate(step: int) -> None:
@@ -256,7 +251,8 @@ def main(config: TrainConfig) -> None:
         )
         pending, since = [], time.monotonic()
         for step in range(first + 1, config.num_steps + 1):
-            batch = to_global(next(iterator), source)
+            batch = take_problems(next(iterator), source, step - 1, bad_rows)
+            batch = to_global(batch, source)
             is_warm_start = step <= config.ctc.num_steps
             run_step = ctc_step_fn if is_warm_start else step_fn
             with jax.transfer_guard("disallow"):

@@ -31,6 +31,7 @@ _ASCENDING: _Rule = (
     lambda v: len(v) > 0 and list(v) == sorted(set(v)),
     "must be ascending, without repeats, not empty",
 )
+_NO_REPEATS: _Rule = (lambda v: len(v) == len(set(v)), "must not name anything twice")
 _AXIS: _Rule = (lambda v: v >= 1 or v == -1, "must be at least 1, or -1 for the devices left over")
 
 
@@ -235,12 +236,35 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and into which static shapes."""
+    """What is read, and into which static shapes.
+
+    A source is a manifest (`clips.jsonl`, `gs://bucket/clips.tsv`), or a data set of Hugging Face:
+    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, where NAME is a hub id or a local folder.
+    """
 
     train: tuple[str, ...] = ()
-    """Manifests (.jsonl or .tsv) of the training utterances."""
+    """Sources of the training utterances."""
+    train_weights: tuple[float, ...] = ()
+    """How often an epoch holds each utterance, for every source of `train`; empty means once. 2
+    repeats a source, 0.5 takes one half in one epoch and the other half in the next."""
     eval: tuple[str, ...] = ()
-    """Manifests that are evaluated, each reported under its file name."""
+    """Sources that are evaluated, each reported under its file name."""
+    hf_audio_column: str = "audio"
+    """Column of the clips in `hf:` sources."""
+    hf_text_column: str = "text"
+    """Column of the transcripts in `hf:` sources."""
+    hf_id_column: str = ""
+    """Column of the ids in `hf:` sources; empty takes the row's number."""
+    hf_streaming: bool = False
+    """Keep the rows of `hf:` sources as they come, in `cache_dir`, rather than download whole data
+    sets."""
+    hf_max_rows: int = 0
+    """Rows that are taken of each `hf:` source, from its beginning; 0 takes all."""
+    cache_dir: str = ""
+    """Folder of streamed rows, which runs may share; empty means `data` in the run folder."""
+    max_bad_rate: float = 0.01
+    """Share of defective rows (missing, undecodable, without text, ...) of a set above which the
+    run stops. Below, they are left out and listed in `bad_rows.jsonl` of the run folder."""
     batch_size: int = 8
     """Utterances per optimizer step, over all devices."""
     eval_batch_size: int = 16
@@ -256,17 +280,30 @@ class DataConfig:
     cache_features: bool = False
     """Compute the frozen encoder's frames once and keep them in the run folder."""
     num_threads: int = 4
-    """Threads that read and resample audio."""
+    """Threads that read and resample audio; of each worker process, if there are any."""
+    num_workers: int = 0
+    """Processes that read and resample audio for training; 0 leaves it to threads alone."""
 
     def __post_init__(self) -> None:
         _require(
             self,
+            train=_NO_REPEATS,
+            train_weights=(
+                lambda v: len(v) in (0, len(self.train)) and all(w > 0 for w in v),
+                f"must have a weight above 0 for each of the {len(self.train)} sources of train",
+            ),
+            eval=_NO_REPEATS,
+            hf_audio_column=_NOT_EMPTY,
+            hf_text_column=_NOT_EMPTY,
+            hf_max_rows=_NOT_NEGATIVE,
+            max_bad_rate=(lambda v: 0 <= v <= 1, "must be in [0, 1]"),
             batch_size=_POSITIVE,
             eval_batch_size=_POSITIVE,
             window_secs=_ABOVE_ZERO,
             bucket_secs=_ASCENDING,
             max_text_tokens=_POSITIVE,
             num_threads=_POSITIVE,
+            num_workers=_NOT_NEGATIVE,
         )
         if self.window_samples % SAMPLES_PER_FRAME:
             raise ValueError(f"DataConfig.window_secs = {self.window_secs}: use a multiple of 0.02")

@@ -1,33 +1,31 @@
 """What the programs share: from a config to the loaded model and its data."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from convert.load import load_tower, resolve_model
 from convert.models import LLAMA, WHISPER_ENCODER
+from flax_projector.bad_rows import BadRow, BadRowLog
+from flax_projector.batch_plan import Utterance, prepare
 from flax_projector.config import TrainConfig
-from flax_projector.data import (
-    BatchSource,
-    Inputs,
-    ManifestRow,
-    Utterance,
-    Waveforms,
-    prepare,
-    read_manifest,
-)
+from flax_projector.data import BatchSource, Inputs, Waveforms
 from flax_projector.decode import make_normalizer
 from flax_projector.evaluate import Evaluator
 from flax_projector.features import keep_features
+from flax_projector.hf_data import PREFIX, read_hf
 from flax_projector.llama import abstract_decoder
+from flax_projector.manifest import ManifestRow, read_manifest
 from flax_projector.prompt import Prompt, load_tokenizer, make_prompt
 from flax_projector.sharding import batch_sharding
 from flax_projector.speech_llm import Params, SpeechLLM, make_speech_llm
@@ -89,15 +87,60 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     )
 
 
+def read_source(source: str, config: TrainConfig) -> tuple[list[ManifestRow], list[BadRow]]:
+    """Reads the rows of a manifest or of a data set of Hugging Face, see `DataConfig`.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if source.startswith(PREFIX):
+        cache = Path(config.data.cache_dir or Path(config.out) / "data")
+        return read_hf(source, config.data, cache)
+    return read_manifest(source)
+
+
+def source_name(source: str) -> str:
+    """Under which a source is reported: a manifest's file name, or a data set's."""
+    if source.startswith(PREFIX):
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", source.removeprefix(PREFIX)).strip("-.")
+    return PurePath(source).stem
+
+
+def open_bad_rows(config: TrainConfig) -> BadRowLog:
+    """The list of the run's bad rows, `bad_rows.jsonl` in its folder."""
+    return BadRowLog(Path(config.out) / "bad_rows.jsonl", max_rate=config.data.max_bad_rate)
+
+
 def make_source(
     name: str,
     rows: Sequence[ManifestRow],
+    bad: Sequence[BadRow],
     loaded: LoadedModel,
     config: TrainConfig,
+    bad_rows: BadRowLog,
     **kwargs: Any,
 ) -> BatchSource:
-    """Batches of a set of rows; `kwargs` go to `BatchSource`."""
-    utterances = prepare(rows, loaded.prompt, config.data)
+    """Batches of a set of rows.
+
+    Args:
+      name: of the set.
+      rows: usable ones.
+      bad: the others.
+      loaded: model and prompt.
+      config: of the run.
+      bad_rows: gets `bad` and what no bucket holds.
+      kwargs: for `BatchSource`.
+
+    Raises:
+      ValueError: if too many rows are defective, none is left, or hosts see different rows.
+    """
+    num_rows = len(rows) + len(bad)
+    if not rows:
+        bad_rows.start(name, bad, num_rows=num_rows)
+        raise ValueError(f"{name}: none of {num_rows} rows can be used")
+    utterances, unfit = prepare(rows, loaded.prompt, config.data)
+    left_out = [*bad, *unfit]
+    bad_rows.start(name, left_out, num_rows=num_rows)
     source = BatchSource(
         utterances,
         inputs=_make_inputs(name, utterances, loaded, config),
@@ -105,10 +148,54 @@ def make_source(
         config=config.data,
         pool_stride=config.projector.projector_pool_stride,
         mesh=loaded.mesh,
+        name=name,
+        left_out=left_out,
         **kwargs,
     )
+    _require_same_on_all_hosts(source)
     log.info("%s: %d utterances, buckets %s", name, len(utterances), source.buckets)
     return source
+
+
+def _require_same_on_all_hosts(source: BatchSource) -> None:
+    """Hosts that miss different files would train on different batches, or wait for each other."""
+    ours = np.frombuffer(bytes.fromhex(source.fingerprint), np.uint8)
+    everywhere = np.reshape(multihost_utils.process_allgather(ours), (-1, len(ours)))
+    if not (everywhere == ours).all():
+        raise ValueError(
+            f"{source.name}: the hosts see different rows: give all of them the same files"
+        )
+
+
+def make_train_source(loaded: LoadedModel, config: TrainConfig, bad_rows: BadRowLog) -> BatchSource:
+    """The batches of the run: all of `data.train`, mixed by their weights, shuffled.
+
+    Raises:
+      ValueError: if there is no training data, or none that can be used.
+    """
+    sources = config.data.train
+    if not sources:
+        raise ValueError("no training data: pass --data.train MANIFEST.jsonl")
+    rows, bad = _read_all(sources, config)
+    return make_source(
+        "train",
+        rows,
+        bad,
+        loaded,
+        config,
+        bad_rows,
+        batch_size=config.data.batch_size,
+        shuffle_seed=config.seed,
+        num_batches=config.num_steps,
+        weights=dict(zip(sources, config.data.train_weights or [1.0] * len(sources), strict=True)),
+    )
+
+
+def _read_all(
+    sources: Sequence[str], config: TrainConfig
+) -> tuple[list[ManifestRow], list[BadRow]]:
+    parts = [read_source(source, config) for source in sources]
+    return [row for rows, _ in parts for row in rows], [row for _, bad in parts for row in bad]
 
 
 def _make_inputs(
@@ -132,21 +219,31 @@ def _make_inputs(
     )
 
 
-def make_eval_sources(loaded: LoadedModel, config: TrainConfig) -> dict[str, BatchSource]:
-    """One source for each manifest of `data.eval`, by its file name."""
+def make_eval_sources(
+    loaded: LoadedModel, config: TrainConfig, bad_rows: BadRowLog
+) -> dict[str, BatchSource]:
+    """One source for each of `data.eval`, by its name.
+
+    Raises:
+      ValueError: if one has no usable row, or two have one name.
+    """
+    names = [source_name(source) for source in config.data.eval]
+    if len(set(names)) < len(names) or "train" in names:
+        raise ValueError(f"data.eval {config.data.eval}: names must differ, not be 'train'")
     return {
-        Path(path).stem: make_source(
-            Path(path).stem,
-            read_manifest(path),
+        name: make_source(
+            name,
+            *read_source(source, config),
             loaded,
             config,
+            bad_rows,
             batch_size=config.data.eval_batch_size,
         )
-        for path in config.data.eval
+        for name, source in zip(names, config.data.eval, strict=True)
     }
 
 
-def make_evaluator(loaded: LoadedModel, config: TrainConfig) -> Evaluator:
+def make_evaluator(loaded: LoadedModel, config: TrainConfig, bad_rows: BadRowLog) -> Evaluator:
     """Evaluation of the loaded model with the run's limits."""
     return Evaluator(
         loaded.model,
@@ -155,4 +252,5 @@ def make_evaluator(loaded: LoadedModel, config: TrainConfig) -> Evaluator:
         mesh=loaded.mesh,
         max_new_tokens=config.max_new_tokens,
         num_threads=config.data.num_threads,
+        bad_rows=bad_rows,
     )

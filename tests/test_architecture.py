@@ -11,11 +11,14 @@ ROOT = Path(__file__).parents[1]
 # Lowest layer first; modules of one layer do not import each other.
 LAYERS: list[set[str]] = [
     {"flax_projector.config"},
-    {"flax_projector.losses", "flax_projector.sharding"},
+    {"flax_projector.losses", "flax_projector.sharding", "flax_projector.audio"},
+    {"flax_projector.bad_rows"},
+    {"flax_projector.manifest"},
     {"flax_projector.attention", "flax_projector.layers"},
     {"flax_projector.projector", "flax_projector.whisper", "flax_projector.llama"},
-    {"flax_projector.prompt"},
-    {"flax_projector.speech_llm", "flax_projector.data"},
+    {"flax_projector.prompt", "flax_projector.hf_data"},
+    {"flax_projector.speech_llm", "flax_projector.batch_plan"},
+    {"flax_projector.data"},
     {"flax_projector.train_step", "flax_projector.features"},
     {"flax_projector.decode", "flax_projector.checkpoints"},
     {"flax_projector.evaluate"},

@@ -1,22 +1,22 @@
-"""Manifests, audio, buckets and batches."""
+"""Buckets, batches, mixtures, and the iterators over them."""
 
+import dataclasses
 import json
+import pickle
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from flax_projector import data
+from flax_projector.audio import Problem, load_audio
+from flax_projector.bad_rows import BadRowLog
+from flax_projector.batch_plan import epoch_members, epoch_plan, prepare
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
-from flax_projector.data import (
-    BatchSource,
-    Waveforms,
-    epoch_plan,
-    load_audio,
-    make_iterator,
-    prepare,
-    read_manifest,
-    to_global,
-)
+from flax_projector.data import BatchIterator, BatchSource, Waveforms, take_problems, to_global
+from flax_projector.manifest import ManifestRow, read_manifest
 from flax_projector.prompt import AUDIO_TOKEN, make_prompt
 from flax_projector.sharding import make_mesh
 from tests.tiny import make_speech, make_tokenizer
@@ -28,13 +28,13 @@ CONFIG = DataConfig(window_secs=2.0, bucket_secs=(0.7, 1.1, 2.0), max_text_token
 
 @pytest.fixture
 def source(tmp_path):
-    """Makes sources over 13 clips: they do not divide into batches of 8."""
+    """Makes sources, by default over 13 clips: they do not divide into batches of 8."""
     prompt = make_prompt(make_tokenizer(), PromptConfig())
-    utterances = prepare(read_manifest(make_speech(tmp_path, 13)), prompt, CONFIG)
 
-    def make(**kwargs) -> BatchSource:
+    def make(rows: list[ManifestRow] | None = None, **kwargs) -> BatchSource:
+        rows = read_manifest(make_speech(tmp_path, 13))[0] if rows is None else rows
         return BatchSource(
-            utterances,
+            prepare(rows, prompt, CONFIG)[0],
             inputs=Waveforms(CONFIG.window_samples),
             prompt=prompt,
             config=CONFIG,
@@ -46,12 +46,17 @@ def source(tmp_path):
     return make
 
 
+def seen(batches: BatchSource, first: int = 0, last: int | None = None) -> list[str]:
+    """Ids in the order of the batches."""
+    numbers = range(first, len(batches) if last is None else last)
+    return [u.row.id for i in numbers for u in batches.members(i) if u]
+
+
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 @pytest.mark.parametrize("batch_size", [8, 16])
 def test_every_utterance_is_seen_once_an_epoch(source, shuffle_seed, batch_size):
     batches = source(shuffle_seed=shuffle_seed, batch_size=batch_size)
-    ids = [u.row.id for i in range(len(batches)) for u in batches.members(i) if u]
-    assert sorted(ids) == sorted(f"clip{i}" for i in range(13))
+    assert sorted(seen(batches)) == sorted(f"clip{i}" for i in range(13))
 
 
 @pytest.mark.parametrize("sizes", [(0, 0, 1), (3, 5, 0), (8, 8, 8), (1, 0, 30), (17, 2, 3)])
@@ -59,7 +64,7 @@ def test_every_utterance_is_seen_once_an_epoch(source, shuffle_seed, batch_size)
 def test_plan_pads_only_one_batch_and_moves_leftovers_up(sizes, seed):
     assigned = np.repeat(np.arange(3), sizes)
     rng = None if seed is None else np.random.default_rng(seed)
-    plan = epoch_plan(assigned, 3, 4, rng)
+    plan = epoch_plan(np.arange(len(assigned)), assigned, 3, 4, rng)
     members = np.concatenate([batch for _, batch in plan])
     assert sorted(members[members >= 0]) == list(range(sum(sizes)))
     assert sum((batch < 0).any() for _, batch in plan) <= 1
@@ -103,19 +108,106 @@ def test_number_of_shapes_is_at_most_the_number_of_buckets(source):
     assert 1 < len(shapes) <= len(CONFIG.bucket_secs)
 
 
-def test_iterator_resumes_where_it_stood(source):
-    batches = source(shuffle_seed=0, num_batches=6)
-    whole = [batch["tokens"] for batch in make_iterator(batches, 2)]
-    first = make_iterator(batches, 2)
-    for _ in range(2):
-        next(first)
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 3), (2, 0)])
+def test_iterator_resumes_where_it_stood_whoever_reads(source, before, after):
+    batches = source(shuffle_seed=0, num_batches=7)
+    whole = [batches[i] for i in range(7)]
+    first = BatchIterator(batches, num_threads=2, num_workers=before)
+    begun = [next(first) for _ in range(3)]
     state = json.loads(json.dumps(first.get_state()))
-    resumed = make_iterator(batches, 2)
+    first.close()
+    resumed = BatchIterator(batches, num_threads=2, num_workers=after)
     resumed.set_state(state)
-    rest = [batch["tokens"] for batch in resumed]
-    assert len(whole) == 6 and len(rest) == 4
-    for expected, actual in zip(whole[2:], rest, strict=True):
-        np.testing.assert_array_equal(actual, expected)
+    rest = list(resumed)
+    resumed.close()
+    assert len(begun) == 3 and len(rest) == 4
+    for expected, actual in zip(whole, begun + rest, strict=True):
+        assert expected.keys() == actual.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+def test_resuming_on_other_rows_says_so(source, tmp_path, caplog):
+    state = BatchIterator(source(), num_threads=1).get_state()
+    BatchIterator(source(), num_threads=1).set_state(state)
+    assert not caplog.text
+    rows = read_manifest(make_speech(tmp_path, 13))[0]
+    BatchIterator(source(rows[:12]), num_threads=1).set_state(state)
+    assert "its rows are not those that the run began with: batches from 0 on" in caplog.text
+
+
+def test_a_source_pickles_without_its_devices(source):
+    batches = source(shuffle_seed=0)
+    copy = pickle.loads(pickle.dumps(batches))
+    assert not hasattr(copy, "mesh") and copy.fingerprint == batches.fingerprint
+    np.testing.assert_array_equal(copy[0]["samples"], batches[0]["samples"])
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("shuffle_seed", [None, 1])
+def test_processes_share_an_epoch_without_gap_or_overlap(
+    source, monkeypatch, num_processes, shuffle_seed
+):
+    whole = source(shuffle_seed=shuffle_seed)
+    parts = []
+    for process in range(num_processes):
+        rows = np.arange(8).reshape(num_processes, -1)[process]
+        monkeypatch.setattr(data, "local_rows", lambda mesh, num_rows, rows=rows: rows)
+        parts.append(source(shuffle_seed=shuffle_seed))
+    for index in range(len(whole)):
+        batches = [part[index] for part in parts]
+        for name, value in whole[index].items():
+            np.testing.assert_array_equal(np.concatenate([b[name] for b in batches]), value)
+
+
+def mixture(tmp_path) -> list[ManifestRow]:
+    """Sources a, b and c with 13, 6 and 3 clips."""
+    rows = []
+    for name, count in (("a", 13), ("b", 6), ("c", 3)):
+        manifest = make_speech(tmp_path / name, count)
+        found = read_manifest(manifest, source=name)[0]
+        rows += [dataclasses.replace(row, id=f"{name}{i}") for i, row in enumerate(found)]
+    return rows
+
+
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
+
+
+def test_a_weight_is_how_often_an_epoch_holds_each_utterance(source, tmp_path):
+    batches = source(mixture(tmp_path), shuffle_seed=4, weights=WEIGHTS, num_batches=100)
+    length = -(-(13 + 2 * 6 + 2) // 8)  # round(0.5 * 3) = 2 of c
+    for epoch in range(6):
+        counts = Counter(seen(batches, epoch * length, (epoch + 1) * length))
+        assert [counts[f"a{i}"] for i in range(13)] == [1] * 13
+        assert [counts[f"b{i}"] for i in range(6)] == [2] * 6
+        assert sum(counts[f"c{i}"] for i in range(3)) == 2
+    counts = Counter(seen(batches, 0, 6 * length))
+    assert [counts[f"c{i}"] for i in range(3)] == [4] * 3  # 6 epochs x 2 draws over 3 utterances
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.7, 3.0])
+def test_no_utterance_of_a_source_is_drawn_twice_more_than_another(weight):
+    counts = np.zeros(11, int)
+    for epoch in range(25):
+        members = epoch_members(np.zeros(11, int), [weight], seed=5, epoch=epoch)
+        assert len(members) == round(11 * weight)
+        counts += np.bincount(members, minlength=11)
+        assert np.ptp(counts) <= 1
+
+
+def test_mixtures_are_the_same_for_everyone_and_differ_between_epochs(source, tmp_path):
+    rows = mixture(tmp_path)
+    first, again = (source(rows, shuffle_seed=4, weights=WEIGHTS, num_batches=20) for _ in range(2))
+    assert seen(first) == seen(again)
+    assert seen(first, 0, 4) != seen(first, 4, 8)
+    assert seen(first) != seen(source(rows, shuffle_seed=5, weights=WEIGHTS, num_batches=20))
+    even = source(rows, shuffle_seed=4, weights=dict.fromkeys("abc", 1.0))
+    assert seen(even) == seen(source(rows, shuffle_seed=4))
+
+
+def test_weights_without_a_shuffle_are_an_error(source):
+    with pytest.raises(ValueError, match="need a shuffle_seed"):
+        source(weights={"a": 2.0})
 
 
 def test_global_batch_is_split_over_the_devices(source):
@@ -139,86 +231,94 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_padded(source, caplog)
     assert sorted(ids) == sorted(f"clip{i}" for i in range(13))
 
 
-def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path, caplog):
+def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):
     prompt = make_prompt(make_tokenizer(), PromptConfig())
-    rows = read_manifest(make_speech(tmp_path, 13))
+    rows, _ = read_manifest(make_speech(tmp_path, 13))
     short = DataConfig(window_secs=2.0, bucket_secs=(0.9,), max_text_tokens=12)
-    kept = prepare(rows, prompt, short)
-    assert 0 < len(kept) < 13
-    assert f"{13 - len(kept)} of 13 utterances are left out" in caplog.text
+    kept, bad = prepare(rows, prompt, short)
+    assert 0 < len(kept) < 13 and len(kept) + len(bad) == 13
+    assert {row.reason for row in bad} == {Problem.TOO_LONG, Problem.TOO_MANY_LABELS}
+    assert all(u.row.duration <= 0.9 and len(u.target) <= 12 for u in kept)
     with pytest.raises(ValueError, match="none of 13 utterances fits"):
         prepare(rows, prompt, DataConfig(window_secs=2.0, bucket_secs=(0.1,)))
 
 
-def test_a_clip_longer_than_its_manifest_says_is_an_error(tmp_path, source):
-    manifest = tmp_path / "wrong.jsonl"
-    soundfile.write(tmp_path / "long.wav", np.zeros(32_000), 16_000)
-    manifest.write_text('{"audio": "long.wav", "text": "go", "duration": 0.5}\n')
-    prompt = make_prompt(make_tokenizer(), PromptConfig())
-    batches = BatchSource(
-        prepare(read_manifest(manifest), prompt, CONFIG),
-        inputs=Waveforms(CONFIG.window_samples),
-        prompt=prompt,
-        config=CONFIG,
-        pool_stride=4,
-        mesh=make_mesh(MeshConfig()),
-        batch_size=8,
-    )
-    with pytest.raises(ValueError, match=r"long.wav lasts 2.00 s, its manifest says 0.5 s"):
-        batches[0]
-
-
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
-def test_any_rate_and_channels_become_16_khz_mono(tmp_path, rate, channels, suffix):
-    seconds = np.arange(rate) / rate
-    tone = 0.5 * np.sin(2 * np.pi * 440 * seconds)
-    silence = np.zeros_like(tone)
-    stereo = np.stack([tone, silence] if channels == 2 else [tone], axis=1)
-    path = tmp_path / f"tone.{suffix}"
-    soundfile.write(path, stereo, rate)
-    samples = load_audio(path)
-    assert samples.dtype == np.float32 and samples.ndim == 1
-    assert abs(len(samples) - 16_000) <= 1
-    spectrum = np.abs(np.fft.rfft(samples[:16_000]))
-    assert np.argmax(spectrum) == 440
-    peak = 0.5 / channels
-    assert np.abs(samples[2_000:-2_000]).max() == pytest.approx(peak, rel=0.05)
+def break_clip(path: str, how: str) -> None:
+    """Damages a clip after its manifest was read."""
+    rng = np.random.default_rng(0)
+    if how == "missing":
+        Path(path).unlink()
+    elif how == "undecodable":
+        Path(path).write_bytes(b"not audio")
+    elif how == "nan":
+        samples = np.full(soundfile.info(path).frames, np.nan)
+        soundfile.write(path, samples, 16_000, subtype="FLOAT")
+    else:
+        secs = {"longer": 1.9, "shorter": 0.1}[how]
+        soundfile.write(path, rng.uniform(-0.1, 0.1, round(secs * 16_000)), 16_000)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("how", "problem", "detail", "num_workers"),
     [
-        ("a.jsonl", "{\n", r"a.jsonl:1: not JSON"),
-        ("a.jsonl", "[1]\n", "need an object"),
-        ("a.jsonl", '{"audio": "0.wav"}\n', "row 1: needs a non-empty 'audio' and 'text'"),
-        ("a.jsonl", '{"audio": "0.wav", "text": " "}\n', "needs a non-empty"),
-        ("a.jsonl", '{"audio": "no.wav", "text": "x"}\n', r"no.wav does not exist"),
-        ("a.jsonl", '{"audio": "bad.wav", "text": "x"}\n', "not a readable audio file"),
-        ("a.jsonl", '{"audio": "0.wav", "text": "x"}\n' * 2, "'0' occurs twice"),
-        ("a.jsonl", "", "has no rows"),
-        ("a.txt", "", "must end in .jsonl or .tsv"),
+        ("missing", Problem.MISSING_FILE, "4.wav does not exist", 0),
+        ("undecodable", Problem.UNDECODABLE, "4.wav is not a readable audio file", 0),
+        ("nan", Problem.NOT_FINITE, "4.wav has samples that are not finite", 0),
+        ("longer", Problem.WRONG_DURATION, "4.wav lasts 1.90 s, not the", 0),
+        ("shorter", Problem.WRONG_DURATION, "4.wav lasts 0.10 s, not the", 2),
     ],
 )
-def test_bad_manifests_name_the_place(tmp_path, name, text, message):
-    make_speech(tmp_path, 1)
-    (tmp_path / "bad.wav").write_bytes(b"not audio")
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(tmp_path / name)
+def test_what_shows_when_a_clip_is_read_becomes_padding(
+    source, tmp_path, how, problem, detail, num_workers
+):
+    batches = source(shuffle_seed=0)
+    whole = [batches[i] for i in range(len(batches))]
+    bad = next(u for u in batches.utterances if u.row.id == "clip4")
+    break_clip(str(bad.row.audio), how)
+    bad_rows = BadRowLog(tmp_path / "bad_rows.jsonl", max_rate=0.1)
+    bad_rows.start("train", [], num_rows=13)
+    iterator = BatchIterator(batches, num_threads=2, num_workers=num_workers)
+    for index, batch in enumerate(iterator):
+        rows = [u is bad for u in batches.members(index)]
+        assert list(batch["problem"]) == [problem if is_bad else 0 for is_bad in rows]
+        taken = take_problems(batch, batches, index, bad_rows)
+        assert "problem" not in taken
+        for name, value in taken.items():
+            good = ~np.array(rows)
+            np.testing.assert_array_equal(value[good], whole[index][name][good], err_msg=name)
+        assert not taken["samples"][rows].any() and not taken["label_valid"][rows].any()
+        assert not taken["frame_valid"][rows].any() and not taken["prompt_len"][rows].any()
+    iterator.close()
+    (entry,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())
+    assert (entry["id"], entry["reason"]) == ("clip4", problem.name.lower())
+    assert detail in entry["detail"]
 
 
-def test_tsv_and_jsonl_give_the_same_rows(tmp_path):
-    jsonl = read_manifest(make_speech(tmp_path, 3))
-    lines = ["path\tseconds\ttext\tid"]
-    lines += [f"{r.audio.name}\t{r.duration}\t{r.text}\t{r.id}" for r in jsonl]
-    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
-    assert read_manifest(tmp_path / "rows.tsv") == jsonl
+def test_too_many_bad_clips_stop_the_run(source, tmp_path):
+    batches = source()
+    for i in range(3):
+        break_clip(str(batches.utterances[i].row.audio), "nan")
+    bad_rows = BadRowLog(None, max_rate=0.2)
+    bad_rows.start("train", [], num_rows=13)
+    with pytest.raises(ValueError, match="3 of 13 rows are defective"):
+        for index in range(len(batches)):
+            take_problems(batches[index], batches, index, bad_rows)
 
 
-@pytest.mark.parametrize("samples", [np.zeros(0), np.array([0.0, np.nan])])
-def test_empty_or_non_finite_audio_is_an_error(tmp_path, samples):
-    soundfile.write(tmp_path / "x.wav", samples, 16_000, subtype="FLOAT")
-    with pytest.raises(ValueError, match=r"x.wav is empty or has samples that are not finite"):
-        load_audio(tmp_path / "x.wav")
+def test_a_clip_longer_than_the_window_is_never_cut(source, tmp_path):
+    samples = np.random.default_rng(0).uniform(-0.1, 0.1, 32_640)  # 2.04 s
+    soundfile.write(tmp_path / "long.wav", samples, 16_000)
+    row = ManifestRow("long", str(tmp_path / "long.wav"), "go", 2.0)
+    assert list(source([row])[0]["problem"]) == [Problem.WRONG_DURATION] + [0] * 7
+
+
+def test_segments_are_batched_like_files(source, tmp_path):
+    samples = np.random.default_rng(0).uniform(-0.1, 0.1, 160_000).astype(np.float32)
+    soundfile.write(tmp_path / "long.wav", samples, 16_000, subtype="FLOAT")
+    rows = [
+        ManifestRow(str(i), str(tmp_path / "long.wav"), "go", 0.5, offset=0.5 * i)
+        for i in range(16)
+    ]
+    batches = source(rows)
+    batch = np.concatenate([batches[i]["samples"][:, :8000] for i in range(2)])
+    np.testing.assert_array_equal(batch.ravel(), samples[:128_000])

@@ -18,10 +18,11 @@ import transformers
 import train_tpu
 from convert.load import load_tower
 from convert.models import LLAMA, WHISPER_ENCODER
+from flax_projector.audio import load_audio
 from flax_projector.config import PRESETS, CTCConfig, MeshConfig, PromptConfig
-from flax_projector.data import load_audio, read_manifest
 from flax_projector.decode import generate
 from flax_projector.llama import LlamaDecoder, abstract_decoder
+from flax_projector.manifest import read_manifest
 from flax_projector.metrics import MetricsWriter
 from flax_projector.prompt import load_tokenizer, make_prompt
 from flax_projector.sharding import make_mesh, replicated
@@ -62,7 +63,7 @@ def encoder(mesh) -> Any:
     config, params = load(WHISPER_ENCODER, "whisper-base", abstract_encoder, mesh)
     hf = transformers.WhisperModel.from_pretrained(MODELS / "whisper-base", **EAGER).encoder.eval()
     extractor = transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins)
-    clips = [load_audio(row.audio) for row in read_manifest(SPEECH)[:2]]
+    clips = [load_audio(row.audio) for row in read_manifest(SPEECH)[0][:2]]
     mel = extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
     samples = np.stack([np.pad(clip, (0, 480_000 - len(clip))) for clip in clips])
     return SimpleNamespace(config=config, params=params, hf=hf, mel=mel, samples=samples)

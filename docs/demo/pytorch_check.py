@@ -29,8 +29,9 @@ from convert.torch_files import open_torch
 from convert.torch_projector import ResidualAudioProjector
 from flax_projector import config as configs
 from flax_projector.__main__ import Listener
+from flax_projector.audio import load_audio
 from flax_projector.config import SAMPLE_RATE, TrainConfig
-from flax_projector.data import ManifestRow, load_audio, read_manifest
+from flax_projector.manifest import ManifestRow, read_manifest
 from flax_projector.projector import output_length
 from flax_projector.prompt import Prompt
 from flax_projector.whisper import log_mel, num_encoder_frames
@@ -133,7 +134,7 @@ def compare(run: Path, projector: Path, rows: list[ManifestRow]) -> dict:
     stages: dict[str, dict[str, float]] = {}
     clips = []
     for row in rows:
-        samples = load_audio(row.audio)
+        samples = load_audio(row.audio, offset=row.offset, duration=row.duration)
         theirs = oracle(samples)
         for name, value in jax_stages(listener, samples).items():
             error = float(np.abs(value - theirs[name]).max())
@@ -169,7 +170,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     log.setLevel(logging.INFO)
     jax.config.update("jax_default_matmul_precision", "highest")
-    rows = read_manifest(args.manifest)
+    rows, _ = read_manifest(args.manifest)
     rows = rows[:: max(1, len(rows) // args.count)][: args.count]
     report = compare(args.run, args.projector, rows)
     args.out.write_text(json.dumps(report, indent=2) + "\n")

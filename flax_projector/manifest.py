@@ -1,0 +1,213 @@
+"""Manifests: which clips there are, and what is said in them."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax
+from tqdm import tqdm
+
+from flax_projector.audio import (
+    Audio,
+    BadAudio,
+    Problem,
+    is_url,
+    read_duration,
+    require_filesystem,
+)
+from flax_projector.bad_rows import BadRow
+from flax_projector.config import SAMPLE_RATE, SAMPLES_PER_FRAME
+
+_NUM_THREADS = 32  # they wait for disks and networks
+_CHUNK = 4096  # rows handed to the threads at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """One utterance.
+
+    Attributes:
+      id: unique in its source.
+      audio: path, URL or stored clip.
+      text: transcript.
+      duration: seconds; of the segment, if it is one.
+      offset: seconds; where in the file the segment begins. None means that the row is a whole
+        file: one that lasts longer than `duration` is then bad, never cut.
+      source: manifest or data set.
+    """
+
+    id: str
+    audio: Audio
+    text: str
+    duration: float
+    offset: float | None = None
+    source: str = ""
+
+    @property
+    def key(self) -> str:
+        """Unique in a run."""
+        return f"{self.source}\t{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row as it is written, before anything was looked up: no duration means "read it"."""
+
+    id: str
+    audio: Audio
+    text: str
+    duration: float | None
+    offset: float | None
+
+
+def read_manifest(
+    path: str | Path, *, source: str | None = None, max_rows: int | None = None
+) -> tuple[list[ManifestRow], list[BadRow]]:
+    """Reads a manifest.
+
+    `.jsonl` has one object a line: "audio" (absolute, a URL, or relative to the manifest's
+    folder), "text", and optionally "id", "duration" and "offset" in seconds. `.tsv` has a header
+    with "path" (or "audio"), "text" and optionally "id", "seconds" (or "duration") and "offset". A
+    row with an offset is a segment of a longer file. Missing durations are read from the files.
+
+    Args:
+      path: local, or a URL that fsspec opens.
+      source: name of the rows' source, if it is not the path.
+      max_rows: takes the first ones only.
+
+    Returns:
+      The rows in the manifest's order, and what is wrong with the others.
+
+    Raises:
+      ValueError: if there is no such manifest, it is of another kind, or has no row.
+    """
+    path = str(path)
+    source = path if source is None else source
+    text = _read_text(path)
+    if path.endswith(".jsonl"):
+        raw_rows = [_parse_json(line) for line in text.splitlines() if line.strip()]
+    elif path.endswith(".tsv"):
+        raw_rows = list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+    else:
+        raise ValueError(f"manifest {path}: the name must end in .jsonl or .tsv")
+    if not raw_rows:
+        raise ValueError(f"manifest {path} has no rows")
+    folder = path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
+    drafts = [
+        _make_draft(raw, folder, f"row {n}", source) for n, raw in enumerate(raw_rows[:max_rows], 1)
+    ]
+    for url in (str(d.audio) for d in drafts if isinstance(d, Draft) and is_url(str(d.audio))):
+        require_filesystem(url)
+        break
+    return check_rows(drafts, source)
+
+
+def _read_text(path: str) -> str:
+    try:
+        if is_url(path):
+            require_filesystem(path)
+        with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
+            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+    except FileNotFoundError as error:
+        raise ValueError(f"manifest {path} does not exist") from error
+
+
+def _parse_json(line: str) -> dict[str, Any] | str:
+    """The row, or what is wrong with it."""
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON ({error})"
+    return raw if isinstance(raw, dict) else f"need an object, got {line.strip()!r}"
+
+
+def _make_draft(raw: dict[str, Any] | str, folder: str, place: str, source: str) -> Draft | BadRow:
+    if isinstance(raw, str):
+        return BadRow(place, source, Problem.MALFORMED, raw)
+    name, text = raw.get("audio") or raw.get("path"), str(raw.get("text") or "").strip()
+    if not name:
+        return BadRow(place, source, Problem.MALFORMED, f"no 'audio' in {sorted(map(str, raw))}")
+    name = str(name)
+    try:
+        duration = _read_number(raw.get("duration") or raw.get("seconds"))
+        offset = _read_number(raw.get("offset"))
+    except ValueError as error:
+        return BadRow(str(raw.get("id") or place), source, Problem.MALFORMED, str(error), text)
+    where = "" if offset is None else f"@{offset:g}"
+    default_id = f"{os.path.splitext(name)[0]}{where}"
+    if not is_url(name) and not os.path.isabs(name):
+        name = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
+    return Draft(str(raw.get("id") or default_id), name, text, duration or None, offset)
+
+
+def _read_number(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{value!r} is no number of seconds")
+    return number
+
+
+def check_rows(
+    drafts: Sequence[Draft | BadRow], source: str
+) -> tuple[list[ManifestRow], list[BadRow]]:
+    """Sorts rows into usable and bad, without decoding: that happens when they are trained on.
+
+    Local files are looked for, missing durations read from the files, in threads.
+
+    Args:
+      drafts: rows as they are written, or known to be bad already.
+      source: their source.
+
+    Returns:
+      Both in their order.
+    """
+    rows: list[ManifestRow | BadRow] = []
+    seen: set[str] = set()
+    quiet = jax.process_index() > 0 or len(drafts) < _CHUNK
+    with (
+        ThreadPoolExecutor(_NUM_THREADS) as pool,
+        tqdm(total=len(drafts), desc=f"rows of {source}", unit="row", disable=quiet) as progress,
+    ):
+        for start in range(0, len(drafts), _CHUNK):
+            chunk = drafts[start : start + _CHUNK]
+            for row in pool.map(lambda draft: _check_row(draft, source), chunk):
+                if isinstance(row, ManifestRow):
+                    if row.id in seen:
+                        text = f"id {row.id!r} occurs twice"
+                        place = f"row {len(rows) + 1}"
+                        row = BadRow(place, source, Problem.DUPLICATE_ID, text)
+                    else:
+                        seen.add(row.id)
+                rows.append(row)
+            progress.update(len(chunk))
+    good = [row for row in rows if isinstance(row, ManifestRow)]
+    return good, [row for row in rows if isinstance(row, BadRow)]
+
+
+def _check_row(draft: Draft | BadRow, source: str) -> ManifestRow | BadRow:
+    if isinstance(draft, BadRow):
+        return draft
+    audio, text, duration, offset = draft.audio, draft.text, draft.duration, draft.offset
+    if not text:
+        return BadRow(draft.id, source, Problem.EMPTY_TEXT, f"{audio} has no transcript")
+    try:
+        if duration is None:
+            duration = read_duration(audio) - (offset or 0)
+        elif isinstance(audio, str) and not is_url(audio) and not os.path.isfile(audio):
+            raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist")
+        if duration * SAMPLE_RATE < SAMPLES_PER_FRAME:
+            detail = f"{audio} lasts {duration:.3f} s, less than an encoder frame of 0.02 s"
+            raise BadAudio(Problem.TOO_SHORT, detail)
+    except BadAudio as error:
+        return BadRow(draft.id, source, error.problem, str(error), text)
+    return ManifestRow(draft.id, audio, text, duration, offset, source)

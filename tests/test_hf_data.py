@@ -1,0 +1,235 @@
+"""Data sets of Hugging Face: folders at random access and streamed, without the network."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+
+from flax_projector import hf_data
+from flax_projector.audio import Problem, load_audio
+from flax_projector.config import DataConfig
+from flax_projector.hf_data import HFSource, parse_hf_source, read_hf
+from flax_projector.run import source_name
+
+COLUMNS = {"hf_audio_column": "sound", "hf_text_column": "said"}
+
+
+def make_clip(number: int, suffix: str = "flac") -> bytes:
+    """Noise of 0.1 x (number + 1) seconds."""
+    file = io.BytesIO()
+    samples = np.random.default_rng(number).uniform(-0.5, 0.5, 1_600 * (number + 1))
+    soundfile.write(file, samples, 16_000, format=suffix)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folders(tmp_path) -> dict[str, str]:
+    """The same 7 rows in every layout; row 5 is no audio, row 6 has no text."""
+    clips = [{"bytes": make_clip(i), "path": f"{i}.flac"} for i in range(7)]
+    clips[5]["bytes"] = b"not audio"
+    columns = {"sound": clips, "said": [*(f"word {i}" for i in range(6)), " "]}
+    columns["speaker"] = [f"s{i}" for i in range(7)]
+    table = datasets.Dataset.from_dict(columns)
+    table = table.cast_column("sound", datasets.Audio(decode=False))
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"dev": table}).save_to_disk(str(tmp_path / "several"))
+    (tmp_path / "parquet").mkdir()
+    for shard in range(2):
+        table.shard(2, shard, contiguous=True).to_parquet(
+            str(tmp_path / "parquet" / f"dev-{shard:05d}-of-00002.parquet")
+        )
+    sounds = tmp_path / "sounds" / "dev"
+    sounds.mkdir(parents=True)
+    rows = []
+    for clip, said, speaker in zip(clips, columns["said"], columns["speaker"], strict=True):
+        (sounds / clip["path"]).write_bytes(clip["bytes"])
+        rows.append({"file_name": clip["path"], "said": said, "speaker": speaker})
+    (sounds / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(tmp_path / name) for name in ("one", "several", "parquet", "sounds")}
+
+
+@pytest.fixture(autouse=True)
+def cache_of_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("layout", ["one", "several", "parquet", "sounds"])
+def test_rows_of_every_layout(folders, tmp_path, layout, streaming):
+    source = f"hf:{folders[layout]}:dev"
+    audio = "audio" if layout == "sounds" else "sound"
+    config = DataConfig(
+        hf_audio_column=audio,
+        hf_text_column="said",
+        hf_id_column="speaker",
+        hf_streaming=streaming,
+    )
+    rows, bad = read_hf(source, config, tmp_path / "kept")
+    assert [(row.id, row.text) for row in rows] == [(f"s{i}", f"word {i}") for i in range(5)]
+    assert {row.source for row in rows} == {source}
+    assert [(row.id, row.reason) for row in bad] == [
+        ("s5", Problem.UNDECODABLE),
+        ("s6", Problem.EMPTY_TEXT),
+    ]
+    for i, row in enumerate(rows):
+        expected, _ = soundfile.read(io.BytesIO(make_clip(i)), dtype="float32")
+        assert row.duration == pytest.approx(0.1 * (i + 1))
+        np.testing.assert_array_equal(load_audio(row.audio, duration=row.duration), expected)
+        again = pickle.loads(pickle.dumps(row))
+        np.testing.assert_array_equal(load_audio(again.audio), expected)
+
+
+def stream_config(**kwargs) -> DataConfig:
+    return DataConfig(**COLUMNS, hf_streaming=True, **kwargs)
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[int]:
+    """Numbers of the rows that were taken from a stream."""
+    taken, keep = [], hf_data._keep_row
+
+    def count(row, config, folder, number):
+        taken.append(number)
+        return keep(row, config, folder, number)
+
+    monkeypatch.setattr(hf_data, "_keep_row", count)
+    return taken
+
+
+def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
+    source, kept = f"hf:{folders['parquet']}:dev", tmp_path / "kept"
+    first = read_hf(source, stream_config(hf_max_rows=3), kept)
+    assert opened == [0, 1, 2] and [row.id for row in first[0]] == ["0", "1", "2"]
+    assert read_hf(source, stream_config(hf_max_rows=3), kept) == first
+    assert read_hf(source, stream_config(hf_max_rows=2), kept)[0] == first[0][:2]
+    assert opened == [0, 1, 2]
+    more = read_hf(source, stream_config(hf_max_rows=5), kept)
+    assert opened == [0, 1, 2, 3, 4] and len(more[0]) == 5
+    rows, bad = read_hf(source, stream_config(), kept)
+    assert opened == list(range(7)) and len(rows) == 5 and len(bad) == 2
+    (manifest,) = kept.glob("*/rows.jsonl")
+    assert [json.loads(line)["text"] for line in manifest.read_text().splitlines()] == [
+        *(f"word {i}" for i in range(6)),
+        " ",
+    ]
+    read_hf(source, stream_config(hf_max_rows=100), kept)
+    assert opened == list(range(7))
+
+
+def test_a_whole_stream_is_not_asked_for_again(folders, tmp_path, monkeypatch):
+    source, kept = f"hf:{folders['parquet']}:dev", tmp_path / "kept"
+    whole = read_hf(source, stream_config(), kept)
+    monkeypatch.setattr(hf_data, "_open", lambda *args, **kwargs: pytest.fail("opened"))
+    assert read_hf(source, stream_config(), kept) == whole
+
+
+def test_an_interrupted_stream_continues(folders, tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(hf_data, "_SAVE_EVERY_ROWS", 2)
+    source, kept, keep = f"hf:{folders['parquet']}:dev", tmp_path / "kept", hf_data._keep_row
+
+    def break_off(row, config, folder, number):
+        if number == 5:
+            raise KeyboardInterrupt
+        return keep(row, config, folder, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hf_data, "_keep_row", break_off)
+        read_hf(source, stream_config(), kept)
+    assert opened == [0, 1, 2, 3, 4]
+    rows, _ = read_hf(source, stream_config(), kept)
+    assert opened == [0, 1, 2, 3, 4] + [4, 5, 6]  # row 4 was not yet saved
+    whole, _ = read_hf(source, stream_config(), tmp_path / "elsewhere")
+    assert [(r.id, r.text, r.duration) for r in rows] == [(r.id, r.text, r.duration) for r in whole]
+    for row, expected in zip(rows, whole, strict=True):
+        assert Path(str(row.audio)).read_bytes() == Path(str(expected.audio)).read_bytes()
+
+
+def test_several_hosts_do_not_stream(folders, tmp_path, monkeypatch):
+    source = f"hf:{folders['parquet']}:dev"
+    with monkeypatch.context() as patch:
+        patch.setattr("jax.process_count", lambda: 2)
+        with pytest.raises(ValueError, match="start once with one process"):
+            read_hf(source, stream_config(), tmp_path)
+    expected = read_hf(source, stream_config(), tmp_path)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert read_hf(source, stream_config(), tmp_path) == expected
+
+
+def test_a_row_limit_holds_at_random_access_too(folders, tmp_path):
+    config = DataConfig(**COLUMNS, hf_max_rows=3)
+    rows, bad = read_hf(f"hf:{folders['several']}:dev", config, tmp_path)
+    assert [row.id for row in rows] == ["0", "1", "2"] and not bad
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hf:owner/name:train", HFSource("owner/name", None, "train")),
+        ("hf:owner/name:en:train", HFSource("owner/name", "en", "train")),
+        ("hf:owner/name:train[:100]", HFSource("owner/name", None, "train[:100]")),
+        ("hf:/a/b:clean:test[10%:]", HFSource("/a/b", "clean", "test[10%:]")),
+    ],
+)
+def test_names_of_data_sets(source, expected):
+    assert parse_hf_source(source) == expected
+
+
+def test_names_under_which_sources_are_reported():
+    assert source_name("hf:owner/name:en:train[:100]") == "owner-name-en-train-100"
+    assert source_name("gs://bucket/dev.jsonl") == source_name("a/b/dev.tsv") == "dev"
+
+
+@pytest.mark.parametrize("source", ["hf:owner/name", "hf:", "hf:a:b:c:d"])
+def test_a_malformed_name_says_what_to_write(source):
+    with pytest.raises(ValueError, match="write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
+        parse_hf_source(source)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_cannot_be_opened_says_why(folders, tmp_path, streaming):
+    config = DataConfig(**COLUMNS, hf_streaming=streaming)
+    for source, message in [
+        ("hf:no/such:train", "cannot be opened: .*hub that this machine can reach, or a folder"),
+        (f"hf:{folders['several']}:test", r"no split 'test' in \['dev'\]"),
+        (f"hf:{folders['parquet']}:test", "test"),
+    ]:
+        with pytest.raises(ValueError, match=r"(?s)" + message):
+            read_hf(source, config, tmp_path)
+    with pytest.raises(ValueError, match=r"no column \['audio', 'text'\], but \['said', 's"):
+        read_hf(f"hf:{folders['several']}:dev", DataConfig(hf_streaming=streaming), tmp_path)
+
+
+def test_without_datasets_the_error_names_the_extra(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'flax-projector\[hf\]'"):
+        read_hf(f"hf:{folders['one']}:dev", DataConfig(**COLUMNS), tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_reading_data_sets_never_imports_torch(folders, tmp_path, streaming):
+    script = (
+        "import pathlib, sys\n"
+        "from flax_projector.audio import load_audio\n"
+        "from flax_projector.config import DataConfig\n"
+        "from flax_projector.hf_data import read_hf\n"
+        f"config = DataConfig(hf_audio_column='sound', hf_text_column='said',"
+        f" hf_streaming={streaming})\n"
+        "rows, _ = read_hf(sys.argv[1], config, pathlib.Path(sys.argv[2]))\n"
+        "assert len(load_audio(rows[0].audio)) == 1600\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    source = f"hf:{folders['several']}:dev"
+    result = subprocess.run(
+        [sys.executable, "-c", script, source, str(tmp_path / "kept")],
+        text=True,
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
