@@ -121,15 +121,33 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
     return check_rows(drafts, source)
 
 
-def _open(source: str, config: DataConfig, *, streaming: bool) -> Any:
-    """The split, its audio column encoded."""
+def _import_datasets(source: str) -> Any:
+    """`datasets`, kept from importing torch."""
     try:
         import datasets
         import datasets.config
     except ImportError as error:
         raise ValueError(f"{source} needs datasets: pip install 'flax-projector[hf]'") from error
     datasets.config.TORCH_AVAILABLE = False  # streaming would import it for its loaders
+    datasets.Audio.encode_example = _keep_encoded  # folders of sound files, for `torchcodec`
+    return datasets
+
+
+def _keep_encoded(_audio: Any, value: Any) -> dict[str, Any]:
+    """What `datasets.Audio` makes of a sound file before anybody decodes it."""
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        return {"bytes": value.get("bytes"), "path": value.get("path")}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if isinstance(value, str):
+        return {"bytes": None, "path": value}
+    raise ValueError(f"audio as {type(value).__name__}: only encoded files can be read")
+
+
+def _open(source: str, config: DataConfig, *, streaming: bool) -> Any:
+    """The split, its audio column encoded."""
     hf = parse_hf_source(source)
+    datasets = _import_datasets(source)
     folder = Path(hf.name)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -144,7 +162,7 @@ def _open(source: str, config: DataConfig, *, streaming: bool) -> Any:
                 dataset = dataset.to_iterable_dataset()
         else:
             dataset = datasets.load_dataset(hf.name, hf.config, split=hf.split, streaming=streaming)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{source} cannot be opened: {type(error).__name__}: {error}\nName a data set of the "
             "hub that this machine can reach, or a folder that it was saved in"

@@ -39,13 +39,13 @@ def folders(tmp_path) -> dict[str, str]:
     table = datasets.Dataset.from_dict(columns)
     table = table.cast_column("sound", datasets.Audio(decode=False))
     table.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"dev": table}).save_to_disk(str(tmp_path / "several"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "several"))
     (tmp_path / "parquet").mkdir()
     for shard in range(2):
         table.shard(2, shard, contiguous=True).to_parquet(
-            str(tmp_path / "parquet" / f"dev-{shard:05d}-of-00002.parquet")
+            str(tmp_path / "parquet" / f"train-{shard:05d}-of-00002.parquet")
         )
-    sounds = tmp_path / "sounds" / "dev"
+    sounds = tmp_path / "sounds" / "train"
     sounds.mkdir(parents=True)
     rows = []
     for clip, said, speaker in zip(clips, columns["said"], columns["speaker"], strict=True):
@@ -63,7 +63,7 @@ def cache_of_datasets(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", ["one", "several", "parquet", "sounds"])
 def test_rows_of_every_layout(folders, tmp_path, layout, streaming):
-    source = f"hf:{folders[layout]}:dev"
+    source = f"hf:{folders[layout]}:train"
     audio = "audio" if layout == "sounds" else "sound"
     config = DataConfig(
         hf_audio_column=audio,
@@ -104,7 +104,7 @@ def opened(monkeypatch) -> list[int]:
 
 
 def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
-    source, kept = f"hf:{folders['parquet']}:dev", tmp_path / "kept"
+    source, kept = f"hf:{folders['parquet']}:train", tmp_path / "kept"
     first = read_hf(source, stream_config(hf_max_rows=3), kept)
     assert opened == [0, 1, 2] and [row.id for row in first[0]] == ["0", "1", "2"]
     assert read_hf(source, stream_config(hf_max_rows=3), kept) == first
@@ -124,7 +124,7 @@ def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
 
 
 def test_a_whole_stream_is_not_asked_for_again(folders, tmp_path, monkeypatch):
-    source, kept = f"hf:{folders['parquet']}:dev", tmp_path / "kept"
+    source, kept = f"hf:{folders['parquet']}:train", tmp_path / "kept"
     whole = read_hf(source, stream_config(), kept)
     monkeypatch.setattr(hf_data, "_open", lambda *args, **kwargs: pytest.fail("opened"))
     assert read_hf(source, stream_config(), kept) == whole
@@ -132,7 +132,7 @@ def test_a_whole_stream_is_not_asked_for_again(folders, tmp_path, monkeypatch):
 
 def test_an_interrupted_stream_continues(folders, tmp_path, opened, monkeypatch):
     monkeypatch.setattr(hf_data, "_SAVE_EVERY_ROWS", 2)
-    source, kept, keep = f"hf:{folders['parquet']}:dev", tmp_path / "kept", hf_data._keep_row
+    source, kept, keep = f"hf:{folders['parquet']}:train", tmp_path / "kept", hf_data._keep_row
 
     def break_off(row, config, folder, number):
         if number == 5:
@@ -144,7 +144,7 @@ def test_an_interrupted_stream_continues(folders, tmp_path, opened, monkeypatch)
         read_hf(source, stream_config(), kept)
     assert opened == [0, 1, 2, 3, 4]
     rows, _ = read_hf(source, stream_config(), kept)
-    assert opened == [0, 1, 2, 3, 4] + [4, 5, 6]  # row 4 was not yet saved
+    assert opened == [0, 1, 2, 3, 4, 4, 5, 6]  # row 4 was not yet saved
     whole, _ = read_hf(source, stream_config(), tmp_path / "elsewhere")
     assert [(r.id, r.text, r.duration) for r in rows] == [(r.id, r.text, r.duration) for r in whole]
     for row, expected in zip(rows, whole, strict=True):
@@ -152,7 +152,7 @@ def test_an_interrupted_stream_continues(folders, tmp_path, opened, monkeypatch)
 
 
 def test_several_hosts_do_not_stream(folders, tmp_path, monkeypatch):
-    source = f"hf:{folders['parquet']}:dev"
+    source = f"hf:{folders['parquet']}:train"
     with monkeypatch.context() as patch:
         patch.setattr("jax.process_count", lambda: 2)
         with pytest.raises(ValueError, match="start once with one process"):
@@ -164,7 +164,7 @@ def test_several_hosts_do_not_stream(folders, tmp_path, monkeypatch):
 
 def test_a_row_limit_holds_at_random_access_too(folders, tmp_path):
     config = DataConfig(**COLUMNS, hf_max_rows=3)
-    rows, bad = read_hf(f"hf:{folders['several']}:dev", config, tmp_path)
+    rows, bad = read_hf(f"hf:{folders['several']}:train", config, tmp_path)
     assert [row.id for row in rows] == ["0", "1", "2"] and not bad
 
 
@@ -197,19 +197,19 @@ def test_what_cannot_be_opened_says_why(folders, tmp_path, streaming):
     config = DataConfig(**COLUMNS, hf_streaming=streaming)
     for source, message in [
         ("hf:no/such:train", "cannot be opened: .*hub that this machine can reach, or a folder"),
-        (f"hf:{folders['several']}:test", r"no split 'test' in \['dev'\]"),
+        (f"hf:{folders['several']}:test", r"no split 'test' in \['train'\]"),
         (f"hf:{folders['parquet']}:test", "test"),
     ]:
         with pytest.raises(ValueError, match=r"(?s)" + message):
             read_hf(source, config, tmp_path)
     with pytest.raises(ValueError, match=r"no column \['audio', 'text'\], but \['said', 's"):
-        read_hf(f"hf:{folders['several']}:dev", DataConfig(hf_streaming=streaming), tmp_path)
+        read_hf(f"hf:{folders['several']}:train", DataConfig(hf_streaming=streaming), tmp_path)
 
 
 def test_without_datasets_the_error_names_the_extra(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'flax-projector\[hf\]'"):
-        read_hf(f"hf:{folders['one']}:dev", DataConfig(**COLUMNS), tmp_path)
+        read_hf(f"hf:{folders['one']}:train", DataConfig(**COLUMNS), tmp_path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -225,7 +225,7 @@ def test_reading_data_sets_never_imports_torch(folders, tmp_path, streaming):
         "assert len(load_audio(rows[0].audio)) == 1600\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    source = f"hf:{folders['several']}:dev"
+    source = f"hf:{folders['several']}:train"
     result = subprocess.run(
         [sys.executable, "-c", script, source, str(tmp_path / "kept")],
         text=True,
