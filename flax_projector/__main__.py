@@ -40,7 +40,7 @@ class Listener:
             raise ValueError(f"{run} is not a finished run: need config.json and projector/ in it")
         config = configs.from_json(config_path.read_text())
         data = dataclasses.replace(config.data, cache_features=False)
-        self.config = dataclasses.replace(config, data=data)
+        self.config = dataclasses.replace(config, data=data, out=str(run))  # it may have moved
         self.loaded = load_model(self.config, make_mesh(config.mesh))
         abstract = abstract_projector(config.projector, mesh=self.loaded.mesh)
         self.projector_params = load_projector(run / "projector", config.projector, abstract)

@@ -43,7 +43,7 @@ class BadRowLog:
 
     What shows in a manifest is found by every process alike and written by process 0. What shows
     when a clip is read is known to the process that reads it: process i > 0 writes its own
-    `<name>.<i>.jsonl`.
+    `<name>.<i>.jsonl`. The share is checked by each: one that stops takes the others with it.
     """
 
     def __init__(self, path: Path | None, *, max_rate: float):

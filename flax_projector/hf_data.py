@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flax_projector.audio import BadAudio, read_duration
 from flax_projector.bad_rows import BadRow
 from flax_projector.config import DataConfig
-from flax_projector.manifest import Draft, ManifestRow, check_rows, read_manifest
+from flax_projector.manifest import Draft, Durations, ManifestRow, check_rows, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
     Args:
       source: see `parse_hf_source`.
       config: columns, streaming, row limit.
-      cache: folder of streamed sets.
+      cache: folder of streamed sets, and of durations.
 
     Returns:
       As `manifest.read_manifest`.
@@ -107,7 +107,8 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
     """
     if config.hf_streaming:
         manifest, num_rows = _keep_stream(source, config, cache)
-        return read_manifest(manifest, source=source, max_rows=config.hf_max_rows or num_rows)
+        limit = config.hf_max_rows or num_rows
+        return read_manifest(manifest, source=source, max_rows=limit, cache=cache)
     dataset = _open(source, config, streaming=False)
     if config.hf_max_rows:
         dataset = dataset.select(range(min(config.hf_max_rows, len(dataset))))
@@ -118,7 +119,8 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
         Draft(str(row_id), TableClip(table, n), str(text or "").strip(), None, None)
         for n, (row_id, text) in enumerate(zip(ids, texts, strict=True))
     ]
-    return check_rows(drafts, source)
+    durations = Durations(cache, f"{source} {dataset._fingerprint}")
+    return check_rows(drafts, source, durations)
 
 
 def _import_datasets(source: str) -> Any:
@@ -129,7 +131,8 @@ def _import_datasets(source: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{source} needs datasets: pip install 'flax-projector[hf]'") from error
     datasets.config.TORCH_AVAILABLE = False  # streaming would import it for its loaders
-    datasets.Audio.encode_example = _keep_encoded  # folders of sound files, for `torchcodec`
+    # Folders of sound files go through it, and it imports torchcodec before it looks at them.
+    datasets.Audio.encode_example = _keep_encoded  # pyright: ignore[reportAttributeAccessIssue]
     return datasets
 
 

@@ -1,6 +1,7 @@
 """Manifests: which clips there are, and what is said in them."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -68,20 +69,77 @@ class Draft:
     offset: float | None
 
 
+class Durations:
+    """Lengths of clips whose rows do not say them, kept from one start of a run to the next.
+
+    A local file that was changed is read again; what lies elsewhere is taken to stay as it is.
+    """
+
+    def __init__(self, folder: Path | None, source: str):
+        """Opens what is known of a source's clips.
+
+        Args:
+          folder: where it is kept; None keeps nothing.
+          source: with whatever tells its versions apart.
+        """
+        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+        self._path = folder / f"durations-{digest}.json" if folder else None
+        self._known: dict[str, tuple[float, list[int]]] = {}
+        self._is_changed = False
+        if self._path is not None and self._path.is_file():
+            self._known = json.loads(self._path.read_text())
+
+    def read(self, audio: Audio) -> float:
+        """Seconds of a clip; several threads may ask.
+
+        Raises:
+          BadAudio: if it is missing or cannot be decoded.
+        """
+        stamp = _stamp(audio)
+        secs, known_stamp = self._known.get(str(audio), (0.0, None))
+        if known_stamp != stamp:
+            secs = read_duration(audio)
+            self._known[str(audio)] = (secs, stamp)
+            self._is_changed = True
+        return secs
+
+    def save(self) -> None:
+        """Keeps what was read."""
+        if self._path is not None and self._is_changed and jax.process_index() == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._known))
+            os.replace(partial, self._path)
+
+
+def _stamp(audio: Audio) -> list[int]:
+    """Changes when a local file does."""
+    if isinstance(audio, str | Path) and not is_url(audio) and os.path.isfile(audio):
+        stat = os.stat(audio)
+        return [stat.st_size, stat.st_mtime_ns]
+    return []
+
+
 def read_manifest(
-    path: str | Path, *, source: str | None = None, max_rows: int | None = None
+    path: str | Path,
+    *,
+    source: str | None = None,
+    max_rows: int | None = None,
+    cache: Path | None = None,
 ) -> tuple[list[ManifestRow], list[BadRow]]:
     """Reads a manifest.
 
     `.jsonl` has one object a line: "audio" (absolute, a URL, or relative to the manifest's
     folder), "text", and optionally "id", "duration" and "offset" in seconds. `.tsv` has a header
     with "path" (or "audio"), "text" and optionally "id", "seconds" (or "duration") and "offset". A
-    row with an offset is a segment of a longer file. Missing durations are read from the files.
+    row with an offset is a segment of a longer file. Missing durations are read from the files:
+    for audio at URLs they had better be there.
 
     Args:
       path: local, or a URL that fsspec opens.
       source: name of the rows' source, if it is not the path.
       max_rows: takes the first ones only.
+      cache: folder in which durations that had to be read are kept.
 
     Returns:
       The rows in the manifest's order, and what is wrong with the others.
@@ -107,7 +165,7 @@ def read_manifest(
     for url in (str(d.audio) for d in drafts if isinstance(d, Draft) and is_url(str(d.audio))):
         require_filesystem(url)
         break
-    return check_rows(drafts, source)
+    return check_rows(drafts, source, Durations(cache, source))
 
 
 def _read_text(path: str) -> str:
@@ -158,7 +216,7 @@ def _read_number(value: Any) -> float | None:
 
 
 def check_rows(
-    drafts: Sequence[Draft | BadRow], source: str
+    drafts: Sequence[Draft | BadRow], source: str, durations: Durations
 ) -> tuple[list[ManifestRow], list[BadRow]]:
     """Sorts rows into usable and bad, without decoding: that happens when they are trained on.
 
@@ -167,6 +225,7 @@ def check_rows(
     Args:
       drafts: rows as they are written, or known to be bad already.
       source: their source.
+      durations: known ones; gets those that are read.
 
     Returns:
       Both in their order.
@@ -180,7 +239,7 @@ def check_rows(
     ):
         for start in range(0, len(drafts), _CHUNK):
             chunk = drafts[start : start + _CHUNK]
-            for row in pool.map(lambda draft: _check_row(draft, source), chunk):
+            for row in pool.map(lambda draft: _check_row(draft, source, durations), chunk):
                 if isinstance(row, ManifestRow):
                     if row.id in seen:
                         text = f"id {row.id!r} occurs twice"
@@ -190,11 +249,12 @@ def check_rows(
                         seen.add(row.id)
                 rows.append(row)
             progress.update(len(chunk))
+    durations.save()
     good = [row for row in rows if isinstance(row, ManifestRow)]
     return good, [row for row in rows if isinstance(row, BadRow)]
 
 
-def _check_row(draft: Draft | BadRow, source: str) -> ManifestRow | BadRow:
+def _check_row(draft: Draft | BadRow, source: str, durations: Durations) -> ManifestRow | BadRow:
     if isinstance(draft, BadRow):
         return draft
     audio, text, duration, offset = draft.audio, draft.text, draft.duration, draft.offset
@@ -202,7 +262,7 @@ def _check_row(draft: Draft | BadRow, source: str) -> ManifestRow | BadRow:
         return BadRow(draft.id, source, Problem.EMPTY_TEXT, f"{audio} has no transcript")
     try:
         if duration is None:
-            duration = read_duration(audio) - (offset or 0)
+            duration = durations.read(audio) - (offset or 0)
         elif isinstance(audio, str) and not is_url(audio) and not os.path.isfile(audio):
             raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist")
         if duration * SAMPLE_RATE < SAMPLES_PER_FRAME:

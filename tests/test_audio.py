@@ -1,5 +1,7 @@
 """Decoding: any format, rate, channel count and place -> 16 kHz mono, or a named problem."""
 
+from pathlib import Path
+
 import fsspec
 import numpy as np
 import pytest
@@ -52,9 +54,9 @@ def test_only_the_segment_is_decoded(tmp_path, monkeypatch):
         return read(self, frames, **kwargs)
 
     monkeypatch.setattr(soundfile.SoundFile, "read", count)
-    assert len(load_audio(tmp_path / "long.wav", offset=30, duration=2)) == 32_000
+    assert len(load_audio(tmp_path / "long.wav", offset=30.0, duration=2.0)) == 32_000
     with pytest.raises(BadAudio):
-        load_audio(tmp_path / "long.wav", duration=2)
+        load_audio(tmp_path / "long.wav", duration=2.0)
     assert asked == [32_000]
 
 
@@ -71,8 +73,7 @@ def test_a_url_gives_the_samples_of_the_file(tmp_path, suffix, offset):
     path = tmp_path / f"x.{suffix}"
     soundfile.write(path, tone(16_000), 16_000)
     url = f"memory://clips/{path.name}"
-    with fsspec.open(url, "wb") as file:
-        file.write(path.read_bytes())
+    fsspec.filesystem("memory").pipe_file(f"/clips/{path.name}", path.read_bytes())
     np.testing.assert_array_equal(load_audio(url, offset=offset), load_audio(path, offset=offset))
     assert read_duration(url) == read_duration(path)
 
@@ -90,7 +91,12 @@ def test_a_url_gives_the_samples_of_the_file(tmp_path, suffix, offset):
         (np.zeros(16_000), {"duration": 0.9}, Problem.WRONG_DURATION, "lasts 1.00 s, not the 0.90"),
         (np.zeros(16_000), {"duration": 1.1}, Problem.WRONG_DURATION, "lasts 1.00 s, not the 1.10"),
         (np.zeros(16_000), {"offset": 0.5, "duration": 1.0}, Problem.WRONG_DURATION, "from 0.5 s"),
-        (np.zeros(16_000), {"offset": 7, "duration": 1.0}, Problem.WRONG_DURATION, "lasts 0.00 s"),
+        (
+            np.zeros(16_000),
+            {"offset": 7.0, "duration": 1.0},
+            Problem.WRONG_DURATION,
+            "lasts 0.00 s",
+        ),
     ],
 )
 @pytest.mark.parametrize("folder", ["local", "memory://bad"])
@@ -100,7 +106,7 @@ def test_what_is_wrong_with_a_clip_has_a_name(tmp_path, samples, kwargs, problem
         path.write_bytes(samples)
     elif samples is not None:
         soundfile.write(path, samples, 16_000, subtype="FLOAT")
-    audio = path
+    audio: str | Path = path
     if folder != "local":
         audio = f"{folder}/x.wav"
         fs = fsspec.filesystem("memory")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -20,7 +21,7 @@ from flax_projector.bad_rows import BadRowLog
 from flax_projector.config import DataConfig, TrainConfig, to_json
 from flax_projector.sharding import make_mesh, use_mesh
 from tests.parity import assert_within
-from tests.tiny import make_speech, read_losses, tiny_config
+from tests.tiny import make_speech, read_losses, read_params, tiny_config
 
 pytestmark = pytest.mark.torch
 
@@ -103,7 +104,7 @@ def evaluate(config: TrainConfig):
     with use_mesh(loaded.mesh):
         ((name, source),) = runs.make_eval_sources(loaded, config, bad_rows).items()
         projector = loaded.model.projector
-        frames = np.zeros((1, 1, config.projector.encoder_dim), np.float32)
+        frames = jnp.zeros((1, 1, config.projector.encoder_dim))
         params = train_tpu.strip_axes(projector.init(jax.random.key(0), frames)["params"])
         evaluator = runs.make_evaluator(loaded, config, bad_rows)
         return evaluator((params, *loaded.frozen), source, name=name)
@@ -151,6 +152,31 @@ def test_worker_processes_change_nothing(make_config):
     for config in (threads, workers):
         train_tpu.main(config)
     assert read_losses(workers) == read_losses(threads)
+
+
+def test_a_killed_run_over_a_mixture_with_bad_clips_ends_with_the_same_bytes(
+    make_config, tmp_path, monkeypatch
+):
+    manifests = (make_speech(tmp_path / "x", 13), make_speech(tmp_path / "y", 10, seed=4))
+    silence(manifests[0], 1, 8)
+    data = {"train": manifests, "train_weights": (1.0, 0.5), "max_bad_rate": 0.5}
+    whole, killed = (make_config(name, data=data) for name in ("whole", "killed"))
+    train_tpu.main(whole)
+    take = train_tpu.take_problems
+
+    def take_until_killed(batch, source, index, bad_rows):
+        if index == 3:
+            raise KeyboardInterrupt
+        return take(batch, source, index, bad_rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_tpu, "take_problems", take_until_killed)
+        train_tpu.main(killed)
+    train_tpu.main(killed)
+    assert read_losses(killed)[-2:] == read_losses(whole)[-2:]
+    expected, actual = (read_params(Path(c.out) / "projector") for c in (whole, killed))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert sorted(e["id"] for e in bad_entries(killed)) == ["clip1", "clip8"]
 
 
 def save_data_set(folder: Path, count: int, seed: int) -> str:
@@ -221,7 +247,7 @@ def test_transcribe_says_what_is_wrong_with_a_file(make_config, tmp_path, capsys
 def test_hosts_that_see_different_rows_do_not_start(make_config, monkeypatch):
     config = make_config()
     loaded = runs.load_model(config, make_mesh(config.mesh))
-    bad_rows = BadRowLog(None, max_rate=0)
+    bad_rows = BadRowLog(None, max_rate=0.0)
     runs.make_train_source(loaded, config, bad_rows)
     monkeypatch.setattr(runs.multihost_utils, "process_allgather", lambda x: np.stack([x, x[::-1]]))
     with pytest.raises(ValueError, match="train: the hosts see different rows"):
@@ -234,7 +260,7 @@ def test_two_evaluation_sets_of_one_name_are_an_error(make_config, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=names))
     loaded = runs.load_model(config, make_mesh(config.mesh))
     with pytest.raises(ValueError, match="names must differ"):
-        runs.make_eval_sources(loaded, config, BadRowLog(None, max_rate=0))
+        runs.make_eval_sources(loaded, config, BadRowLog(None, max_rate=0.0))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
+import datasets.config
 import numpy as np
 import pytest
 import soundfile
@@ -18,7 +20,7 @@ from flax_projector.config import DataConfig
 from flax_projector.hf_data import HFSource, parse_hf_source, read_hf
 from flax_projector.run import source_name
 
-COLUMNS = {"hf_audio_column": "sound", "hf_text_column": "said"}
+COLUMNS: dict[str, Any] = {"hf_audio_column": "sound", "hf_text_column": "said"}
 
 
 def make_clip(number: int, suffix: str = "flac") -> bytes:

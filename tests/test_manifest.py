@@ -123,6 +123,17 @@ def test_remote_manifests_name_remote_audio(write, tmp_path):
     assert rows[0].duration == 1.0 and len(load_audio(rows[0].audio)) == 16_000
 
 
+def test_durations_are_read_once_unless_a_file_changes(write, tmp_path, monkeypatch):
+    manifest = write(jsonl(*({"audio": "0.wav", "text": "go", "offset": x} for x in (0, 0.5))))
+    cache = tmp_path / "cache"
+    first = read_manifest(manifest, cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("flax_projector.manifest.read_duration", lambda audio: pytest.fail("read"))
+        assert read_manifest(manifest, cache=cache) == first
+    soundfile.write(tmp_path / "0.wav", np.zeros(32_000), 16_000)
+    assert [row.duration for row in read_manifest(manifest, cache=cache)[0]] == [2.0, 1.5]
+
+
 def defects(count: int, reason: Problem = Problem.UNDECODABLE, first: int = 0) -> list[BadRow]:
     return [BadRow(f"r{i}", "a.jsonl", reason, "why") for i in range(first, first + count)]
 
