@@ -261,7 +261,8 @@ class DataConfig:
     hf_max_rows: int = 0
     """Rows that are taken of each `hf:` source, from its beginning; 0 takes all."""
     cache_dir: str = ""
-    """Folder of streamed rows, which runs may share; empty means `data` in the run folder."""
+    """Folder of streamed rows and of durations that had to be read, which runs may share; empty
+    means `data` in the run folder."""
     max_bad_rate: float = 0.01
     """Share of defective rows (missing, undecodable, without text, ...) of a set above which the
     run stops. Below, they are left out and listed in `bad_rows.jsonl` of the run folder."""
@@ -318,6 +319,11 @@ class DataConfig:
         """Samples N of the encoder's window."""
         return round(self.window_secs * SAMPLE_RATE)
 
+    @property
+    def window_frames(self) -> int:
+        """Encoder frames S of the window."""
+        return self.window_samples // SAMPLES_PER_FRAME
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -352,6 +358,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Time masks on the log-mel features in training, with the field names of HF's config."""
+
+    mask_time_prob: float = 0.0
+    """Share of a clip's frames that is masked, overlaps not counted; 0 leaves masks out."""
+    mask_time_length: int = 10
+    """Frames of a mask: 100 per second."""
+    mask_time_min_masks: int = 2
+    """Masks of a clip at least."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self,
+            mask_time_prob=_RATE,
+            mask_time_length=_POSITIVE,
+            mask_time_min_masks=_NOT_NEGATIVE,
+        )
+
+
+@dataclass(frozen=True)
 class CTCConfig:
     """A warm start: the projector learns to spell before the LLM is asked what it reads.
 
@@ -366,9 +392,17 @@ class CTCConfig:
     """Peak learning rate of the warm start, which has a warm-up and a decay of its own."""
     blank: str = "<|endoftext|>"
     """Token whose embedding row is CTC's blank; no transcript may hold it."""
+    aux_weight: float = 0.0
+    """Weight of the CTC loss beside the LLM's after the warm start; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        _require(self, num_steps=_NOT_NEGATIVE, learning_rate=_ABOVE_ZERO, blank=_NOT_EMPTY)
+        _require(
+            self,
+            num_steps=_NOT_NEGATIVE,
+            learning_rate=_ABOVE_ZERO,
+            blank=_NOT_EMPTY,
+            aux_weight=_NOT_NEGATIVE,
+        )
 
 
 @dataclass(frozen=True)
@@ -389,6 +423,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ctc: CTCConfig = field(default_factory=CTCConfig)
+    spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dtype: DTypeName = "bfloat16"
     """Compute dtype, and storage of the frozen towers; master weights are always float32."""
@@ -398,12 +433,16 @@ class TrainConfig:
     "layers" keeps the layers' inputs only (the least memory, a third more compute)."""
     num_steps: int = 20_000
     """Optimizer steps of the whole run."""
+    accumulation_steps: int = 1
+    """Micro-batches that a step's batch is computed in, one after the other: memory for one."""
     log_every_steps: int = 10
     eval_every_steps: int = 1000
     """0 evaluates only before the first and after the last step; none during a CTC warm start."""
     save_every_steps: int = 500
+    save_every_mins: float = 30.0
+    """A checkpoint also when this many minutes have passed since the last, at a step that logs."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept; the one with the lowest word error rate stays in `best`."""
     max_new_tokens: int = 96
     """Tokens decoded per utterance in evaluation."""
     seed: int = 0
@@ -415,6 +454,11 @@ class TrainConfig:
     seed's 1.0 is several times the RMS of an LLM's text embeddings."""
     distributed: bool = False
     """Several hosts: call jax.distributed.initialize first."""
+    profile_steps: int = 0
+    """Write a profiler trace of this many steps, after the first ten, to `profile` in the run
+    folder."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases as well; needs `pip install wandb`."""
 
     def __post_init__(self) -> None:
         _require(
@@ -424,12 +468,20 @@ class TrainConfig:
             out=_NOT_EMPTY,
             init_output_scale=_ABOVE_ZERO,
             num_steps=_POSITIVE,
+            accumulation_steps=_POSITIVE,
             log_every_steps=_POSITIVE,
             eval_every_steps=_NOT_NEGATIVE,
             save_every_steps=_POSITIVE,
+            save_every_mins=_ABOVE_ZERO,
+            profile_steps=_NOT_NEGATIVE,
             keep_checkpoints=_POSITIVE,
             max_new_tokens=_POSITIVE,
         )
+        if self.spec_augment.mask_time_prob and self.data.cache_features:
+            raise ValueError(
+                "TrainConfig.spec_augment.mask_time_prob masks features that data.cache_features "
+                "computes only once: turn one of the two off"
+            )
         if self.ctc.num_steps >= self.num_steps:
             raise ValueError(
                 f"TrainConfig.ctc.num_steps = {self.ctc.num_steps}: must leave steps of num_steps"
@@ -438,11 +490,14 @@ class TrainConfig:
 
 
 _SPEECH = "docs/demo/speech"
-_WHISPER_BASE_SMOLLM2 = TrainConfig(
+_WHISPER_BASE_SMOLLM2 = TrainConfig(  # with tiny-audio's recipe: batches of 3 x 8, SpecAugment
     encoder="openai/whisper-base",
     llm="HuggingFaceTB/SmolLM2-135M-Instruct",
     projector=ProjectorConfig(encoder_dim=512, llm_dim=576),
     out="runs/whisper-base-smollm2-135m",
+    data=DataConfig(batch_size=24),
+    accumulation_steps=3,
+    spec_augment=SpecAugmentConfig(mask_time_prob=0.05),
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
@@ -468,6 +523,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=40),
             ctc=CTCConfig(num_steps=600),
             init_output_scale=0.13,  # the RMS of the LLM's own embeddings
+            accumulation_steps=1,
+            spec_augment=SpecAugmentConfig(),
             dtype="float32",
             num_steps=900,
             eval_every_steps=150,
@@ -478,6 +535,36 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "whisper-base-smollm2-135m": (
         "The smallest pair of real towers, with tiny-audio's recipe.",
         _WHISPER_BASE_SMOLLM2,
+    ),
+    "whisper-turbo-smollm3-3b": (
+        "tiny-audio's published pair, with its recipe.",
+        dataclasses.replace(
+            _WHISPER_BASE_SMOLLM2,
+            encoder="openai/whisper-large-v3-turbo",
+            llm="HuggingFaceTB/SmolLM3-3B",
+            projector=ProjectorConfig(encoder_dim=1280, llm_dim=2048),
+            out="runs/whisper-turbo-smollm3-3b",
+            remat="layers",
+        ),
+    ),
+    "tiny": (
+        "A few steps of towers with a few parameters, to test a set-up: pass both folders.",
+        TrainConfig(
+            encoder="whisper-tiny-random",
+            llm="llama-tiny-random",
+            projector=ProjectorConfig(encoder_dim=24, llm_dim=40, projector_hidden_dim=32),
+            out="runs/tiny",
+            data=DataConfig(
+                eval_batch_size=8, window_secs=2.0, bucket_secs=(1.0, 2.0), max_text_tokens=20
+            ),
+            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+            dtype="float32",
+            num_steps=6,
+            log_every_steps=1,
+            eval_every_steps=0,
+            save_every_steps=2,
+            max_new_tokens=5,
+        ),
     ),
 }
 
@@ -511,14 +598,20 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
         raise ValueError(f"{cls.__name__}: {error}") from error
 
 
-MAY_CHANGE_ON_RESUME = frozenset(
-    {"log_every_steps", "eval_every_steps", "save_every_steps", "keep_checkpoints", "mesh"}
-    | {"resume", "distributed", "max_new_tokens", "out", "remat"}
+MAY_CHANGE_ON_RESUME = (
+    *("log_every_steps", "eval_every_steps", "save_every_steps", "save_every_mins", "mesh."),
+    *("keep_checkpoints", "resume", "distributed", "max_new_tokens", "out", "remat"),
+    *("profile_steps", "wandb_project", "accumulation_steps"),
+    *("data.num_threads", "data.num_workers", "data.cache_dir", "data.max_bad_rate"),
 )
 
 
-def changes(saved: TrainConfig, current: TrainConfig) -> list[str]:
-    """Fields that differ and decide what is learnt, as `name: saved -> current`."""
+def changes(saved: TrainConfig, current: TrainConfig) -> tuple[list[str], list[str]]:
+    """Fields that differ, as `name: saved -> current`.
+
+    Returns:
+      Those that decide what is learnt, and those that may change when a run goes on.
+    """
 
     def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         flat = {}
@@ -531,8 +624,11 @@ def changes(saved: TrainConfig, current: TrainConfig) -> list[str]:
         return flat
 
     before, now = flatten(saved), flatten(current)
-    return [
-        f"{name}: {before[name]!r} -> {now[name]!r}"
-        for name in before
-        if before[name] != now[name] and name.split(".")[0] not in MAY_CHANGE_ON_RESUME
-    ]
+    refused, allowed = [], []
+    for name in before:
+        if before[name] != now[name]:
+            may_change = name.startswith(MAY_CHANGE_ON_RESUME)
+            (allowed if may_change else refused).append(
+                f"{name}: {before[name]!r} -> {now[name]!r}"
+            )
+    return refused, allowed

@@ -92,6 +92,7 @@ class BatchSource:
         mesh: Mesh,
         batch_size: int,
         name: str = "train",
+        accumulation_steps: int = 1,
         shuffle_seed: int | None = None,
         num_batches: int | None = None,
         weights: Mapping[str, float] | None = None,
@@ -109,6 +110,7 @@ class BatchSource:
           batch_size: utterances per batch, over all devices; the arrays have more rows where it
             does not divide over them.
           name: of the set, for the list of bad rows.
+          accumulation_steps: parts that a batch is computed in, for the number of its rows.
           shuffle_seed: None keeps the order.
           num_batches: length; None is one epoch.
           weights: of the rows' sources, see `epoch_members`; 1 where nothing is said.
@@ -124,7 +126,7 @@ class BatchSource:
         self.name = name
         self.buckets = make_buckets(utterances, prompt, config, pool_stride)
         self.mesh = mesh
-        self.num_rows = padded_batch_size(mesh, batch_size)
+        self.num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
         self._inputs, self._prompt, self._pool_stride = inputs, prompt, pool_stride
         self._assigned = assign(utterances, config)
         names = list(dict.fromkeys(u.row.source for u in utterances))
@@ -164,6 +166,29 @@ class BatchSource:
         """Bucket and utterance numbers of a batch."""
         return self._epoch(index // self._epoch_len)[index % self._epoch_len]
 
+    def bucket(self, index: int) -> Bucket:
+        """The static lengths of a batch."""
+        return self.buckets[self._batch(index)[0]]
+
+    def abstract_batches(self) -> list[tuple[Bucket, dict[str, jax.ShapeDtypeStruct]]]:
+        """What the global batches of every bucket that may occur look like, shortest first."""
+        sharding = batch_sharding(self.mesh)
+        numbers = {number for number, _ in self._epoch(0)}
+        if set(self._weights) != {1.0}:  # epochs differ in how many clips of a length they hold
+            numbers = {i for i, bucket in enumerate(self.buckets) if bucket.num_frames}
+        abstract = {}
+        for number in sorted(numbers):
+            bucket = self.buckets[number]
+            arrays = self._padding(bucket)
+            del arrays["problem"]
+            abstract[bucket] = {
+                name: jax.ShapeDtypeStruct(
+                    (self.num_rows, *x.shape[1:]), x.dtype, sharding=sharding
+                )
+                for name, x in arrays.items()
+            }
+        return list(abstract.items())
+
     def members(self, index: int) -> list[Utterance | None]:
         """Utterances of all rows of a batch, over all processes; None for padding."""
         _, batch = self._batch(index)
@@ -171,12 +196,9 @@ class BatchSource:
         return [self.utterances[i] if i >= 0 else None for i in batch] + padding
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        bucket = self.buckets[self._batch(index)[0]]
+        bucket = self.bucket(index)
         members = self.members(index)
-        num_rows = len(self._rows)
-        padding = _padding_row(bucket, self._prompt.end_of_turn)
-        batch = {name: np.stack([value] * num_rows) for name, value in padding.items()}
-        batch[self._inputs.name] = np.zeros((num_rows, *self._inputs.shape(bucket)), np.float32)
+        batch = self._padding(bucket)
         for row, utterance in enumerate(members[i] for i in self._rows):
             if utterance is None:
                 continue
@@ -184,6 +206,14 @@ class BatchSource:
                 self._fill_row(row, utterance, bucket, batch)
             except BadAudio as error:
                 batch["problem"][row] = error.problem
+        return batch
+
+    def _padding(self, bucket: Bucket) -> dict[str, np.ndarray]:
+        """This process's part of a batch without utterances."""
+        num_rows = len(self._rows)
+        row = _padding_row(bucket, self._prompt.end_of_turn)
+        batch = {name: np.stack([value] * num_rows) for name, value in row.items()}
+        batch[self._inputs.name] = np.zeros((num_rows, *self._inputs.shape(bucket)), np.float32)
         return batch
 
     def _fill_row(

@@ -124,14 +124,16 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
     return jax.tree_util.tree_map_with_path(place, strip_axes(boxed), specs)
 
 
-def padded_batch_size(mesh: Mesh, batch_size: int) -> int:
-    """Rows of a global batch once it is padded to divide over the mesh."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def padded_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> int:
+    """Rows of a global batch once it is padded to divide over the mesh, and there into parts."""
+    ways = accumulation_steps * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     num_rows = -(-batch_size // ways) * ways
     if num_rows != batch_size:
         log.warning(
-            "a batch of %d over %d devices carries %d rows of padding: a multiple of %d has none",
-            *(batch_size, ways, num_rows - batch_size, ways),
+            "a batch of %d over %d devices in %d parts carries %d rows of padding: "
+            "a multiple of %d has none",
+            *(batch_size, ways // accumulation_steps, accumulation_steps),
+            *(num_rows - batch_size, ways),
         )
     return num_rows
 

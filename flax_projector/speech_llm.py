@@ -9,11 +9,17 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_projector.config import LlamaConfig, ProjectorConfig, RematName, WhisperConfig
+from flax_projector.config import (
+    LlamaConfig,
+    ProjectorConfig,
+    RematName,
+    SpecAugmentConfig,
+    WhisperConfig,
+)
 from flax_projector.llama import LlamaDecoder
 from flax_projector.projector import ResidualAudioProjector
 from flax_projector.prompt import AUDIO_TOKEN
-from flax_projector.whisper import WhisperEncoder, log_mel
+from flax_projector.whisper import WhisperEncoder, log_mel, mask_time
 
 Params = Any  # nested dict of arrays
 
@@ -31,17 +37,21 @@ class SpeechLLM:
       encoder: frozen.
       projector: the part that is trained.
       llm: frozen.
+      augmentation: of the features in training; None for none.
     """
 
     encoder: WhisperEncoder
     projector: ResidualAudioProjector
     llm: LlamaDecoder
+    augmentation: SpecAugmentConfig | None = None
 
     def encode(
         self,
         encoder_params: Params,
         samples: Float[Array, "B N"],
         num_samples: Int[Array, "B"] | None = None,
+        *,
+        augment_key: Array | None = None,
     ) -> tuple[Float[Array, "B S E"], Bool[Array, "B S"]]:
         """Encoder frames of 16 kHz waveforms, zero-padded to the window, and which are of audio.
 
@@ -49,8 +59,11 @@ class SpeechLLM:
           encoder_params: of the frozen encoder.
           samples: in [-1, 1].
           num_samples: of each clip, without the padding; None if clips fill the window.
+          augment_key: masks features by `augmentation`; None for evaluation.
         """
         mel = log_mel(samples, self.encoder.config.num_mel_bins)
+        if augment_key is not None and self.augmentation is not None:
+            mel = mask_time(mel, num_samples, self.augmentation, augment_key)
         return apply(self.encoder, encoder_params, mel, num_samples)
 
     def embed_audio(
@@ -122,6 +135,7 @@ def make_speech_llm(
     *,
     dtype: DTypeLike,
     remat: RematName,
+    augmentation: SpecAugmentConfig | None = None,
 ) -> SpeechLLM:
     """Puts the modules together: towers stored and computed in `dtype`, f32 master weights.
 
@@ -141,6 +155,7 @@ def make_speech_llm(
         encoder=WhisperEncoder(whisper, dtype=dtype, param_dtype=dtype),
         projector=ResidualAudioProjector(projector, dtype=dtype, param_dtype=jnp.float32),
         llm=LlamaDecoder(llama, dtype=dtype, param_dtype=dtype, remat=remat),
+        augmentation=augmentation,
     )
 
 

@@ -1,7 +1,7 @@
 """The state that is trained and the pure functions that move it."""
 
-import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.config import SAMPLE_RATE, SAMPLES_PER_FRAME, CTCConfig, OptimizerConfig
-from flax_projector.losses import cross_entropy, ctc
+from flax_projector.losses import can_spell, cross_entropy, ctc
 from flax_projector.prompt import AUDIO_TOKEN
 from flax_projector.speech_llm import Params, SpeechLLM, rms
 
 Batch = dict[str, Array]
+
+LLM_LOSS, CTC_LOSS = "loss", "ctc_loss"  # as they are logged
 
 
 @flax.struct.dataclass
@@ -82,11 +84,39 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def batch_frames(model: SpeechLLM, encoder_params: Params, batch: Batch) -> Float[Array, "B S E"]:
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises: a weighted sum of mean losses per label.
+
+    Attributes:
+      llm_weight: of the cross-entropy behind the LLM, "loss"; 0 leaves the LLM's layers out.
+      ctc_weight: of CTC against rows of the LLM's embedding, "ctc_loss"; 0 leaves it out.
+      classes: token ids of the CTC classes, from `ctc_classes`.
+    """
+
+    llm_weight: float = 1.0
+    ctc_weight: float = 0.0
+    classes: tuple[int, ...] = ()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The losses that count, by name."""
+        weights = {LLM_LOSS: self.llm_weight, CTC_LOSS: self.ctc_weight}
+        return {name: weight for name, weight in weights.items() if weight}
+
+
+def batch_frames(
+    model: SpeechLLM,
+    encoder_params: Params,
+    batch: Batch,
+    *,
+    augment_key: Array | None = None,
+) -> Float[Array, "B S E"]:
     """The batch's encoder frames: kept ones, or encoded now and cut to the bucket's length."""
     if "frames" in batch:
         return batch["frames"]
-    frames, _ = model.encode(encoder_params, batch["samples"])
+    num_samples = SAMPLES_PER_FRAME * jnp.sum(batch["frame_valid"], axis=1)  # in whole frames
+    frames, _ = model.encode(encoder_params, batch["samples"], num_samples, augment_key=augment_key)
     return frames[:, : batch["frame_valid"].shape[1]]
 
 
@@ -97,9 +127,10 @@ def loss_sums(
     llm_params: Params,
     batch: Batch,
     *,
-    dropout_key: Array | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Summed cross-entropy of a batch's labels (nats), and what is worth watching.
+    objective: Objective = Objective(),
+    key: Array | None = None,
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
+    """Losses of a batch, each summed over its labels (nats), and what is worth watching.
 
     Args:
       model: the modules.
@@ -107,67 +138,63 @@ def loss_sums(
       encoder_params: of the frozen encoder.
       llm_params: of the frozen LLM.
       batch: from `data.BatchSource`.
-      dropout_key: None for evaluation.
+      objective: which losses.
+      key: of dropout and SpecAugment; None for evaluation, which has neither.
 
     Returns:
-      The sum, and {"num_labels", "audio_secs", "scale_ratio"}: the last is the RMS of the audio
-      tokens over that of the text embeddings.
+      The sums by name; and, where the LLM is run, "scale_ratio": the RMS of the audio tokens over
+      that of the text embeddings.
     """
-    frames = batch_frames(model, encoder_params, batch)
+    dropout_key = augment_key = None
+    if key is not None:
+        dropout_key, augment_key = jax.random.split(key)
+    frames = batch_frames(model, encoder_params, batch, augment_key=augment_key)
     audio = model.embed_audio(
         projector_params, frames, batch["frame_valid"], dropout_key=dropout_key
     )
-    inputs = model.merge(llm_params, batch["tokens"], audio)
-    logits = model.label_logits(llm_params, inputs, batch["label_positions"])
-    total, num_labels = cross_entropy(logits, batch["labels"], batch["label_valid"])
-    is_audio = batch["tokens"] == AUDIO_TOKEN
-    return total, {
-        "num_labels": num_labels,
-        "audio_secs": audio_secs(batch),
-        "scale_ratio": rms(inputs, is_audio) / jnp.maximum(rms(inputs, ~is_audio), 1e-9),
-    }
+    sums = {}
+    metrics = {}
+    if objective.llm_weight:
+        inputs = model.merge(llm_params, batch["tokens"], audio)
+        logits = model.label_logits(llm_params, inputs, batch["label_positions"])
+        sums[LLM_LOSS] = cross_entropy(logits, batch["labels"], batch["label_valid"])
+        is_audio = batch["tokens"] == AUDIO_TOKEN
+        scales = rms(inputs, is_audio), rms(inputs, ~is_audio)
+        metrics["scale_ratio"] = scales[0] / jnp.maximum(scales[1], 1e-9)
+    if objective.ctc_weight:
+        logits = model.embedding_logits(llm_params, audio, np.array(objective.classes))
+        sums[CTC_LOSS] = ctc(logits, *_ctc_targets(model, batch, objective))
+    return sums, metrics
 
 
-def ctc_sums(
-    model: SpeechLLM,
-    projector_params: Params,
-    encoder_params: Params,
-    llm_params: Params,
-    batch: Batch,
-    *,
-    classes: np.ndarray,
-    dropout_key: Array | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Summed CTC loss of a batch's transcripts (nats), against rows of the LLM's embedding.
+def num_labels(
+    model: SpeechLLM, batch: Batch, objective: Objective = Objective()
+) -> dict[str, Float[Array, ""]]:
+    """How many labels each loss of `loss_sums` is summed over, by name."""
+    counts = {}
+    if objective.llm_weight:
+        counts[LLM_LOSS] = jnp.sum(batch["label_valid"], dtype=jnp.float32)
+    if objective.ctc_weight:
+        audio_valid, labels, is_spoken = _ctc_targets(model, batch, objective)
+        spelt = is_spoken & can_spell(audio_valid, labels, is_spoken)[:, None]
+        counts[CTC_LOSS] = jnp.sum(spelt, dtype=jnp.float32)
+    return counts
 
-    Args:
-      model: the modules; of the LLM only the embedding.
-      projector_params: of the projector; the only ones that anybody differentiates.
-      encoder_params: of the frozen encoder.
-      llm_params: of the frozen LLM.
-      batch: from `data.BatchSource`.
-      classes: from `ctc_classes`.
-      dropout_key: None for evaluation.
 
-    Returns:
-      The sum, and {"num_labels", "audio_secs"}.
-    """
-    frames = batch_frames(model, encoder_params, batch)
-    audio = model.embed_audio(
-        projector_params, frames, batch["frame_valid"], dropout_key=dropout_key
-    )
-    logits = model.embedding_logits(llm_params, audio, classes)
+def _ctc_targets(
+    model: SpeechLLM, batch: Batch, objective: Objective
+) -> tuple[Bool[Array, "B A"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Which audio tokens are of real audio, the labels as classes, and which of them are spoken."""
     k = model.projector.config.projector_pool_stride
     audio_valid = batch["frame_valid"][:, ::k]  # [B, A]: a token is valid if its first frame is
     # The end of turn, the last label of a row, is not spoken.
     is_spoken = batch["label_valid"] & jnp.roll(batch["label_valid"], -1, axis=1)
     is_spoken = is_spoken.at[:, -1].set(False)
-    labels = 1 + jnp.searchsorted(classes[1:], batch["labels"])
-    total, num_labels = ctc(logits, audio_valid, labels, is_spoken)
-    return total, {"num_labels": num_labels, "audio_secs": audio_secs(batch)}
+    labels = 1 + jnp.searchsorted(jnp.array(objective.classes[1:]), batch["labels"])
+    return audio_valid, labels, is_spoken
 
 
-def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> np.ndarray:
+def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> tuple[int, ...]:
     """Token ids of the CTC classes: the blank, then the ids of all transcripts, ascending.
 
     Args:
@@ -177,15 +204,31 @@ def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> np.ndarray:
     Raises:
       ValueError: if a transcript holds the blank.
     """
-    spoken = np.unique([token for target in targets for token in target[:-1]])
+    spoken = {token for target in targets for token in target[:-1]}
     if blank in spoken:
         raise ValueError(f"token {blank} occurs in a transcript: choose another ctc.blank")
-    return np.array([blank, *spoken])
+    return (blank, *sorted(spoken))
 
 
-def audio_secs(batch: Batch) -> Float[Array, ""]:
-    """Seconds of real audio in a batch."""
-    return jnp.sum(batch["frame_valid"]) * (SAMPLES_PER_FRAME / SAMPLE_RATE)
+def batch_counts(batch: Batch, pool_stride: int) -> dict[str, Float[Array, ""]]:
+    """How much a batch holds, padding left out.
+
+    Returns:
+      "audio_secs"; "num_clips", "num_audio_tokens" and "num_tokens", which the LLM reads; and
+      "padding_rate", the share of the LLM's static length that they leave.
+    """
+    num_frames = jnp.sum(batch["frame_valid"], axis=1)  # [B]
+    num_labels = jnp.sum(batch["label_valid"], axis=1)
+    # The last label is predicted, never read.
+    num_tokens = jnp.where(num_labels > 0, batch["prompt_len"] + num_labels - 1, 0)
+    sums = {
+        "audio_secs": num_frames * (SAMPLES_PER_FRAME / SAMPLE_RATE),
+        "num_clips": num_frames > 0,
+        "num_audio_tokens": -(-num_frames // pool_stride),
+        "num_tokens": num_tokens,
+    }
+    counts = {name: jnp.sum(rows, dtype=jnp.float32) for name, rows in sums.items()}
+    return counts | {"padding_rate": 1 - counts["num_tokens"] / batch["tokens"].size}
 
 
 def train_step(
@@ -197,9 +240,13 @@ def train_step(
     model: SpeechLLM,
     optimizer: optax.GradientTransformation,
     seed: int,
-    classes: np.ndarray | None = None,
+    objective: Objective = Objective(),
+    accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update of the projector on the mean loss per label of the global batch.
+
+    The batch may be computed in micro-batches, one after the other. Their losses are divided by the
+    labels of the whole batch, so that every label weighs the same, wherever it stands.
 
     Args:
       state: donated by the caller.
@@ -208,31 +255,62 @@ def train_step(
       batch: from `data.BatchSource`.
       model: the modules.
       optimizer: of the state.
-      seed: of the dropout.
-      classes: makes it a step of the CTC warm start.
+      seed: of dropout and SpecAugment.
+      objective: what is minimised.
+      accumulation_steps: micro-batches; every device's rows must divide by it.
 
     Returns:
-      The new state and {"loss", "grad_norm"} with the metrics of `loss_sums`; or "ctc_loss" and
-      those of `ctc_sums`. The gradient norm is the one before clipping.
+      The new state and the losses by name with the number of labels of each ("num_labels" and
+      "num_ctc_labels"), "grad_norm", which is the one before clipping, and the metrics of
+      `loss_sums` and `batch_counts`.
     """
-    dropout_key = None
-    if model.projector.config.projector_dropout:
-        dropout_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    sums, name = loss_sums, "loss"
-    if classes is not None:
-        sums, name = functools.partial(ctc_sums, classes=classes), "ctc_loss"
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    counts = num_labels(model, batch, objective)
 
-    def mean_loss(params: Params):
-        total, metrics = sums(
-            model, params, encoder_params, llm_params, batch, dropout_key=dropout_key
+    def weighted_loss(params: Params, micro_batch: Batch, index: Int[Array, ""]):
+        sums, metrics = loss_sums(
+            *(model, params, encoder_params, llm_params, micro_batch),
+            objective=objective,
+            key=jax.random.fold_in(key, index),
         )
-        return total / jnp.maximum(metrics["num_labels"], 1), metrics
+        means = {name: total / jnp.maximum(counts[name], 1) for name, total in sums.items()}
+        total = sum(weight * means[name] for name, weight in objective.weights.items())
+        return total, means | metrics
 
-    (loss, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    gradient = jax.grad(weighted_loss, has_aux=True)
+    if accumulation_steps == 1:
+        grads, metrics = gradient(state.params, batch, jnp.int32(0))
+    else:
+
+        def accumulate(total, inputs):
+            return jax.tree.map(jnp.add, total, gradient(state.params, *inputs)), None
+
+        inputs = (_split(batch, accumulation_steps), jnp.arange(accumulation_steps))
+        first = jax.tree.map(lambda x: x[0], inputs)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradient, state.params, *first),
+        )
+        (grads, metrics), _ = jax.lax.scan(accumulate, zeros, inputs)
+        if "scale_ratio" in metrics:
+            metrics["scale_ratio"] /= accumulation_steps
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics |= {name: loss, "grad_norm": optax.tree.norm(grads)}
+    names = {LLM_LOSS: "num_labels", CTC_LOSS: "num_ctc_labels"}
+    metrics |= {names[name]: count for name, count in counts.items()}
+    metrics |= batch_counts(batch, model.projector.config.projector_pool_stride)
+    if not objective.llm_weight:
+        del metrics["num_tokens"], metrics["padding_rate"]
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _split(batch: Batch, count: int) -> Batch:
+    """Micro-batches on a new axis 0, of rows from every device, so that none has to move."""
+    return {
+        name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)  # [count, B / count, ...]
+        for name, x in batch.items()
+    }
 
 
 def eval_step(
@@ -244,5 +322,5 @@ def eval_step(
     model: SpeechLLM,
 ) -> dict[str, Float[Array, ""]]:
     """Summed loss and number of labels of one batch, without dropout."""
-    total, metrics = loss_sums(model, projector_params, encoder_params, llm_params, batch)
-    return {"loss_sum": total, "num_labels": metrics["num_labels"]}
+    sums, _ = loss_sums(model, projector_params, encoder_params, llm_params, batch)
+    return {"loss_sum": sums[LLM_LOSS], "num_labels": num_labels(model, batch)[LLM_LOSS]}

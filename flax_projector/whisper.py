@@ -12,7 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from transformers.audio_utils import mel_filter_bank
 
 from flax_projector.attention import attend
-from flax_projector.config import HOP_LENGTH, SAMPLE_RATE, SAMPLES_PER_FRAME, WhisperConfig
+from flax_projector.config import (
+    HOP_LENGTH,
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    SpecAugmentConfig,
+    WhisperConfig,
+)
 from flax_projector.layers import dense, exact_gelu
 from flax_projector.sharding import abstract_params
 
@@ -101,6 +107,42 @@ def log_mel(samples: Float[Array, "B N"], num_mel_bins: int) -> Float[Array, "B 
     log = jnp.log10(jnp.maximum(mel, 1e-10))
     log = jnp.maximum(log, jnp.max(log, axis=(1, 2), keepdims=True) - 8.0)
     return (log + 4.0) / 4.0
+
+
+def mask_time(
+    mel: Float[Array, "B M F"],
+    num_samples: Int[Array, "B"] | None,
+    config: SpecAugmentConfig,
+    key: Array,
+) -> Float[Array, "B M F"]:
+    """Zeroes random stretches of the clips' features: SpecAugment's time masks.
+
+    Args:
+      mel: log-mel features.
+      num_samples: length of each clip; stretches lie within it. None if clips fill the window.
+      config: how many, and how long.
+      key: of the draw.
+
+    Source: `_compute_mask_indices` (transformers): the number of stretches is rounded at random,
+    they start at different frames and may overlap.
+    """
+    b, _, f = mel.shape
+    length = config.mask_time_length
+    if f < length:
+        return mel
+    num_frames = jnp.full(b, f) if num_samples is None else num_samples // HOP_LENGTH
+    count_key, start_key = jax.random.split(key)
+    counts = config.mask_time_prob * num_frames / length + jax.random.uniform(count_key, (b,))
+    counts = jnp.maximum(counts.astype(int), config.mask_time_min_masks)
+    most = max(int(config.mask_time_prob * f / length + 1), config.mask_time_min_masks)
+    # The largest of random numbers are different frames.
+    is_start = jnp.arange(f) <= num_frames[:, None] - length  # [B, F]
+    ranks = jnp.where(is_start, jax.random.uniform(start_key, (b, f), minval=1e-6), 0.0)
+    values, starts = jax.lax.top_k(ranks, most)  # [B, n]
+    is_drawn = (jnp.arange(most) < counts[:, None]) & (values > 0)
+    offsets = jnp.arange(f) - starts[..., None]  # [B, n, F]
+    is_masked = (offsets >= 0) & (offsets < length) & is_drawn[..., None]
+    return jnp.where(jnp.any(is_masked, axis=1)[:, None], 0.0, mel)
 
 
 def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:

@@ -81,4 +81,6 @@ def test_only_harmless_changes_pass_unnoticed():
     config = PRESETS["demo"][1]
     data = dataclasses.replace(config.data, batch_size=16)
     changed = dataclasses.replace(config, data=data, keep_checkpoints=9, mesh=MeshConfig(fsdp=2))
-    assert changes(config, changed) == ["data.batch_size: 4 -> 16"]
+    refused, allowed = changes(config, changed)
+    assert refused == ["data.batch_size: 4 -> 16"]
+    assert [line.split(":")[0] for line in allowed] == ["mesh.fsdp", "keep_checkpoints"]

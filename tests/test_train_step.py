@@ -15,6 +15,7 @@ from flax_projector.config import (
     MeshConfig,
     OptimizerConfig,
     ProjectorConfig,
+    SpecAugmentConfig,
     WhisperConfig,
 )
 from flax_projector.prompt import AUDIO_TOKEN
@@ -27,12 +28,14 @@ from flax_projector.sharding import (
 )
 from flax_projector.speech_llm import make_speech_llm
 from flax_projector.train_step import (
+    Objective,
     TrainState,
+    batch_counts,
     ctc_classes,
-    ctc_sums,
     init_state,
     loss_sums,
     make_optimizer,
+    num_labels,
     train_step,
 )
 from tests.parity import assert_relative_l2
@@ -76,7 +79,13 @@ def params(model):
 @pytest.fixture(scope="module")
 def loss_of(model, params):
     """Batch -> (summed loss, metrics), compiled."""
-    return jax.jit(lambda batch: loss_sums(model, params[0], params[1], params[2], batch))
+
+    def loss(batch):
+        sums, metrics = loss_sums(model, params[0], params[1], params[2], batch)
+        counts = batch_counts(batch, model.projector.config.projector_pool_stride)
+        return sums["loss"], metrics | counts | {"num_labels": num_labels(model, batch)["loss"]}
+
+    return jax.jit(loss)
 
 
 def make_batch(batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -206,7 +215,7 @@ def test_dropout_changes_with_the_step_and_not_with_the_run(params):
 
 def test_ctc_classes_are_the_blank_and_the_spoken_tokens():
     targets = [(9, 4, 60), (4, 17, 60)]
-    assert ctc_classes(targets, blank=3).tolist() == [3, 4, 9, 17]
+    assert ctc_classes(targets, blank=3) == (3, 4, 9, 17)
     with pytest.raises(ValueError, match=r"token 17 occurs in a transcript: choose another"):
         ctc_classes(targets, blank=17)
 
@@ -223,15 +232,16 @@ def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
     rows = zip(np.asarray(batch["labels"]), np.asarray(batch["label_valid"]), strict=True)
     targets = [labels[valid].tolist() for labels, valid in rows]
     classes = ctc_classes(targets, blank=60)
-    total, metrics = ctc_sums(model, params[0], params[1], params[2], batch, classes=classes)
+    objective = Objective(0.0, 1.0, classes)
+    sums, _ = loss_sums(model, params[0], params[1], params[2], batch, objective=objective)
 
     frames = model.encode(params[1], batch["samples"])[0][:, :FRAMES]
     audio = np.asarray(model.embed_audio(params[0], frames, batch["frame_valid"]))
-    embedding = np.asarray(params[2]["embed_tokens"]["embedding"])[classes]
+    embedding = np.asarray(params[2]["embed_tokens"]["embedding"])[list(classes)]
     losses, k = [], model.projector.config.projector_pool_stride
     for clip, valid, target in zip(audio, batch["frame_valid"], targets, strict=True):
         logits = torch.from_numpy(clip[: -(-int(valid.sum()) // k)] @ embedding.T)
-        labels = torch.tensor([[classes.tolist().index(token) for token in target[:-1]]])
+        labels = torch.tensor([[classes.index(token) for token in target[:-1]]])
         loss = torch.nn.functional.ctc_loss(
             logits.log_softmax(-1)[:, None],
             labels,
@@ -242,5 +252,119 @@ def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
         if labels.shape[1] and torch.isfinite(loss):
             losses.append((float(loss), labels.shape[1]))
     assert len(losses) == 7
-    assert float(metrics["num_labels"]) == sum(count for _, count in losses)
-    assert_relative_l2(total, sum(loss for loss, _ in losses), 1e-4)
+    spelt = num_labels(model, batch, objective)["ctc_loss"]
+    assert float(spelt) == sum(count for _, count in losses)
+    assert_relative_l2(sums["ctc_loss"], sum(loss for loss, _ in losses), 1e-4)
+
+
+def mesh_of(num_devices: int) -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:num_devices])
+
+
+def gradients_and_losses(model, params, batch, *, num_devices=1, **kwargs):
+    """What one step learns from: plain gradient descent at rate 1 moves by the gradients."""
+    descent = optax.sgd(1.0)
+    mesh = mesh_of(num_devices)
+    place = functools.partial(jax.device_put, device=replicated(mesh))
+    state = place(init_state(params[0], descent))
+    step = functools.partial(train_step, model=model, optimizer=descent, seed=0, **kwargs)
+    with use_mesh(mesh):
+        rows = jax.device_put(batch, batch_sharding(mesh))
+        after, metrics = jax.jit(step)(state, *place(params[1:]), rows)
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, after.params)
+    return moved, jax.device_get(metrics)
+
+
+CLASSES = (60, *range(60))
+
+
+@pytest.mark.consistency("ours in one part on one device")
+@pytest.mark.parametrize("objective", [Objective(), Objective(1.0, 0.3, CLASSES)], ids=str)
+@pytest.mark.parametrize(("num_devices", "accumulation_steps"), [(8, 1), (1, 4), (2, 4), (4, 2)])
+def test_parts_and_devices_do_not_change_the_gradients(
+    model, params, objective, num_devices, accumulation_steps
+):
+    """Rows have unequal numbers of labels: a mean of means would weigh them wrongly."""
+    batch = make_batch(8)
+    expected, whole = gradients_and_losses(model, params, batch, objective=objective)
+    grads, metrics = gradients_and_losses(
+        *(model, params, batch),
+        num_devices=num_devices,
+        accumulation_steps=accumulation_steps,
+        objective=objective,
+    )
+    jax.tree.map(lambda got, want: assert_relative_l2(got, want, 1e-5), grads, expected)
+    for name in set(whole) - {"scale_ratio"}:
+        np.testing.assert_allclose(metrics[name], whole[name], rtol=1e-5, err_msg=name)
+
+
+def test_parts_take_their_rows_from_every_device(model, params):
+    """So that accumulating moves no row to another device."""
+    mesh, batch = make_mesh(MeshConfig()), make_batch(16)
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1e-4))
+    state = init_state(params[0], optimizer)
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, seed=0, accumulation_steps=2
+    )
+    everywhere = replicated(mesh)
+    in_shardings = (everywhere, everywhere, everywhere, batch_sharding(mesh))
+    with use_mesh(mesh):
+        lowered = jax.jit(step, in_shardings=in_shardings).lower(state, *params[1:], batch)
+        hlo = lowered.compile().as_text() or ""
+    assert set(re.findall(r"= .*? (all-gather|all-to-all|collective-permute)", hlo)) == set()
+
+
+@pytest.mark.consistency("the losses one by one")
+def test_auxiliary_ctc_is_added_to_the_loss_of_the_llm(model, params):
+    batch = make_batch(8)
+    one_by_one = [
+        gradients_and_losses(model, params, batch, objective=objective)
+        for objective in (Objective(), Objective(0.0, 1.0, CLASSES))
+    ]
+    (llm, llm_metrics), (ctc, ctc_metrics) = one_by_one
+    both, metrics = gradients_and_losses(
+        model, params, batch, objective=Objective(1.0, 0.3, CLASSES)
+    )
+    expected = jax.tree.map(lambda a, b: a + 0.3 * b, llm, ctc)
+    jax.tree.map(lambda got, want: assert_relative_l2(got, want, 1e-5), both, expected)
+    np.testing.assert_allclose(metrics["loss"], llm_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["ctc_loss"], ctc_metrics["ctc_loss"], rtol=1e-5)
+
+
+def test_counts_leave_padding_out(model, params):
+    batch = make_batch(8)
+    padding = {name: np.zeros_like(rows[:3]) for name, rows in batch.items()}
+    padded = {name: np.concatenate([rows, padding[name]]) for name, rows in batch.items()}
+    counts, padded_counts = (
+        batch_counts(jax.tree.map(jnp.asarray, rows), 4) for rows in (batch, padded)
+    )
+    num_audio = (batch["tokens"] == AUDIO_TOKEN).sum()
+    num_labels = batch["label_valid"].sum(axis=1)
+    assert counts["num_clips"] == 8
+    assert counts["num_audio_tokens"] == num_audio
+    assert counts["audio_secs"] == pytest.approx(4 * num_audio * 0.02)
+    assert counts["num_tokens"] == (batch["prompt_len"] + num_labels - 1).sum()
+    assert counts["padding_rate"] == pytest.approx(1 - counts["num_tokens"] / (8 * LENGTH))
+    for name in set(counts) - {"padding_rate"}:
+        assert padded_counts[name] == counts[name], name
+
+
+def test_spec_augment_changes_with_the_step_and_never_in_evaluation(params):
+    config = SpecAugmentConfig(mask_time_prob=0.3)
+    projector = ProjectorConfig(encoder_dim=12, llm_dim=20, projector_hidden_dim=16)
+    plain, augmented = (
+        make_speech_llm(
+            *(WHISPER, projector, LLAMA), dtype=jnp.float32, remat="none", augmentation=augmentation
+        )
+        for augmentation in (None, config)
+    )
+    batch = make_batch(8)
+
+    def loss(model, key):
+        sums, _ = jax.jit(functools.partial(loss_sums, model))(*params, batch, key=key)
+        return float(sums["loss"])
+
+    keys = [jax.random.key(i) for i in range(2)]
+    first, again, other = (loss(augmented, key) for key in (keys[0], keys[0], keys[1]))
+    assert first == again != other
+    assert loss(augmented, None) == loss(plain, None) == loss(plain, keys[0])

@@ -12,10 +12,17 @@ import pytest
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TorchEncoder
+from transformers.models.whisper.modeling_whisper import _compute_mask_indices
 
 from convert.models import WHISPER_ENCODER
-from flax_projector.config import SAMPLE_RATE
-from flax_projector.whisper import EncoderLayer, WhisperEncoder, log_mel, num_encoder_frames
+from flax_projector.config import SAMPLE_RATE, SpecAugmentConfig
+from flax_projector.whisper import (
+    EncoderLayer,
+    WhisperEncoder,
+    log_mel,
+    mask_time,
+    num_encoder_frames,
+)
 from tests.parity import assert_close, assert_relative_l2, assert_within
 from tests.test_projector import load_on_one_device
 from tests.tiny import randomize
@@ -175,3 +182,34 @@ def test_bf16_encoder_is_near_f32(pair) -> None:
 def test_mel_that_does_not_fit_is_an_error(pair, shape) -> None:
     with pytest.raises(ValueError, match=rf"{shape[1]}, {shape[2]}\): need \[B, 13, F\].* 38"):
         encode(pair, np.zeros(shape, np.float32))
+
+
+def masked_frames(mel: Any, config: SpecAugmentConfig, num_samples: Any, seed: int) -> np.ndarray:
+    masked = mask_time(jnp.asarray(mel), jnp.asarray(num_samples), config, jax.random.key(seed))
+    is_zero = np.asarray(masked) == 0
+    np.testing.assert_array_equal(is_zero.all(axis=1), is_zero.any(axis=1))  # all bins or none
+    np.testing.assert_array_equal(np.asarray(masked)[~is_zero], mel[~is_zero])
+    return is_zero.all(axis=1)  # [B, F]
+
+
+def test_time_masks_are_whole_stretches_of_the_clip() -> None:
+    config = SpecAugmentConfig(mask_time_prob=0.05, mask_time_length=10, mask_time_min_masks=2)
+    mel = np.ones((4, 3, 600), np.float32)
+    num_samples = 160 * np.array([600, 301, 40, 5])
+    is_masked = masked_frames(mel, config, num_samples, seed=0)
+    for row, num_frames in zip(is_masked, num_samples // 160, strict=True):
+        assert not row[num_frames:].any()
+        edges = np.flatnonzero(np.diff(np.pad(row.astype(int), 1)))
+        assert all(stop - start >= 10 for start, stop in edges.reshape(-1, 2))
+    assert 10 < is_masked[2].sum() <= 20  # two at least, which may overlap
+    assert not is_masked[3].any()  # shorter than a mask
+
+
+def test_time_masks_cover_what_transformers_masks() -> None:
+    """Means over many clips; overlaps make both a little less than the probability."""
+    config = SpecAugmentConfig(mask_time_prob=0.2, mask_time_length=10, mask_time_min_masks=2)
+    mel = np.ones((500, 1, 300), np.float32)
+    ours = masked_frames(mel, config, np.full(500, 160 * 300), seed=1).mean()
+    np.random.seed(0)  # noqa: NPY002 - theirs draws from the global state
+    theirs = _compute_mask_indices((500, 300), 0.2, 10, min_masks=2).mean()
+    assert abs(ours - theirs) < 0.005
