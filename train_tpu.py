@@ -13,16 +13,23 @@ option of a preset with its default.
 
 import contextlib
 import functools
+import itertools
+import json
 import logging
+import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -32,15 +39,18 @@ from convert.hf_config import config_text, run_config_dict
 from convert.load import load_projector
 from convert.trees import flatten
 from flax_projector import config as configs
+from flax_projector.batch_plan import Bucket
 from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
-from flax_projector.data import BatchIterator, take_problems, to_global
+from flax_projector.data import BatchIterator, BatchSource, take_problems, to_global
+from flax_projector.evaluate import Scores
 from flax_projector.metrics import (
     MetricsWriter,
     quiet_other_processes,
     require_finite,
     setup_logging,
 )
+from flax_projector.preemption import Preempted, PreemptionGuard
 from flax_projector.projector import abstract_projector, last_norm_name
 from flax_projector.run import (
     LoadedModel,
@@ -51,7 +61,9 @@ from flax_projector.run import (
     open_bad_rows,
 )
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
+from flax_projector.throughput import make_flop_counter, profiled, summarize
 from flax_projector.train_step import (
+    Objective,
     TrainState,
     ctc_classes,
     init_state,
@@ -75,12 +87,15 @@ def check_run_folder(config: TrainConfig) -> Path:
         if not config.resume:
             raise ValueError(f"{folder} holds a run: choose another --out, or pass --resume")
         saved = configs.from_json(saved_path.read_text())
-        if changed := configs.changes(saved, config):
-            listed = "\n  ".join(changed)
+        refused, allowed = configs.changes(saved, config)
+        if refused:
+            listed = "\n  ".join(refused)
             raise ValueError(
                 f"{folder} holds a run with another config:\n  {listed}\n"
                 "Choose another --out, or take these back."
             )
+        for change in allowed:
+            log.info("the run goes on with %s", change)
     return folder
 
 
@@ -94,7 +109,7 @@ def save_config(folder: Path, config: TrainConfig) -> None:
 
 
 def abstract_train_state(
-    config: TrainConfig, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of everything that is trained: moments lie as their params."""
     params = abstract_projector(config.projector, mesh=mesh)
@@ -154,23 +169,61 @@ def log_parameters(loaded: LoadedModel, state: TrainState) -> None:
         log.info("%-9s %13s parameters, %s", name, f"{count:,}", role)
 
 
-def main(config: TrainConfig) -> None:
-    """Runs a config to its last step."""
-    # --- processes, run folder, mesh ---------------------------------------------------------
-    if config.distributed:
-        jax.distributed.initialize()
-    quiet_other_processes()
-    folder = check_run_folder(config)
-    mesh = make_mesh(config.mesh)
-    log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
+def compile_steps(
+    objectives: list[Objective],
+    source: BatchSource,
+    abstract: TrainState,
+    loaded: LoadedModel,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+) -> dict[tuple[Objective, Bucket], jax.stages.Compiled]:
+    """The step of every stage and length, compiled before any is run: none compiles in the loop."""
+    compiled, start = {}, time.monotonic()
+    for objective, (bucket, batch) in itertools.product(objectives, source.abstract_batches()):
+        step = jax.jit(
+            functools.partial(
+                train_step,
+                model=loaded.model,
+                optimizer=optimizer,
+                seed=config.seed,
+                objective=objective,
+                accumulation_steps=config.accumulation_steps,
+            ),
+            in_shardings=(
+                shardings_of(abstract),
+                *map(shardings_of, loaded.frozen),
+                batch_sharding(loaded.mesh),
+            ),
+            out_shardings=(shardings_of(abstract), replicated(loaded.mesh)),
+            donate_argnums=0,
+        )
+        compiled[objective, bucket] = step.lower(abstract, *loaded.frozen, batch).compile()
+    log.info("compiled %d steps in %.0f s", len(compiled), time.monotonic() - start)
+    return compiled
 
+
+def main(config: TrainConfig) -> None:
+    """Runs a config to its last step, or until the process is told to stop."""
     with contextlib.ExitStack() as stack:
+        # --- processes, run folder, mesh -----------------------------------------------------
+        if config.distributed:
+            jax.distributed.initialize()
+        quiet_other_processes()
+        guard = stack.enter_context(PreemptionGuard().watching())
+        folder = check_run_folder(config)
+        mesh = make_mesh(config.mesh)
+        log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
         stack.enter_context(use_mesh(mesh))
+
         # --- frozen towers and data ----------------------------------------------------------
         loaded = load_model(config, mesh)
         bad_rows = open_bad_rows(config)
         source = make_train_source(loaded, config, bad_rows)
         eval_sources = make_eval_sources(loaded, config, bad_rows)
+        iterator = BatchIterator(
+            source, num_threads=config.data.num_threads, num_workers=config.data.num_workers
+        )
+        stack.callback(iterator.close)
 
         # --- state ---------------------------------------------------------------------------
         # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
@@ -180,132 +233,194 @@ def main(config: TrainConfig) -> None:
         manager = stack.enter_context(
             open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
         )
-        iterator = BatchIterator(
-            source, num_threads=config.data.num_threads, num_workers=config.data.num_workers
-        )
-        stack.callback(iterator.close)
+        audio_secs, best = 0.0, read_best(folder)
         latest = manager.latest_step()
         if latest is not None:
-            state, data_state = restore(manager, latest, abstract)
-            iterator.set_state(data_state)
+            state, position = restore(manager, latest, abstract)
+            iterator.set_state(position["iterator"])
+            audio_secs = position["audio_secs"]
             log.info("resumed at step %d", latest)
         else:
             state = make_initial_state(config, loaded, optimizer, abstract)
         log_parameters(loaded, state)
         save_config(folder, config)
+        first = int(state.step)
+        writer = stack.enter_context(
+            MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
+        )
 
         # --- compiled functions --------------------------------------------------------------
-        def compile_step(**kwargs):
-            return jax.jit(
-                functools.partial(
-                    train_step,
-                    model=loaded.model,
-                    optimizer=optimizer,
-                    seed=config.seed,
-                    **kwargs,
-                ),
-                in_shardings=(
-                    shardings_of(abstract),
-                    *map(shardings_of, loaded.frozen),
-                    batch_sharding(mesh),
-                ),
-                out_shardings=(shardings_of(abstract), replicated(mesh)),
-                donate_argnums=0,
-            )
-
-        step_fn = ctc_step_fn = compile_step()
-        if config.ctc.num_steps:
+        objective = warm_start = Objective()
+        if config.ctc.num_steps or config.ctc.aux_weight:
             targets = [utterance.target for utterance in source.utterances]
             classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
-            ctc_step_fn = compile_step(classes=classes)
+            warm_start = Objective(0.0, 1.0, classes)
+            if config.ctc.aux_weight:
+                objective = Objective(1.0, config.ctc.aux_weight, classes)
+        objectives = [warm_start] if first < config.ctc.num_steps else []
+        steps = compile_steps([*objectives, objective], source, abstract, loaded, optimizer, config)
         evaluator = make_evaluator(loaded, config, bad_rows)
-        writer = stack.enter_context(MetricsWriter(folder))
+        count_flops = make_flop_counter(
+            (state.params, *loaded.frozen),
+            loaded.model.llm.config,
+            window_frames=0 if config.data.cache_features else config.data.window_frames,
+        )
+
+        # --- what happens between steps ------------------------------------------------------
+        pending, since, waited = [], time.monotonic(), 0.0
+        saved_step, saved_at = latest, time.monotonic()
+
+        def log_steps(step: int) -> None:
+            nonlocal pending, since, waited, audio_secs
+            if not pending:
+                return
+            scalars = summarize(
+                jax.device_get(pending),
+                secs=time.monotonic() - since,
+                wait_secs=waited,
+                count_flops=count_flops,
+                devices=mesh.devices.flatten().tolist(),
+            )
+            audio_secs += scalars.pop("audio_secs")
+            scalars["audio_hours"] = audio_secs / 3600
+            scalars["learning_rate"] = float(np.asarray(schedule(step - 1)))
+            batches = range(step - len(pending), step)
+            ids = [u.row.id for i in batches for u in source.members(i) if u is not None]
+            require_finite(scalars, step=step, utterance_ids=ids)
+            writer.write(step, scalars)
+            progress.set_postfix(progress_postfix(scalars))
+            pending, since, waited = [], time.monotonic(), 0.0
+
+        def save_state(step: int) -> None:
+            nonlocal saved_step, saved_at
+            log_steps(step)  # the log of a checkpoint's steps is complete
+            if step != saved_step:
+                position = {"iterator": iterator.get_state(), "audio_secs": audio_secs}
+                save(manager, step, state, position)
+                saved_step, saved_at = step, time.monotonic()
 
         def evaluate(step: int) -> None:
+            nonlocal best, since
+            rates = []
             for name, eval_source in eval_sources.items():
-                scores = evaluator((state.params, *loaded.frozen), eval_source, name=name)
+                params = (state.params, *loaded.frozen)
+                scores = evaluator(params, eval_source, name=name, check=guard.check)
+                rates.append(scores.wer)
                 writer.write(
                     step, {f"eval/{name}/loss": scores.loss, f"eval/{name}/wer": scores.wer}
                 )
                 writer.write_transcripts(step, name, scores.transcripts)
-                log.info(
-                    "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
-                    *(step, name, 100 * scores.wer, scores.loss, len(scores.transcripts)),
-                )
+                log_scores(step, name, scores)
+            if rates and step and np.mean(rates) < best["wer"]:
+                best = {"step": step, "wer": float(np.mean(rates))}
+                write_projector(folder / "best", state, config, mesh)
+                write_best(folder, best)
+            since = time.monotonic()
 
-        # --- loop ----------------------------------------------------------------------------
         def is_eval_step(step: int) -> bool:
             every = config.eval_every_steps
             is_due = every > 0 and step % every == 0 and step > config.ctc.num_steps
             return step in (0, config.num_steps) or is_due
 
-        first = int(state.step)
-        if is_eval_step(first):  # after a restart too: the evaluation may be what was interrupted
-            evaluate(first)
-        progress = tqdm(
-            total=config.num_steps,
-            initial=first,
-            desc="train",
-            unit="step",
-            disable=jax.process_index() > 0,
+        # --- loop ----------------------------------------------------------------------------
+        guard.protect(manager.wait_until_finished)
+        progress = stack.enter_context(
+            tqdm(
+                total=config.num_steps,
+                initial=first,
+                desc="train",
+                unit="step",
+                disable=jax.process_index() > 0,
+            )
         )
-        pending, since = [], time.monotonic()
-        for step in range(first + 1, config.num_steps + 1):
-            batch = take_problems(next(iterator), source, step - 1, bad_rows)
-            batch = to_global(batch, source)
-            is_warm_start = step <= config.ctc.num_steps
-            run_step = ctc_step_fn if is_warm_start else step_fn
-            with jax.transfer_guard("disallow"):
-                state, metrics = run_step(state, *loaded.frozen, batch)
-            pending.append(metrics)
-            progress.update()
-
-            is_last = step == config.num_steps
-            ends_warm_start = step == config.ctc.num_steps
-            if step % config.log_every_steps == 0 or is_last or ends_warm_start:
-                scalars = summarize(jax.device_get(pending), time.monotonic() - since)
-                scalars["learning_rate"] = float(np.asarray(schedule(step - 1)))
-                batches = range(step - len(pending), step)
-                ids = [u.row.id for i in batches for u in source.members(i) if u is not None]
-                require_finite(scalars, step=step, utterance_ids=ids)
-                writer.write(step, scalars)
-                loss = "ctc_loss" if is_warm_start else "loss"
-                progress.set_postfix(
-                    {loss: f"{scalars[loss]:.3f}"},
-                    lr=f"{scalars['learning_rate']:.1e}",
-                    audio=f"{scalars['audio_secs_per_sec']:.0f}s/s",
-                )
-                pending, since = [], time.monotonic()
-            if step % config.save_every_steps == 0 or is_last:
-                save(manager, step, state, iterator.get_state())
-            if is_eval_step(step):
-                evaluate(step)
-                since = time.monotonic()
-        progress.close()
+        step = first
+        try:
+            if is_eval_step(first):  # after a restart too: the evaluation may have been interrupted
+                evaluate(first)
+            while step < config.num_steps:
+                if guard.is_due(step):
+                    raise Preempted
+                with profiled(step - first, config.profile_steps, folder / "profile"):
+                    start = time.monotonic()
+                    rows = take_problems(next(iterator), source, step, bad_rows)
+                    batch = to_global(rows, source)
+                    waited += time.monotonic() - start
+                    current = warm_start if step < config.ctc.num_steps else objective
+                    run_step = steps[current, source.bucket(step)]
+                    with jax.transfer_guard("disallow"):
+                        state, metrics = run_step(state, *loaded.frozen, batch)
+                pending.append(metrics)
+                step += 1
+                progress.update()
+                is_due = step % config.save_every_steps == 0 or is_eval_step(step)
+                if step % config.log_every_steps == 0 or step == config.ctc.num_steps:
+                    log_steps(step)
+                    is_late = time.monotonic() - saved_at > 60 * config.save_every_mins
+                    is_due |= bool(multihost_utils.broadcast_one_to_all(is_late))
+                if is_due:
+                    save_state(step)
+                if is_eval_step(step):
+                    evaluate(step)
+        except Preempted:
+            save_state(step)
+            manager.wait_until_finished()
+            log.info("stopped at step %d, which is saved: the same command goes on", step)
+            return
 
         # --- result --------------------------------------------------------------------------
         manager.wait_until_finished()
-        params = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.params))
-        if jax.process_index() == 0:
-            leaves = in_memory(flatten(params))
-            text = config_text(run_config_dict(config))
-            write_flax(folder / "projector", leaves, text, overwrite=True)
+        write_projector(folder / "projector", state, config, mesh)
         log.info("projector saved in %s", folder / "projector")
+        if best["step"] not in (None, step):
+            log.info(
+                "the lowest word error rate was that of step %d: %.1f%%, in %s",
+                *(best["step"], 100 * best["wer"], folder / "best"),
+            )
 
 
-def summarize(steps: list[dict[str, np.ndarray]], secs: float) -> dict[str, float]:
-    """Means over the steps since the last log line, with the throughput."""
-    stacked = {name: np.array([metrics[name] for metrics in steps]) for name in steps[0]}
-    labels, audio_secs = (stacked.pop(name) for name in ("num_labels", "audio_secs"))
-    means = {name: float(values.mean()) for name, values in stacked.items()}
-    for name in {"loss", "ctc_loss"} & stacked.keys():  # per label, not per step
-        means[name] = float(np.average(stacked[name], weights=np.maximum(labels, 1)))
-    return {
-        **means,
-        "num_steps": len(steps),
-        "step_secs": secs / len(steps),
-        "audio_secs_per_sec": float(audio_secs.sum()) / secs,
+def write_projector(folder: Path, state: TrainState, config: TrainConfig, mesh: Mesh) -> None:
+    """Writes the projector of a state as a Flax folder, in place of an earlier one."""
+    params = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.params))
+    if jax.process_index() == 0:
+        leaves = in_memory(flatten(params))
+        write_flax(folder, leaves, config_text(run_config_dict(config)), overwrite=True)
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """Step and mean word error rate of the projector in `best`; infinite if there is none."""
+    path = folder / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else {"step": None, "wer": math.inf}
+
+
+def write_best(folder: Path, best: dict[str, Any]) -> None:
+    """Records what `read_best` reads."""
+    if jax.process_index() == 0:
+        partial = folder / "best.json.partial"
+        partial.write_text(json.dumps(best) + "\n")
+        partial.replace(folder / "best.json")
+
+
+def progress_postfix(scalars: Mapping[str, float]) -> dict[str, str]:
+    """What the progress bar shows beside the steps."""
+    losses = {name: f"{scalars[name]:.3f}" for name in ("loss", "ctc_loss") if name in scalars}
+    postfix = {
+        **losses,
+        "lr": f"{scalars['learning_rate']:.1e}",
+        "audio": f"{scalars['audio_hours']:.2f}h",
+        "speed": f"{scalars['audio_secs_per_sec']:.0f}s/s",
+        "wait": f"{scalars['data_wait_rate']:.0%}",
     }
+    return postfix | ({"mfu": f"{scalars['mfu']:.0%}"} if "mfu" in scalars else {})
+
+
+def log_scores(step: int, name: str, scores: Scores) -> None:
+    """Scores of an evaluation, with three of its transcripts."""
+    log.info(
+        "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
+        *(step, name, 100 * scores.wer, scores.loss, len(scores.transcripts)),
+    )
+    for transcript in scores.transcripts[:3]:
+        log.info("  said %r, heard %r", transcript.reference, transcript.hypothesis)
 
 
 def cli() -> None:

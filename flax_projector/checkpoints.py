@@ -17,16 +17,23 @@ def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
         enable_async_checkpointing=True,
     )
     # Named here, so that metadata can be read before anything is restored.
-    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, data_state: dict[str, Any]
+    manager: ocp.CheckpointManager, step: int, state: TrainState, position: dict[str, Any]
 ) -> None:
-    """Starts saving; a checkpoint becomes visible only when it is whole."""
+    """Starts saving; a checkpoint becomes visible only when it is whole.
+
+    Args:
+      manager: of the run.
+      step: of the state.
+      state: arrays, which may be donated as soon as this returns.
+      position: JSON of what else a run needs to go on from here.
+    """
     args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)
+        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
     )
     manager.save(step, args=args)
 
@@ -55,10 +62,10 @@ def restore(
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()
         ),
     )
-    return restored["state"], restored["data"]
+    return restored["state"], restored["position"]
 
 
 def _leaves_by_name(tree: Any) -> dict[str, Any]:

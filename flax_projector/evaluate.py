@@ -1,5 +1,6 @@
 """Scores of a projector on held-out utterances: loss, transcripts, word error rate."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ class Scores:
     num_left_out: int
 
 
+def _never() -> None:
+    """Interrupts nothing."""
+
+
 class Evaluator:
     """Compiled evaluation of one model; every utterance of a source is scored exactly once."""
 
@@ -84,14 +89,27 @@ class Evaluator:
         self._decode = jax.jit(decode, out_shardings=everywhere)
         self._loss = jax.jit(functools.partial(eval_step, model=model), out_shardings=everywhere)
 
-    def loss(self, params: ModelParams, source: BatchSource, *, name: str) -> float:
-        """Nats per label over one epoch of `source`; `name` labels the progress bar.
+    def loss(
+        self,
+        params: ModelParams,
+        source: BatchSource,
+        *,
+        name: str,
+        check: Callable[[], None] = _never,
+    ) -> float:
+        """Nats per label over one epoch of `source`.
+
+        Args:
+          params: of the model.
+          source: utterances.
+          name: for the progress bar.
+          check: called before every batch; it may raise to interrupt.
 
         Raises:
           ValueError: if no clip can be read.
         """
         loss_sum = num_labels = 0.0  # of clips that cannot be read, no label counts
-        for _, batch in self._batches(source, f"{name} loss"):
+        for _, batch in self._batches(source, f"{name} loss", check):
             sums = jax.device_get(self._loss(*params, batch))
             loss_sum += float(sums["loss_sum"])
             num_labels += float(sums["num_labels"])
@@ -100,11 +118,16 @@ class Evaluator:
         return loss_sum / num_labels
 
     def transcribe(
-        self, params: ModelParams, source: BatchSource, *, name: str
+        self,
+        params: ModelParams,
+        source: BatchSource,
+        *,
+        name: str,
+        check: Callable[[], None] = _never,
     ) -> list[Transcript]:
         """Greedy transcripts of every utterance of `source`, in the order of its batches."""
         transcripts = []
-        for index, batch in self._batches(source, f"{name} transcripts"):
+        for index, batch in self._batches(source, f"{name} transcripts", check):
             # Asked of the global batch: a host knows the problems of its own rows only.
             is_heard, rows = jax.device_get(self._decode(*params, batch))
             for utterance, ids, heard in zip(
@@ -116,9 +139,16 @@ class Evaluator:
                     transcripts.append(Transcript(row.id, row.text, text, tokens))
         return transcripts
 
-    def __call__(self, params: ModelParams, source: BatchSource, *, name: str) -> Scores:
+    def __call__(
+        self,
+        params: ModelParams,
+        source: BatchSource,
+        *,
+        name: str,
+        check: Callable[[], None] = _never,
+    ) -> Scores:
         """Loss, transcripts and word error rate of one epoch of `source`."""
-        transcripts = self.transcribe(params, source, name=name)
+        transcripts = self.transcribe(params, source, name=name, check=check)
         unheard = [row for row in source.left_out if row.reason.is_defect and row.text]
         transcripts += [Transcript(row.id, row.text, "", ()) for row in unheard]
         wer = word_error_rate(
@@ -127,16 +157,19 @@ class Evaluator:
             self._normalize,
         )
         return Scores(
-            loss=self.loss(params, source, name=name),
+            loss=self.loss(params, source, name=name, check=check),
             wer=wer,
             transcripts=tuple(transcripts),
             num_unheard=sum(not t.tokens for t in transcripts),
             num_left_out=len(source.left_out) - len(unheard),
         )
 
-    def _batches(self, source: BatchSource, name: str) -> Iterator[tuple[int, Batch]]:
-        iterator = BatchIterator(source, num_threads=self._num_threads)
+    def _batches(
+        self, source: BatchSource, name: str, check: Callable[[], None]
+    ) -> Iterator[tuple[int, Batch]]:
         quiet = jax.process_index() > 0
-        for index in tqdm(range(len(source)), name, unit="batch", leave=False, disable=quiet):
-            batch = take_problems(next(iterator), source, index, self._bad_rows)
-            yield index, to_global(batch, source)
+        with contextlib.closing(BatchIterator(source, num_threads=self._num_threads)) as iterator:
+            for index in tqdm(range(len(source)), name, unit="batch", leave=False, disable=quiet):
+                check()
+                batch = take_problems(next(iterator), source, index, self._bad_rows)
+                yield index, to_global(batch, source)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,13 +39,27 @@ def quiet_other_processes() -> None:
 
 
 class MetricsWriter:
-    """Appends scalars to `metrics.jsonl` and to TensorBoard event files in the run folder."""
+    """Writes scalars to `metrics.jsonl`, TensorBoard event files and, if asked to, W&B."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, first_step: int = 0, wandb_project: str | None = None):
+        """Opens the run's files for appending; only process 0 writes.
+
+        Args:
+          folder: of the run.
+          first_step: the checkpoint that the run goes on from. What an earlier start recorded after
+            it, and its evaluation, are removed from `metrics.jsonl`: they will be written again.
+          wandb_project: of Weights & Biases; None does not use it.
+
+        Raises:
+          ValueError: if wandb is asked for and not installed.
+        """
         self._is_writer = jax.process_index() == 0
         self._folder = folder
         if self._is_writer:
-            self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
+            path = folder / "metrics.jsonl"
+            _drop_after(path, first_step)
+            self._jsonl = path.open("a", encoding="utf-8")
             self._events = EventFileWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -56,6 +71,8 @@ class MetricsWriter:
         self._jsonl.flush()
         for name, value in scalars.items():
             self._add_event(step, scalar_pb(name, value))
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
 
     def write_transcripts(self, step: int, name: str, transcripts: Sequence[Transcript]) -> None:
         """Saves every transcript of an evaluation, and shows the first ten in TensorBoard."""
@@ -79,6 +96,36 @@ class MetricsWriter:
         if self._is_writer:
             self._jsonl.close()
             self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _drop_after(path: Path, first_step: int) -> None:
+    """Keeps the records up to a step; of the step itself those of training, which are complete."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):  # the process was killed while it wrote
+            continue
+        record = json.loads(line)
+        if record["step"] < first_step or (record["step"] == first_step and "grad_norm" in record):
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), "utf-8")
+    os.replace(partial, path)
+
+
+def _start_wandb(project: str, folder: Path) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError as error:
+        raise ValueError(
+            "wandb_project is set and wandb is not installed: `pip install wandb`, or leave it out"
+        ) from error
+    return wandb.init(
+        project=project, name=folder.name, dir=str(folder), id=folder.name, resume="allow"
+    )
 
 
 def require_finite(scalars: Mapping[str, float], *, step: int, utterance_ids: list[str]) -> None:

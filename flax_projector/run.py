@@ -70,7 +70,13 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     whisper = WHISPER_ENCODER.read_config(encoder_folder)
     llama = LLAMA.read_config(llm_folder)
     dtype = jnp.dtype(config.dtype)
-    model = make_speech_llm(whisper, config.projector, llama, dtype=dtype, remat=config.remat)
+    augmentation = config.spec_augment if config.spec_augment.mask_time_prob else None
+    model = make_speech_llm(
+        *(whisper, config.projector, llama),
+        dtype=dtype,
+        remat=config.remat,
+        augmentation=augmentation,
+    )
     return LoadedModel(
         model=model,
         encoder_params=load_tower(
@@ -93,10 +99,10 @@ def read_source(source: str, config: TrainConfig) -> tuple[list[ManifestRow], li
     Raises:
       ValueError: if there is none.
     """
+    cache = Path(config.data.cache_dir or Path(config.out) / "data")
     if source.startswith(PREFIX):
-        cache = Path(config.data.cache_dir or Path(config.out) / "data")
         return read_hf(source, config.data, cache)
-    return read_manifest(source)
+    return read_manifest(source, cache=cache)
 
 
 def source_name(source: str) -> str:
@@ -185,6 +191,7 @@ def make_train_source(loaded: LoadedModel, config: TrainConfig, bad_rows: BadRow
         config,
         bad_rows,
         batch_size=config.data.batch_size,
+        accumulation_steps=config.accumulation_steps,
         shuffle_seed=config.seed,
         num_batches=config.num_steps,
         weights=dict(zip(sources, config.data.train_weights or [1.0] * len(sources), strict=True)),

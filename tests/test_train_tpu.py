@@ -18,14 +18,9 @@ from flax_projector.config import CTCConfig, MeshConfig, ProjectorConfig, from_j
 from flax_projector.metrics import MetricsWriter
 from flax_projector.sharding import make_mesh
 from tests.parity import assert_within
-from tests.tiny import read_losses, read_params, tiny_config
+from tests.tiny import final_params, read_losses, read_params, tiny_config
 
 pytestmark = pytest.mark.torch
-
-
-def final_params(config) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(read_params(Path(config.out) / "projector"))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 @pytest.fixture
@@ -72,7 +67,7 @@ def test_losses_do_not_depend_on_the_mesh(run, monkeypatch, stages):
 
 
 def test_warm_start_learns_to_spell_before_the_llm_reads(run):
-    config = run(num_steps=21, log_every_steps=4, **WARM_START)
+    config = run(num_steps=21, log_every_steps=4, save_every_steps=100, **WARM_START)
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     records = [r for r in map(json.loads, lines) if "num_steps" in r]
     assert [(r["step"], r["num_steps"], "ctc_loss" in r) for r in records] == [
@@ -211,8 +206,8 @@ def test_missing_data_is_an_error_that_names_the_option(run):
 def test_non_finite_loss_stops_with_the_clips(run, monkeypatch):
     summarize = train_tpu.summarize
 
-    def summarize_broken(steps, secs):
-        return {**summarize(steps, secs), "loss": float("nan")}
+    def summarize_broken(steps, **kwargs):
+        return {**summarize(steps, **kwargs), "loss": float("nan")}
 
     monkeypatch.setattr(train_tpu, "summarize", summarize_broken)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; .*clip\d"):
@@ -247,3 +242,48 @@ def test_training_never_imports_torch(tmp_path, tiny_towers):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert (Path(config.out) / "projector").is_dir()
+
+
+def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
+    evaluate = train_tpu.make_evaluator
+    rates = iter([0.9, 0.5, 0.2, 0.7, 0.3])  # of steps 0, 2, 4, 6, 8
+
+    def make_evaluator(*args):
+        evaluator = evaluate(*args)
+
+        def scored(*args, **kwargs):
+            return dataclasses.replace(evaluator(*args, **kwargs), wer=next(rates))
+
+        return scored
+
+    monkeypatch.setattr(train_tpu, "make_evaluator", make_evaluator)
+    config = run(num_steps=8, eval_every_steps=2, keep_checkpoints=1)
+    folder = Path(config.out)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"8"}
+    assert json.loads((folder / "best.json").read_text()) == {"step": 4, "wer": 0.2}
+    best = api.to_torch(folder / "best", folder / "for-the-server")
+    assert not api.verify(best, folder / "projector").is_same
+    monkeypatch.undo()
+    four = run(name="four", num_steps=8, eval_every_steps=2, keep_checkpoints=3)
+    of_four = api.to_torch(four.out, folder / "four", step=4)
+    assert api.verify(best, of_four).is_same
+
+
+def test_accumulation_and_auxiliary_loss_train(run):
+    whole, parts = (
+        run(name=name, num_steps=4, mesh=MeshConfig(), accumulation_steps=steps, **more)
+        for name, steps in (("whole", 1), ("parts", 2))
+        for more in [{"data": {"batch_size": 16}, "ctc": CTCConfig(0, aux_weight=0.3)}]
+    )
+    np.testing.assert_allclose(read_losses(parts), read_losses(whole), atol=1e-4)
+    lines = (Path(parts.out) / "metrics.jsonl").read_text().splitlines()
+    records = [r for r in map(json.loads, lines) if "grad_norm" in r]
+    assert all({"loss", "ctc_loss"} <= set(r) for r in records)
+    hours = [r["audio_hours"] for r in records]
+    assert hours == sorted(hours) and hours[0] > 0
+
+
+def test_a_checkpoint_is_written_when_its_minutes_have_passed(run):
+    config = run(num_steps=4, save_every_steps=100, save_every_mins=1e-9, keep_checkpoints=9)
+    saved = {int(path.name) for path in (Path(config.out) / "checkpoints").iterdir()}
+    assert saved == {1, 2, 3, 4}

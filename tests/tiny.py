@@ -1,9 +1,11 @@
 """Tiny random towers, speech and configs, in the formats of real ones."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import soundfile
 import torch
@@ -17,13 +19,7 @@ from convert.hf_config import projector_config_dict
 from convert.models import PROJECTOR, ModelKind
 from convert.torch_files import write_safetensors
 from convert.trees import read_tree
-from flax_projector.config import (
-    DataConfig,
-    MeshConfig,
-    OptimizerConfig,
-    ProjectorConfig,
-    TrainConfig,
-)
+from flax_projector.config import PRESETS, ProjectorConfig, TrainConfig
 
 ENCODER_DIM, LLM_DIM = 24, 40
 
@@ -130,33 +126,17 @@ def make_speech(folder: Path, count: int, *, seed: int = 0) -> str:
 
 def tiny_config(folder: Path, towers: dict[str, str], **overrides) -> TrainConfig:
     """A run of a few steps over 13 clips, which do not divide into batches of 8."""
+    preset = PRESETS["tiny"][1]
     data = {
         "train": (make_speech(folder / "speech", 13),),
         "eval": (make_speech(folder / "heldout", 5, seed=1),),
-        "batch_size": 8,
-        "eval_batch_size": 8,
-        "window_secs": 2.0,
-        "bucket_secs": (1.0, 2.0),
-        "max_text_tokens": 20,
         **overrides.pop("data", {}),
     }
-    values = {
-        "projector": ProjectorConfig(
-            encoder_dim=ENCODER_DIM, llm_dim=LLM_DIM, projector_hidden_dim=32
-        ),
-        "out": str(folder / "run"),
-        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        "mesh": MeshConfig(),
-        "dtype": "float32",
-        "num_steps": 6,
-        "log_every_steps": 1,
-        "eval_every_steps": 0,
-        "save_every_steps": 2,
-        "max_new_tokens": 5,
-        **towers,
-        **overrides,
-    }
-    return TrainConfig(data=DataConfig(**data), **values)
+    return dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, **data),
+        **{"out": str(folder / "run"), **towers, **overrides},
+    )
 
 
 def read_all(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -174,3 +154,9 @@ def read_losses(config: TrainConfig) -> list[float]:
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     records = map(json.loads, lines)
     return [r.get("loss", r.get("ctc_loss")) for r in records if "grad_norm" in r]
+
+
+def final_params(config: TrainConfig) -> dict[str, np.ndarray]:
+    """The parameters that a finished run ended with, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(read_params(Path(config.out) / "projector"))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

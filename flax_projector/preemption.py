@@ -1,0 +1,90 @@
+"""SIGTERM, as clouds announce that they take a machine away: save, and end with exit code 0."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+log = logging.getLogger(__name__)
+
+GRACE_SECS = 20.0  # clouds give 30 seconds and more
+
+
+class Preempted(Exception):
+    """The process was asked to stop."""
+
+
+class PreemptionGuard:
+    """Notices SIGTERM at any moment, also while the main thread compiles or loads.
+
+    A Python signal handler runs only between two bytecodes of the main thread, and a compilation
+    is one bytecode of minutes. A thread therefore waits for the signal. The main thread polls
+    (`check`, `is_due`) where it can save, and ends. If it does not within the grace, it is busy
+    with something that cannot be interrupted, and everything is saved before such work begins:
+    then the thread waits for a save in flight and ends the process. Before `protect` was called
+    there is nothing to save at all, and the thread does not wait.
+
+    On several hosts JAX's own preemption service takes SIGTERM, and all hosts agree on a step.
+    """
+
+    def __init__(self) -> None:
+        self._requested, self._ended = threading.Event(), threading.Event()
+        self._finish: Callable[[], object] | None = None
+
+    def protect(self, finish: Callable[[], object]) -> None:
+        """From now on there is a state to save; `finish` waits for a save in flight."""
+        self._finish = finish
+
+    def check(self) -> None:
+        """Raises `Preempted` if the process was asked to stop."""
+        if self._requested.is_set():
+            raise Preempted
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save and stop after this step; every host must ask after every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested.is_set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["PreemptionGuard"]:
+        """Watches until the end of the block; call it in the main thread."""
+        if jax.process_count() > 1:
+            yield self
+            return
+        read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)  # as set_wakeup_fd wants it
+        old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        old_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._watch, args=(read_fd,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            signal.set_wakeup_fd(old_fd)
+            signal.signal(signal.SIGTERM, old_handler)
+            os.close(write_fd)  # ends the thread
+            thread.join()
+            os.close(read_fd)
+
+    def _watch(self, read_fd: int) -> None:
+        while (byte := os.read(read_fd, 1)) != bytes([signal.SIGTERM]):
+            if not byte:
+                return
+        self._requested.set()
+        log.info("SIGTERM: stopping")
+        if self._finish is not None:
+            if self._ended.wait(GRACE_SECS):
+                return
+            self._finish()
+        log.info("start the same command again to go on")
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)

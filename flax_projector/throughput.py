@@ -1,0 +1,161 @@
+"""How fast a run is: seconds of speech, share of waiting, and model FLOP utilisation."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_projector.config import LlamaConfig
+
+log = logging.getLogger(__name__)
+
+PEAK_FLOPS = {  # bf16, dense, of one device, by the beginning of JAX's `device_kind`
+    "TPU v3": 61.5e12,  # a core is a device
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """bf16 FLOP/s of a device, or None if it is not in the table (a CPU)."""
+    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+@dataclass(frozen=True)
+class FlopCounter:
+    """FLOPs that the model asks for, whatever is computed again and however much is padded.
+
+    With N parameters in matrices, a token costs 2N forward, 2N backward to its input, and 2N for
+    the gradient of the parameters:
+
+      2 N_encoder per frame of the window    forward only; 0 with kept features
+      6 N_projector per audio token
+      4 N_layers per token of the LLM        no gradients of frozen parameters
+      4 V D per label                        logits
+
+    Left out: attention's products of queries and keys, norms, the log-mel, CTC, the optimizer.
+
+    Attributes:
+      encoder: N of the encoder, times the frames of its window: per clip.
+      projector: N.
+      layers: N of the LLM without its embeddings.
+      head: V D of the LLM.
+    """
+
+    encoder: int
+    projector: int
+    layers: int
+    head: int
+
+    def __call__(self, metrics: Mapping[str, float]) -> float:
+        """FLOPs of steps whose counts are summed in `metrics`, as `train_step` returns them."""
+        return (
+            2 * self.encoder * metrics["num_clips"]
+            + 6 * self.projector * metrics["num_audio_tokens"]
+            + 4 * self.layers * metrics.get("num_tokens", 0)
+            + 4 * self.head * metrics.get("num_labels", 0)
+        )
+
+
+def make_flop_counter(
+    params: tuple[Any, Any, Any], llama: LlamaConfig, *, window_frames: int
+) -> FlopCounter:
+    """Counts the matrices of a model.
+
+    Args:
+      params: of projector, encoder and LLM.
+      llama: shape of the LLM.
+      window_frames: frames that the encoder computes for a clip; 0 if they are kept.
+    """
+
+    def count(tree: Any) -> int:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+
+    projector, encoder, llm = params
+    head = llama.vocab_size * llama.hidden_size
+    return FlopCounter(
+        encoder=count(encoder) * window_frames,
+        projector=count(projector),
+        layers=count(llm["layers"]),
+        head=head,
+    )
+
+
+@contextlib.contextmanager
+def profiled(step: int, num_steps: int, folder: Path) -> Iterator[None]:
+    """Starts a profiler trace with the eleventh step of a start, and ends it `num_steps` later.
+
+    Args:
+      step: number of the step since the program started, from 0.
+      num_steps: that are traced; 0 for none.
+      folder: where TensorBoard and Perfetto find the trace.
+    """
+    if num_steps and step == _STEPS_BEFORE_TRACE:
+        jax.profiler.start_trace(str(folder))
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        yield
+    if num_steps and step == _STEPS_BEFORE_TRACE + num_steps - 1:
+        jax.effects_barrier()
+        jax.profiler.stop_trace()
+        log.info("profile of %d steps in %s", num_steps, folder)
+
+
+_STEPS_BEFORE_TRACE = 10
+COUNTS = ("num_clips", "num_audio_tokens", "num_tokens", "num_labels", "num_ctc_labels")
+
+
+def summarize(
+    steps: list[Mapping[str, np.ndarray]],
+    *,
+    secs: float,
+    wait_secs: float,
+    count_flops: FlopCounter,
+    devices: list[Any],
+) -> dict[str, float]:
+    """What is logged of the steps since the last line.
+
+    Args:
+      steps: metrics of each, on the host.
+      secs: wall-clock time of all.
+      wait_secs: of it, how long the loop waited for data.
+      count_flops: of the run's model.
+      devices: of the mesh.
+
+    Returns:
+      Losses as means per label, other metrics as means per step; "audio_secs_per_sec", "step_secs",
+      "data_wait_rate", "padding_rate" of the LLM's tokens, and where the devices are known "mfu":
+      FLOPs of the model, by `FlopCounter`, over what the devices could have computed.
+    """
+    stacked = {name: np.array([metrics[name] for metrics in steps], float) for name in steps[0]}
+    counts = {name: stacked.pop(name) for name in COUNTS if name in stacked}
+    audio_secs = stacked.pop("audio_secs").sum()
+    means = {name: float(values.mean()) for name, values in stacked.items()}
+    for name, labels in {"loss": "num_labels", "ctc_loss": "num_ctc_labels"}.items():
+        if name in stacked:
+            weights = np.maximum(counts[labels], 1)
+            means[name] = float(np.average(stacked[name], weights=weights))
+    summary = {
+        **means,
+        "num_steps": len(steps),
+        "step_secs": secs / len(steps),
+        "audio_secs": float(audio_secs),
+        "audio_secs_per_sec": float(audio_secs) / secs,
+        "data_wait_rate": wait_secs / secs,
+    }
+    if (peak := peak_flops(devices[0])) is not None:
+        flops = count_flops({name: values.sum() for name, values in counts.items()})
+        summary["mfu"] = flops / (secs * peak * len(devices))
+    return summary

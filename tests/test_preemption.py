@@ -1,0 +1,164 @@
+"""Runs that are stopped at any moment, and go on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train_tpu
+from flax_projector.checkpoints import open_manager
+from flax_projector.config import TrainConfig, to_json
+from flax_projector.evaluate import Evaluator
+from flax_projector.metrics import MetricsWriter
+from tests.tiny import final_params, read_losses, tiny_config
+
+pytestmark = pytest.mark.torch
+
+ROOT = Path(train_tpu.__file__).parent
+PROGRAM = """
+import os, signal, sys, time
+import train_tpu
+from flax_projector import preemption
+from flax_projector.config import from_json
+
+preemption.GRACE_SECS = 0.5
+
+def stuck(*args, **kwargs):
+    print("stuck", flush=True)
+    time.sleep(300)
+
+{patch}
+train_tpu.setup_logging()
+train_tpu.main(from_json(open(sys.argv[1]).read()))
+"""
+
+
+def assert_same_bytes(config: TrainConfig, expected: TrainConfig) -> None:
+    assert read_losses(config) == read_losses(expected)
+    for name, leaf in final_params(expected).items():
+        assert final_params(config)[name].tobytes() == leaf.tobytes(), name
+
+
+@pytest.fixture
+def configs(tmp_path, tiny_towers):
+    """Makes configs that differ in their run folder only."""
+    return lambda name: tiny_config(tmp_path / name, tiny_towers, eval_every_steps=2)
+
+
+def stop_in(patch: pytest.MonkeyPatch, owner: type, method: str, when) -> None:
+    """Sends SIGTERM to this process at the beginning of a call of the method."""
+    original = getattr(owner, method)
+
+    def stop(self, *args, **kwargs):
+        if when(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # for the thread that watches
+        return original(self, *args, **kwargs)
+
+    patch.setattr(owner, method, stop)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "when", "stopped_at"),
+    [
+        (MetricsWriter, "write", lambda step, _: step == 3, 3),
+        (Evaluator, "loss", lambda *_: True, 0),
+        (Evaluator, "transcribe", lambda params, *_: params[0] is not None, 0),
+    ],
+    ids=["training", "evaluation of the loss", "evaluation by decoding"],
+)
+def test_sigterm_saves_and_the_run_ends_with_the_same_bytes(
+    configs, monkeypatch, owner, method, when, stopped_at
+):
+    whole, stopped = configs("whole"), configs("stopped")
+    train_tpu.main(whole)
+    with monkeypatch.context() as patch:
+        stop_in(patch, owner, method, when)
+        train_tpu.main(stopped)
+    assert not (Path(stopped.out) / "projector").exists()
+    with open_manager(Path(stopped.out) / "checkpoints", keep=2) as manager:
+        assert manager.latest_step() == stopped_at
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_tpu.main(stopped)
+    assert_same_bytes(stopped, whole)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "train_tpu.load_model = stuck",
+        "train_tpu.compile_steps = stuck",
+        "train_tpu.make_evaluator = lambda *args: stuck",
+    ],
+    ids=["loading", "compiling", "compiling the evaluation"],
+)
+def test_sigterm_ends_what_cannot_be_interrupted(configs, tmp_path, patch):
+    config_path = tmp_path / "config.json"
+    config_path.write_text(to_json(configs("a")))
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(patch=patch), str(config_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors[-2000:]
+    assert "start the same command again" in errors
+
+
+def start(config_path: Path) -> subprocess.Popen:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM.format(patch=""), str(config_path)]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet, env=env)
+
+
+def num_losses(config: TrainConfig) -> int:
+    """Steps that a run, which may be writing, has recorded."""
+    path = Path(config.out) / "metrics.jsonl"
+    return path.read_text().count('"grad_norm"') if path.is_file() else 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_no_byte(tmp_path, tiny_towers):
+    rng = random.Random(0)
+    steps = {"num_steps": 400, "eval_every_steps": 50, "save_every_steps": 3}
+    whole, killed = (tiny_config(tmp_path / name, tiny_towers, **steps) for name in ("a", "b"))
+    paths = {}
+    for config in (whole, killed):
+        paths[config.out] = tmp_path / f"{Path(config.out).parent.name}.json"
+        paths[config.out].write_text(to_json(config))
+    began = time.monotonic()
+    process = start(paths[whole.out])
+    while not (metrics := Path(whole.out) / "metrics.jsonl").exists() or not metrics.read_text():
+        time.sleep(0.05)
+    startup_secs = time.monotonic() - began
+    assert process.wait() == 0
+    train_secs = time.monotonic() - began - startup_secs
+    reached = []
+    for kill in range(20):
+        before = num_losses(killed)
+        process = start(paths[killed.out])
+        if kill % 4 == 0:  # somewhere before the first step
+            time.sleep(rng.uniform(0, startup_secs))
+        else:
+            while process.poll() is None and num_losses(killed) <= before:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, train_secs / 40))
+        assert process.poll() is None, "it came to its end"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached.append(num_losses(killed))
+    assert 0 < reached[-1] < 400
+    assert start(paths[killed.out]).wait() == 0
+    print(f"killed at steps {reached}")  # noqa: T201
+    assert_same_bytes(killed, whole)
