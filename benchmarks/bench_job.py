@@ -1,0 +1,205 @@
+"""Seconds of speech trained per second: a job with its padding, in JAX and in PyTorch.
+
+Ours trains batches of similar lengths in three buckets; audio tokens of padding never enter the
+LLM, and logits are taken at the labels. PyTorch's loop does as tiny-audio's: every clip is padded
+to 30 seconds, its 375 audio tokens all enter the LLM, and logits are taken everywhere. Towers and
+projector are those of bench_train_step.py, with random weights; speech is noise, in memory. Two
+sets of lengths: the demo's clips, and clips like those of read books below 15 seconds (mean 12).
+Ours runs with the encoder on windows of 30 s, on windows of 15 s, and with kept frames, which a
+frozen encoder allows. All take turns on the same clips. Prints JSON: seconds of speech per second
+over all rounds, and ours divided by PyTorch's.
+
+Example:
+
+  python benchmarks/bench_job.py --rounds 3
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bench_train_step import CONFIG, OPTIMIZER, JaxStep, TorchStep
+from tokenizers import Tokenizer
+
+from flax_projector.batch_plan import Bucket, Utterance
+from flax_projector.config import SAMPLE_RATE, SAMPLES_PER_FRAME, DataConfig, MeshConfig
+from flax_projector.data import BatchSource
+from flax_projector.manifest import ManifestRow
+from flax_projector.prompt import Prompt
+from flax_projector.sharding import make_mesh
+
+MANIFEST = Path(__file__).parents[1] / "docs/demo/speech/train.jsonl"
+BATCH = 8
+LABELS_PER_SEC = 3.5  # tokens of read English
+UNUSED = cast(Tokenizer, None)  # token ids are random here
+PROMPT = Prompt(UNUSED, before_audio=tuple(range(24)), after_audio=tuple(range(5)), end_of_turn=2)
+
+
+def demo_lengths() -> np.ndarray:
+    """Seconds of the demo's training clips."""
+    rows = map(json.loads, MANIFEST.read_text().splitlines())
+    return np.array([row["duration"] for row in rows])
+
+
+def read_speech_lengths() -> np.ndarray:
+    """Seconds of 600 clips: most near 15, mean 12."""
+    return 15 * np.random.default_rng(0).beta(4, 1, 600)
+
+
+SETS = {  # lengths, and the buckets of ours
+    "demo, 2 to 4 s": (demo_lengths, (2.1, 2.5, 4.0)),
+    "read speech, mean 12 s": (read_speech_lengths, (10.0, 13.0, 15.0)),
+}
+
+
+class Noise:
+    """Clips of noise, as `data.Inputs`."""
+
+    def __init__(self, window_secs: float, *, is_kept: bool):
+        """Args: window_secs, of the encoder; is_kept, encoder frames instead of waveforms."""
+        self.name = "frames" if is_kept else "samples"
+        rng = np.random.default_rng(0)
+        num_samples = round(window_secs * SAMPLE_RATE)
+        num_frames = num_samples // SAMPLES_PER_FRAME
+        shape = (num_frames, CONFIG.encoder_dim) if is_kept else (num_samples,)
+        self._array = 0.1 * rng.standard_normal(shape, np.float32)
+
+    def shape(self, bucket: Bucket) -> tuple[int, ...]:
+        """Static shape of one clip."""
+        if self.name == "frames":
+            return (bucket.num_frames, CONFIG.encoder_dim)
+        return self._array.shape
+
+    def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
+        """The clip, and its number of encoder frames."""
+        num_frames = utterance.max_frames - 1
+        length = num_frames if self.name == "frames" else num_frames * SAMPLES_PER_FRAME
+        return self._array[:length], num_frames
+
+
+def make_utterances(lengths: np.ndarray) -> list[Utterance]:
+    """Utterances of these seconds with random labels."""
+    rng = np.random.default_rng(1)
+    utterances = []
+    for i, secs in enumerate(lengths):
+        target = rng.integers(3, 49_000, 1 + round(secs * LABELS_PER_SEC)).tolist()
+        row = ManifestRow(str(i), f"{i}.wav", "", float(secs))
+        num_frames = int(secs * SAMPLE_RATE) // SAMPLES_PER_FRAME
+        utterances.append(Utterance(row, num_frames + 1, (*target, PROMPT.end_of_turn)))
+    return utterances
+
+
+class PaddingLoop(TorchStep):
+    """Every clip padded to 30 s, and logits at every position."""
+
+    def train(self, samples: np.ndarray, targets: list[tuple[int, ...]]) -> float:
+        """One update on waveforms [B, 30 s] and labels; returns the loss."""
+        mel = self.features(
+            list(samples), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+        ).input_features
+        with torch.no_grad():
+            frames = self.encoder(mel).last_hidden_state
+        audio = self.projector(frames)
+        longest = max(map(len, targets))
+        labels = torch.full((len(targets), longest), -100)
+        for row, target in zip(labels, targets, strict=True):
+            row[: len(target)] = torch.tensor(target)
+        embed = self.llm.get_input_embeddings()
+        rows = (len(targets), -1)
+        before = embed(torch.tensor([PROMPT.before_audio])).expand(*rows, -1)
+        after = embed(torch.tensor([PROMPT.after_audio])).expand(*rows, -1)
+        text = embed(labels.clamp(min=0))
+        inputs = torch.cat([before, audio, after, text], dim=1)
+        logits = self.llm(inputs_embeds=inputs, use_cache=False).logits
+        predicted = logits[:, -longest - 1 : -1]
+        loss = F.cross_entropy(predicted.flatten(0, 1), labels.flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.projector.parameters(), OPTIMIZER.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+
+def make_source(utterances: list[Utterance], bucket_secs: Any, inputs: Noise) -> BatchSource:
+    """An epoch of the utterances in our batches."""
+    return BatchSource(
+        utterances,
+        inputs=inputs,
+        prompt=PROMPT,
+        config=DataConfig(bucket_secs=bucket_secs, max_text_tokens=128),
+        pool_stride=CONFIG.projector_pool_stride,
+        mesh=make_mesh(MeshConfig()),
+        batch_size=BATCH,
+        shuffle_seed=0,
+    )
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock time of a call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def measure(lengths: np.ndarray, bucket_secs: Any, theirs: PaddingLoop, rounds: int) -> Any:
+    """Seconds of speech per second of every way to train, on batches spread over an epoch."""
+    utterances = make_utterances(lengths)
+    ours = JaxStep(theirs)
+    ways = {
+        "flax, window of 30 s": Noise(30, is_kept=False),
+        "flax, window of 15 s": Noise(15, is_kept=False),
+        "flax, kept frames": Noise(30, is_kept=True),
+    }
+    sources = {way: make_source(utterances, bucket_secs, noise) for way, noise in ways.items()}
+    any_source = next(iter(sources.values()))
+    noise = Noise(30, is_kept=False)
+    spent = dict.fromkeys([*ways, "torch"], 0.0)
+    speech = 0.0
+    for index in np.linspace(0, len(any_source) - 1, rounds).astype(int):
+        members = [u for u in any_source.members(index) if u is not None]
+        speech += sum(u.row.duration for u in members)
+        for way, source in sources.items():
+            batch = {name: x for name, x in source[index].items() if name != "problem"}
+            ours(batch)  # compiled, if its lengths are new
+            spent[way] += seconds(functools.partial(ours, batch))
+        samples = np.zeros((len(members), 30 * SAMPLE_RATE), np.float32)
+        for row, utterance in zip(samples, members, strict=True):
+            clip, _ = noise.read(utterance)
+            row[: len(clip)] = clip
+        targets = [u.target for u in members]
+        spent["torch"] += seconds(functools.partial(theirs.train, samples, targets))
+    rates = {way: speech / secs for way, secs in spent.items()}
+    return {
+        "mean_secs": round(float(lengths.mean()), 2),
+        "speech_secs_per_sec": {way: round(rate, 2) for way, rate in rates.items()},
+        "ratio": {way: round(rates[way] / rates["torch"], 2) for way in ways},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="batches of each set")
+    args = parser.parse_args()
+    theirs = PaddingLoop()
+    results = {
+        name: measure(make_lengths(), bucket_secs, theirs, args.rounds)
+        for name, (make_lengths, bucket_secs) in SETS.items()
+    }
+    setting = {"cpus": os.cpu_count(), "batch": BATCH, "rounds": args.rounds}
+    json.dump({"benchmark": "job", **setting, "results": results}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

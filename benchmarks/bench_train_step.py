@@ -1,0 +1,144 @@
+"""One training step in JAX against the same step in PyTorch: real sizes, f32.
+
+From waveforms to the update: whisper-base's encoder on two windows of 30 s, the projector (k = 4:
+375 audio tokens each), SmolLM2-135M on them and 40 text tokens, cross-entropy, the projector's
+gradients, clipping, AdamW. PyTorch's side is transformers' models with their fused attention
+(`sdpa`), and takes logits at the labels only, as ours does. Weights are random. Both run in this
+process and take turns. Prints JSON: medians in seconds, and ours divided by PyTorch's.
+
+Example:
+
+  python benchmarks/bench_train_step.py --rounds 9
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from bench_towers import SMOLLM2_135M, WHISPER_BASE
+from side_by_side import compare, flax_params
+
+from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
+from convert.torch_projector import ResidualAudioProjector as TorchProjector
+from flax_projector.config import SAMPLE_RATE, OptimizerConfig, ProjectorConfig
+from flax_projector.prompt import AUDIO_TOKEN
+from flax_projector.speech_llm import make_speech_llm
+from flax_projector.train_step import init_state, make_optimizer, train_step
+
+CONFIG = ProjectorConfig(encoder_dim=512, llm_dim=576)
+OPTIMIZER = OptimizerConfig()
+BATCH, WINDOW_SECS, FRAMES, AUDIO, TEXT, LABELS = 2, 30, 1500, 375, 40, 24
+LENGTH = AUDIO + TEXT
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    """Noise that fills the window; the audio tokens come first, the labels last."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SMOLLM2_135M.vocab_size, (BATCH, LENGTH), dtype=np.int32)
+    labels = tokens[:, -LABELS:]
+    positions = np.broadcast_to(
+        np.arange(LENGTH - LABELS - 1, LENGTH - 1, dtype=np.int32), labels.shape
+    )
+    return {
+        "samples": 0.1 * rng.standard_normal((BATCH, WINDOW_SECS * SAMPLE_RATE)).astype(np.float32),
+        "frame_valid": np.ones((BATCH, FRAMES), bool),
+        "tokens": np.where(np.arange(LENGTH) < AUDIO, AUDIO_TOKEN, tokens),
+        "prompt_len": np.full(BATCH, LENGTH - LABELS, np.int32),
+        "label_positions": positions,
+        "labels": labels,
+        "label_valid": np.ones(labels.shape, bool),
+    }
+
+
+class TorchStep:
+    """The same models and the same update in PyTorch."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.encoder = transformers.WhisperModel(WHISPER_BASE).get_encoder().eval()
+        self.llm: Any = transformers.LlamaForCausalLM(SMOLLM2_135M).eval()
+        for tower in (self.encoder, self.llm):
+            tower.requires_grad_(False)
+        self.projector = TorchProjector(CONFIG)
+        self.features = transformers.WhisperFeatureExtractor(feature_size=80)
+        named = list(self.projector.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for _, p in named if p.ndim > 1]},
+                {"params": [p for _, p in named if p.ndim == 1], "weight_decay": 0.0},
+            ],
+            lr=OPTIMIZER.learning_rate,
+            weight_decay=OPTIMIZER.weight_decay,
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> float:
+        """One update; returns the loss."""
+        mel = self.features(
+            list(batch["samples"]), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+        ).input_features
+        with torch.no_grad():
+            frames = self.encoder(mel).last_hidden_state
+        audio = self.projector(frames)
+        text = self.llm.get_input_embeddings()(torch.from_numpy(batch["tokens"][:, AUDIO:]))
+        inputs = torch.cat([audio, text], dim=1)
+        logits = self.llm(inputs_embeds=inputs, logits_to_keep=LABELS + 1, use_cache=False).logits
+        labels = torch.from_numpy(batch["labels"]).long()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.projector.parameters(), OPTIMIZER.clip_norm)
+        self.optimizer.step()
+        return loss.item()
+
+
+class JaxStep:
+    """Ours, around the weights of a `TorchStep`."""
+
+    def __init__(self, twin: TorchStep):
+        whisper = WHISPER_ENCODER.parse_config(WHISPER_BASE.to_dict(), "the benchmark")
+        llama = LLAMA.parse_config(SMOLLM2_135M.to_dict(), "the benchmark")
+        model = make_speech_llm(whisper, CONFIG, llama, dtype=jnp.float32, remat="products")
+        encoder = flax_params(WHISPER_ENCODER, whisper, twin.encoder)
+        self.frozen = (encoder, flax_params(LLAMA, llama, twin.llm))
+        optimizer = make_optimizer(OPTIMIZER, lambda _: OPTIMIZER.learning_rate)
+        params = flax_params(PROJECTOR, CONFIG, twin.projector)
+        self.state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params)
+        step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
+        self.step = jax.jit(step, donate_argnums=0)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> float:
+        """One update; returns the loss."""
+        self.state, metrics = self.step(self.state, *self.frozen, batch)
+        return float(metrics["loss"])
+
+
+def make_pair() -> tuple[Callable[[], float], Callable[[], float]]:
+    """Both steps on the same batch and, at first, the same parameters."""
+    batch = make_batch()
+    theirs = TorchStep()
+    ours = JaxStep(theirs)
+    return functools.partial(ours, batch), functools.partial(theirs, batch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="of both, one after the other")
+    args = parser.parse_args()
+    pair = make_pair()
+    ours, theirs = (function() for function in pair)
+    if not np.isclose(ours, theirs, rtol=1e-4):
+        raise RuntimeError(f"not the same work: the losses are {ours} and {theirs}")
+    compare("train_step", {"same work": pair}, rounds=args.rounds)
+
+
+if __name__ == "__main__":
+    main()
