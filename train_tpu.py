@@ -14,14 +14,10 @@ option of a preset with its default.
 import contextlib
 import functools
 import itertools
-import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +29,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from convert.checkpoint import in_memory
-from convert.flax_files import write_flax
-from convert.hf_config import config_text, run_config_dict
 from convert.load import load_projector
-from convert.trees import flatten
 from flax_projector import config as configs
 from flax_projector.batch_plan import Bucket
 from flax_projector.checkpoints import open_manager, restore, save
@@ -59,9 +51,17 @@ from flax_projector.run import (
     make_evaluator,
     make_train_source,
     open_bad_rows,
+    read_best,
+    write_best,
+    write_projector,
 )
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
-from flax_projector.throughput import make_flop_counter, profiled, summarize
+from flax_projector.throughput import (
+    make_flop_counter,
+    profiled,
+    progress_postfix,
+    summarize,
+)
 from flax_projector.train_step import (
     Objective,
     TrainState,
@@ -258,7 +258,8 @@ def main(config: TrainConfig) -> None:
             if config.ctc.aux_weight:
                 objective = Objective(1.0, config.ctc.aux_weight, classes)
         objectives = [warm_start] if first < config.ctc.num_steps else []
-        steps = compile_steps([*objectives, objective], source, abstract, loaded, optimizer, config)
+        objectives += [objective] if first < config.num_steps else []
+        steps = compile_steps(objectives, source, abstract, loaded, optimizer, config)
         evaluator = make_evaluator(loaded, config, bad_rows)
         count_flops = make_flop_counter(
             (state.params, *loaded.frozen),
@@ -313,7 +314,7 @@ def main(config: TrainConfig) -> None:
                 log_scores(step, name, scores)
             if rates and step and np.mean(rates) < best["wer"]:
                 best = {"step": step, "wer": float(np.mean(rates))}
-                write_projector(folder / "best", state, config, mesh)
+                write_projector(folder / "best", state.params, config, mesh)
                 write_best(folder, best)
             since = time.monotonic()
 
@@ -369,48 +370,13 @@ def main(config: TrainConfig) -> None:
 
         # --- result --------------------------------------------------------------------------
         manager.wait_until_finished()
-        write_projector(folder / "projector", state, config, mesh)
+        write_projector(folder / "projector", state.params, config, mesh)
         log.info("projector saved in %s", folder / "projector")
         if best["step"] not in (None, step):
             log.info(
                 "the lowest word error rate was that of step %d: %.1f%%, in %s",
                 *(best["step"], 100 * best["wer"], folder / "best"),
             )
-
-
-def write_projector(folder: Path, state: TrainState, config: TrainConfig, mesh: Mesh) -> None:
-    """Writes the projector of a state as a Flax folder, in place of an earlier one."""
-    params = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(state.params))
-    if jax.process_index() == 0:
-        leaves = in_memory(flatten(params))
-        write_flax(folder, leaves, config_text(run_config_dict(config)), overwrite=True)
-
-
-def read_best(folder: Path) -> dict[str, Any]:
-    """Step and mean word error rate of the projector in `best`; infinite if there is none."""
-    path = folder / "best.json"
-    return json.loads(path.read_text()) if path.is_file() else {"step": None, "wer": math.inf}
-
-
-def write_best(folder: Path, best: dict[str, Any]) -> None:
-    """Records what `read_best` reads."""
-    if jax.process_index() == 0:
-        partial = folder / "best.json.partial"
-        partial.write_text(json.dumps(best) + "\n")
-        partial.replace(folder / "best.json")
-
-
-def progress_postfix(scalars: Mapping[str, float]) -> dict[str, str]:
-    """What the progress bar shows beside the steps."""
-    losses = {name: f"{scalars[name]:.3f}" for name in ("loss", "ctc_loss") if name in scalars}
-    postfix = {
-        **losses,
-        "lr": f"{scalars['learning_rate']:.1e}",
-        "audio": f"{scalars['audio_hours']:.2f}h",
-        "speed": f"{scalars['audio_secs_per_sec']:.0f}s/s",
-        "wait": f"{scalars['data_wait_rate']:.0%}",
-    }
-    return postfix | ({"mfu": f"{scalars['mfu']:.0%}"} if "mfu" in scalars else {})
 
 
 def log_scores(step: int, name: str, scores: Scores) -> None:

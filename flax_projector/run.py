@@ -1,6 +1,8 @@
 """What the programs share: from a config to the loaded model and its data."""
 
+import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +16,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+from convert.checkpoint import in_memory
+from convert.flax_files import write_flax
+from convert.hf_config import config_text, run_config_dict
 from convert.load import load_tower, resolve_model
 from convert.models import LLAMA, WHISPER_ENCODER
+from convert.trees import flatten
 from flax_projector.bad_rows import BadRow, BadRowLog
 from flax_projector.batch_plan import Utterance, prepare
 from flax_projector.config import TrainConfig
@@ -27,7 +33,7 @@ from flax_projector.hf_data import PREFIX, read_hf
 from flax_projector.llama import abstract_decoder
 from flax_projector.manifest import ManifestRow, read_manifest
 from flax_projector.prompt import Prompt, load_tokenizer, make_prompt
-from flax_projector.sharding import batch_sharding
+from flax_projector.sharding import batch_sharding, replicated
 from flax_projector.speech_llm import Params, SpeechLLM, make_speech_llm
 from flax_projector.whisper import abstract_encoder
 
@@ -261,3 +267,25 @@ def make_evaluator(loaded: LoadedModel, config: TrainConfig, bad_rows: BadRowLog
         num_threads=config.data.num_threads,
         bad_rows=bad_rows,
     )
+
+
+def write_projector(folder: Path, params: Params, config: TrainConfig, mesh: Mesh) -> None:
+    """Writes a projector as a Flax folder, in place of an earlier one; every process must call."""
+    whole = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(params))
+    if jax.process_index() == 0:
+        leaves = in_memory(flatten(whole))
+        write_flax(folder, leaves, config_text(run_config_dict(config)), overwrite=True)
+
+
+def read_best(folder: Path) -> dict[str, Any]:
+    """Step and mean word error rate of the projector in `best`; infinite if there is none."""
+    path = folder / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else {"step": None, "wer": math.inf}
+
+
+def write_best(folder: Path, best: dict[str, Any]) -> None:
+    """Records what `read_best` reads."""
+    if jax.process_index() == 0:
+        partial = folder / "best.json.partial"
+        partial.write_text(json.dumps(best) + "\n")
+        partial.replace(folder / "best.json")

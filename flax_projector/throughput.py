@@ -159,3 +159,16 @@ def summarize(
         flops = count_flops({name: values.sum() for name, values in counts.items()})
         summary["mfu"] = flops / (secs * peak * len(devices))
     return summary
+
+
+def progress_postfix(scalars: Mapping[str, float]) -> dict[str, str]:
+    """What the progress bar shows beside the steps."""
+    losses = {name: f"{scalars[name]:.3f}" for name in ("loss", "ctc_loss") if name in scalars}
+    postfix = {
+        **losses,
+        "lr": f"{scalars['learning_rate']:.1e}",
+        "audio": f"{scalars['audio_hours']:.2f}h",
+        "speed": f"{scalars['audio_secs_per_sec']:.0f}s/s",
+        "wait": f"{scalars['data_wait_rate']:.0%}",
+    }
+    return postfix | ({"mfu": f"{scalars['mfu']:.0%}"} if "mfu" in scalars else {})
