@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,9 @@ DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+_Result = TypeVar("_Result")
 
 
 class TensorInfo(NamedTuple):
@@ -64,21 +67,9 @@ class Checkpoint:
         infos = {new: self.infos[old] for new, old in old_names.items()}
         return replace(self, infos=infos, read=lambda name: self.read(old_names[name]))
 
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, tensor) in order; meanwhile two threads read the next two.
-
-        Args:
-          names: which tensors; None gives all.
-        """
-        with ThreadPoolExecutor(2) as readers:
-            upcoming = deque()
-            for name in self.infos if names is None else names:
-                upcoming.append((name, readers.submit(self.read, name)))
-                if len(upcoming) > 2:
-                    first, tensor = upcoming.popleft()
-                    yield first, tensor.result()
-            for first, tensor in upcoming:
-                yield first, tensor.result()
+    def stream(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, tensor) in order; meanwhile two threads read the next two."""
+        return map_ahead(self.read, self.infos)
 
     @contextlib.contextmanager
     def with_progress(self, label: str) -> Iterator["Checkpoint"]:
@@ -91,6 +82,26 @@ class Checkpoint:
                 return array
 
             yield replace(self, read=read)
+
+
+def map_ahead(
+    function: Callable[[str], _Result], names: Iterable[str]
+) -> Iterator[tuple[str, _Result]]:
+    """Yields (name, function(name)) in order; meanwhile two threads work on the next two.
+
+    Args:
+      function: of one name.
+      names: of tensors.
+    """
+    with ThreadPoolExecutor(2) as workers:
+        upcoming = deque()
+        for name in names:
+            upcoming.append((name, workers.submit(function, name)))
+            if len(upcoming) > 2:
+                first, result = upcoming.popleft()
+                yield first, result.result()
+        for first, result in upcoming:
+            yield first, result.result()
 
 
 def progress_bar(label: str, num_bytes: int, *, is_quiet: bool = False) -> tqdm:

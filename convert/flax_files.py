@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
-from convert.checkpoint import Checkpoint, TensorInfo
+from convert.checkpoint import Checkpoint, TensorInfo, map_ahead
 from convert.errors import Problem, raise_any
 from convert.hf_config import CONFIG
 from convert.paths import replacing
@@ -23,6 +23,8 @@ _CHUNK_BYTES = 16 << 20
 """Leaves are stored in chunks of this size at most: a process that needs a shard of a leaf reads
 little more than that, and a buffer of this size is reused where a larger one would be mapped anew,
 page by page."""
+_MAPPED = tensorstore.Context.Spec({"file_io_mode": {"mode": "memmap"}})
+"""Files are mapped: what is read of them is copied once, not twice."""
 
 
 def is_flax_folder(path: str | Path) -> bool:
@@ -58,16 +60,23 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
     }
     infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
 
+    is_ocdbt = type_handlers.is_ocdbt_checkpoint(path)
+    mapped = tensorstore.Context(_MAPPED, type_handlers.get_ts_context(use_ocdbt=is_ocdbt))
+    reader = type_handlers.NumpyHandler()  # gives whole arrays, whatever devices saved their shards
+
     def read(leaf: str) -> np.ndarray:
-        # A shape for Orbax to fill, without memory behind it.
-        like = np.broadcast_to(np.zeros((), infos[leaf].dtype), infos[leaf].shape)
-        # Arrays that a run saved sharded come back whole, whatever devices are here.
-        args = ocp.args.PyTreeRestore(
-            unflatten({subtree + leaf: like}),
-            restore_args=unflatten({subtree + leaf: ocp.RestoreArgs(restore_type=np.ndarray)}),
-            partial_restore=True,
+        info = type_handlers.ParamInfo(
+            name=found[leaf].name,
+            parent_dir=found[leaf].directory,
+            is_ocdbt_checkpoint=is_ocdbt,
+            use_zarr3=metadata.use_zarr3,
+            ts_context=mapped,
         )
-        return flatten(_restore(path, ocp.PyTreeCheckpointHandler(), args))[subtree + leaf]
+        try:
+            (array,) = asyncio.run(reader.deserialize([info]))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return array
 
     return Checkpoint(infos, read)
 
@@ -144,7 +153,7 @@ class _LeafHandler(type_handlers.NumpyHandler):
         # A conversion can be repeated: it need not wait until the disk has every byte.
         settings = tensorstore.Context.Spec({"file_io_sync": False})
         unsynced = tensorstore.Context(settings, infos[0].ts_context)
-        leaves = values[0].checkpoint.stream([value.path for value in values])
+        leaves = map_ahead(values[0].checkpoint.read, [value.path for value in values])
         writing = []
         for info, arg in zip(infos, args, strict=True):
             _, leaf = await asyncio.to_thread(next, leaves)  # while the last one is being written
