@@ -88,6 +88,20 @@ def _rotate(
     return (x * cos + rotated * sin).astype(x.dtype)
 
 
+def _put_before(
+    prefix: KVCache, q: Float[Array, "B T H d"], k: Float[Array, "B T K d"], v: Array
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values with the prefix in front of every row.
+
+    Its queries are zeros and what they see is dropped: fused kernels want as many queries as keys.
+    """
+    keys, values = (
+        jnp.concatenate([jnp.broadcast_to(before, (len(x), *before.shape[1:])), x], axis=1)
+        for before, x in ((prefix.k, k), (prefix.v, v))
+    )
+    return jnp.pad(q, ((0, 0), (prefix.k.shape[1], 0), (0, 0), (0, 0))), keys, values
+
+
 class LlamaAttention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -96,7 +110,7 @@ class LlamaAttention(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, rotary, is_rotated, key_valid, cache, cache_index):
+    def __call__(self, x, rotary, is_rotated, key_valid, cache, prefix, cache_index):
         """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
         c = self.config
         b, t, _ = x.shape
@@ -115,8 +129,10 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=1)
             cache = KVCache(k=k, v=v)
+        if prefix is not None:
+            q, k, v = _put_before(prefix, q, k, v)
         out = attend(q, k, v, is_causal=key_valid is None, key_valid=key_valid)
-        out = out.reshape(b, t, q_dim)
+        out = out[:, -t:].reshape(b, t, q_dim)
         o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
         return checkpoint_name(o_proj(out), _PRODUCT), cache
 
@@ -150,14 +166,14 @@ class LlamaLayer(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, rotary, is_rotated, key_valid, cache, cache_index):
+    def __call__(self, x, rotary, is_rotated, key_valid, cache, prefix, cache_index):
         """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
         c = self.config
         args = (c, self.dtype, self.param_dtype)
         norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
         attention = LlamaAttention(*args, name="self_attn")
         h = RMSNorm(*norm_args, name="input_layernorm")(x)
-        h, cache = attention(h, rotary, is_rotated, key_valid, cache, cache_index)
+        h, cache = attention(h, rotary, is_rotated, key_valid, cache, prefix, cache_index)
         x = x + h
         h = RMSNorm(*norm_args, name="post_attention_layernorm")(x)
         x = x + LlamaMLP(*args, name="mlp")(h)
@@ -202,7 +218,7 @@ class LlamaDecoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0, nn.broadcast, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.param_dtype)
@@ -232,6 +248,7 @@ class LlamaDecoder(nn.Module):
         key_valid: Bool[Array, "#B L C"] | None = None,
         cache: KVCache | None = None,
         cache_index: Int[Array, ""] | int = 0,
+        prefix: KVCache | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """All layers and the final norm.
 
@@ -242,6 +259,8 @@ class LlamaDecoder(nn.Module):
             None is the causal mask, without a cache; it lets the platform's fused kernel be used.
           cache: keys and values so far; the new ones are written from `cache_index` on.
           cache_index: first slot that is written.
+          prefix: keys and values of C' tokens that stand before every row, of batch size 1, as
+            `cache` came out for them; the mask must be the causal one, and `positions` begin at C'.
 
         Returns:
           Hidden states after the final norm, and the new cache (None without one).
@@ -249,7 +268,9 @@ class LlamaDecoder(nn.Module):
         c = self.config
         rotary = _rotary(positions, c)
         is_rotated = np.isin(np.arange(c.num_hidden_layers), c.no_rope_layers, invert=True)
-        x, cache = self.layers(x, rotary, jnp.asarray(is_rotated), key_valid, cache, cache_index)
+        x, cache = self.layers(
+            *(x, rotary, jnp.asarray(is_rotated), key_valid, cache, prefix, cache_index)
+        )
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

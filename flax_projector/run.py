@@ -1,5 +1,6 @@
 """What the programs share: from a config to the loaded model and its data."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -33,8 +34,8 @@ from flax_projector.hf_data import PREFIX, read_hf
 from flax_projector.llama import abstract_decoder
 from flax_projector.manifest import ManifestRow, read_manifest
 from flax_projector.prompt import Prompt, load_tokenizer, make_prompt
-from flax_projector.sharding import batch_sharding, replicated
-from flax_projector.speech_llm import Params, SpeechLLM, make_speech_llm
+from flax_projector.sharding import batch_sharding, replicated, use_mesh
+from flax_projector.speech_llm import Params, SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.whisper import abstract_encoder
 
 log = logging.getLogger(__name__)
@@ -83,17 +84,22 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
         remat=config.remat,
         augmentation=augmentation,
     )
+    encoder_params = load_tower(
+        WHISPER_ENCODER,
+        encoder_folder,
+        abstract_encoder(whisper, param_dtype=dtype, mesh=mesh),
+    )
+    llm_params = load_tower(
+        LLAMA, llm_folder, abstract_decoder(llama, param_dtype=dtype, mesh=mesh)
+    )
+    prompt = make_prompt(load_tokenizer(llm_folder), config.prompt)
+    with use_mesh(mesh):
+        prefix = encode_prefix(model, llm_params, prompt.before_audio, mesh)
     return LoadedModel(
-        model=model,
-        encoder_params=load_tower(
-            WHISPER_ENCODER,
-            encoder_folder,
-            abstract_encoder(whisper, param_dtype=dtype, mesh=mesh),
-        ),
-        llm_params=load_tower(
-            LLAMA, llm_folder, abstract_decoder(llama, param_dtype=dtype, mesh=mesh)
-        ),
-        prompt=make_prompt(load_tokenizer(llm_folder), config.prompt),
+        model=dataclasses.replace(model, prefix=prefix),
+        encoder_params=encoder_params,
+        llm_params=llm_params,
+        prompt=prompt,
         normalize=make_normalizer(encoder_folder),
         mesh=mesh,
     )

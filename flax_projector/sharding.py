@@ -65,6 +65,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def num_batch_shards(mesh: Mesh) -> int:
+    """Ways in which `batch_sharding` splits axis 0."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -126,7 +131,7 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
 
 def padded_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> int:
     """Rows of a global batch once it is padded to divide over the mesh, and there into parts."""
-    ways = accumulation_steps * math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = accumulation_steps * num_batch_shards(mesh)
     num_rows = -(-batch_size // ways) * ways
     if num_rows != batch_size:
         log.warning(

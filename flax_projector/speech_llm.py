@@ -1,14 +1,19 @@
 """The whole model: waveform -> frozen encoder -> projector -> prompt -> frozen LLM -> logits."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from flax_projector.attention import causal_mask
 from flax_projector.config import (
     LlamaConfig,
     ProjectorConfig,
@@ -16,9 +21,10 @@ from flax_projector.config import (
     SpecAugmentConfig,
     WhisperConfig,
 )
-from flax_projector.llama import LlamaDecoder
+from flax_projector.llama import KVCache, LlamaDecoder, make_cache
 from flax_projector.projector import ResidualAudioProjector
 from flax_projector.prompt import AUDIO_TOKEN
+from flax_projector.sharding import num_batch_shards, replicated
 from flax_projector.whisper import WhisperEncoder, log_mel, mask_time
 
 Params = Any  # nested dict of arrays
@@ -38,12 +44,20 @@ class SpeechLLM:
       projector: the part that is trained.
       llm: frozen.
       augmentation: of the features in training; None for none.
+      prefix: keys and values of the tokens that every sequence begins with, from `encode_prefix`;
+        None computes them again for every row.
     """
 
     encoder: WhisperEncoder
     projector: ResidualAudioProjector
     llm: LlamaDecoder
     augmentation: SpecAugmentConfig | None = None
+    prefix: KVCache | None = field(default=None, compare=False)
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.prefix is None else self.prefix.k.shape[2]
 
     def encode(
         self,
@@ -114,17 +128,20 @@ class SpeechLLM:
     ) -> Float[Array, "B T V"]:
         """Logits where labels are predicted, and nowhere else: [B, L, V] would be gigabytes.
 
-        Sequences are padded on the right, so that the causal mask alone keeps padding out.
+        Sequences are padded on the right, so that the causal mask alone keeps padding out. The
+        prefix is not computed: nothing before the audio depends on it, nor on the projector.
         """
-        length = inputs.shape[1]
+        start, length = self.prefix_len, inputs.shape[1]
         hidden, _ = apply(
             self.llm,
             llm_params,
-            inputs,
-            positions=jnp.arange(length)[None],
+            inputs[:, start:],
+            positions=jnp.arange(start, length)[None],
+            prefix=self.prefix,
             method="blocks",
         )
-        hidden = jnp.take_along_axis(hidden, label_positions[..., None], axis=1)  # [B, T, D]
+        index = jnp.maximum(label_positions - start, 0)  # rows of padding have their labels at 0
+        hidden = jnp.take_along_axis(hidden, index[..., None], axis=1)  # [B, T, D]
         return apply(self.llm, llm_params, hidden, method="logits")
 
 
@@ -157,6 +174,41 @@ def make_speech_llm(
         llm=LlamaDecoder(llama, dtype=dtype, param_dtype=dtype, remat=remat),
         augmentation=augmentation,
     )
+
+
+def encode_prefix(
+    model: SpeechLLM, llm_params: Params, tokens: Sequence[int], mesh: Mesh
+) -> KVCache | None:
+    """Keys and values of the tokens before the audio, once for all rows and all steps.
+
+    Args:
+      model: the modules.
+      llm_params: of the LLM.
+      tokens: ids of the prompt's beginning.
+      mesh: that the parameters lie on.
+
+    Returns:
+      numpy arrays [layers, 1, tokens, K, d], which become constants of what is compiled, the same
+      on every process; None without tokens.
+    """
+    if not tokens:
+        return None
+    length = len(tokens)
+    llm = functools.partial(apply, model.llm)
+
+    def run(llm_params: Params) -> KVCache:
+        rows = jnp.tile(jnp.array(tokens), (num_batch_shards(mesh), 1))  # one for each device
+        _, cache = llm(
+            llm_params,
+            llm(llm_params, rows, method="embed"),
+            positions=jnp.arange(length)[None],
+            key_valid=causal_mask(length),
+            cache=make_cache(model.llm.config, len(rows), length, model.llm.dtype),
+            method="blocks",
+        )
+        return jax.tree.map(lambda x: x[:, :1], cache)
+
+    return jax.device_get(jax.jit(run, out_shardings=replicated(mesh))(llm_params))
 
 
 def rms(x: Float[Array, "B L D"], valid: Bool[Array, "B L"]) -> Float[Array, ""]:

@@ -210,17 +210,24 @@ def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> tuple[int, ...]
     return (blank, *sorted(spoken))
 
 
-def batch_counts(batch: Batch, pool_stride: int) -> dict[str, Float[Array, ""]]:
+def batch_counts(
+    batch: Batch, pool_stride: int, prefix_len: int = 0
+) -> dict[str, Float[Array, ""]]:
     """How much a batch holds, padding left out.
 
+    Args:
+      batch: from `data.BatchSource`.
+      pool_stride: k of the projector.
+      prefix_len: tokens at the beginning of every row that are not computed.
+
     Returns:
-      "audio_secs"; "num_clips", "num_audio_tokens" and "num_tokens", which the LLM reads; and
+      "audio_secs"; "num_clips", "num_audio_tokens" and "num_tokens", which the LLM computes; and
       "padding_rate", the share of the LLM's static length that they leave.
     """
     num_frames = jnp.sum(batch["frame_valid"], axis=1)  # [B]
     num_labels = jnp.sum(batch["label_valid"], axis=1)
     # The last label is predicted, never read.
-    num_tokens = jnp.where(num_labels > 0, batch["prompt_len"] + num_labels - 1, 0)
+    num_tokens = jnp.where(num_labels > 0, batch["prompt_len"] - prefix_len + num_labels - 1, 0)
     sums = {
         "audio_secs": num_frames * (SAMPLES_PER_FRAME / SAMPLE_RATE),
         "num_clips": num_frames > 0,
@@ -228,7 +235,9 @@ def batch_counts(batch: Batch, pool_stride: int) -> dict[str, Float[Array, ""]]:
         "num_tokens": num_tokens,
     }
     counts = {name: jnp.sum(rows, dtype=jnp.float32) for name, rows in sums.items()}
-    return counts | {"padding_rate": 1 - counts["num_tokens"] / batch["tokens"].size}
+    num_rows, length = batch["tokens"].shape
+    capacity = num_rows * (length - prefix_len)
+    return counts | {"padding_rate": 1 - counts["num_tokens"] / capacity}
 
 
 def train_step(
@@ -298,7 +307,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     names = {LLM_LOSS: "num_labels", CTC_LOSS: "num_ctc_labels"}
     metrics |= {names[name]: count for name, count in counts.items()}
-    metrics |= batch_counts(batch, model.projector.config.projector_pool_stride)
+    k = model.projector.config.projector_pool_stride
+    metrics |= batch_counts(batch, k, model.prefix_len)
     if not objective.llm_weight:
         del metrics["num_tokens"], metrics["padding_rate"]
     metrics["grad_norm"] = optax.tree.norm(grads)

@@ -224,7 +224,7 @@ def test_layer_equals_transformers(pair, layer) -> None:
     rotary = _rotary(jnp.asarray(positions), pair.config)
     is_rotated = layer not in pair.config.no_rope_layers
     mask = causal_mask(LENGTH)
-    y, _ = run(module, params, x, rotary, is_rotated, mask, None, 0)
+    y, _ = run(module, params, x, rotary, is_rotated, mask, None, None, 0)
 
     torch_x = torch.from_numpy(x)
     hidden = torch.from_numpy(np.array(mask))[:, None]
@@ -245,7 +245,7 @@ def test_scan_equals_the_layers_one_by_one(pair) -> None:
     for i in range(NUM_LAYERS):
         params = jax.tree.map(lambda leaf, i=i: leaf[i], pair.params["layers"])
         is_rotated = i not in pair.config.no_rope_layers
-        x, _ = run(layer, params, x, rotary, is_rotated, causal_mask(LENGTH), None, 0)
+        x, _ = run(layer, params, x, rotary, is_rotated, causal_mask(LENGTH), None, None, 0)
     norm = RMSNorm(pair.config.rms_norm_eps)
     x = norm.apply({"params": pair.params["norm"]}, x)
     logits = pair.module.apply({"params": pair.params}, x, method="logits")

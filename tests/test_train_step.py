@@ -1,5 +1,6 @@
 """The compiled step: what it communicates, what it normalises by, what it differentiates."""
 
+import dataclasses
 import functools
 import re
 
@@ -26,7 +27,7 @@ from flax_projector.sharding import (
     strip_axes,
     use_mesh,
 )
-from flax_projector.speech_llm import make_speech_llm
+from flax_projector.speech_llm import encode_prefix, make_speech_llm
 from flax_projector.train_step import (
     Objective,
     TrainState,
@@ -53,6 +54,7 @@ LLAMA = LlamaConfig(
     head_dim=6,
 )
 FRAMES, LENGTH, TEXT = 24, 19, 5
+PREFIX = (4, 31, 7)  # begins every row
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,7 @@ def make_batch(batch_size: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Random rows with 2 to 6 audio tokens and 1 to 5 labels."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 61, (batch_size, LENGTH), dtype=np.int32)
+    tokens[:, : len(PREFIX)] = PREFIX
     num_audio = rng.integers(2, 7, batch_size)
     for row, count in enumerate(num_audio):
         tokens[row, 3 : 3 + count] = AUDIO_TOKEN
@@ -129,6 +132,33 @@ def test_data_parallel_step_only_sums_gradients(model, params):
     collectives = re.findall(r"= .*? (all-gather|all-to-all|collective-permute|all-reduce)", hlo)
     assert set(collectives) == {"all-reduce"}
     assert not re.search(r"\[8,(16000|16400|100,400|\d+,20)\]", hlo), "a whole batch on one device"
+
+
+@pytest.mark.consistency("ours with the prefix in every row")
+@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_a_shared_prefix_changes_neither_loss_nor_gradients(model, params, mesh_config):
+    mesh, arrays = make_mesh(mesh_config), make_batch(8)
+    arrays["tokens"][5], arrays["label_valid"][5] = 60, False  # a row of padding has no prefix
+    arrays["label_positions"][5] = 0
+    batch = {name: jnp.asarray(x) for name, x in arrays.items()}
+    with use_mesh(mesh):
+        prefix = encode_prefix(model, params[2], PREFIX, mesh)
+
+        def value_and_grad(model):
+            def loss(projector_params):
+                sums, _ = loss_sums(model, projector_params, params[1], params[2], batch)
+                return sums["loss"]
+
+            return jax.jit(jax.value_and_grad(loss))(params[0])
+
+        expected = value_and_grad(model)
+        got = value_and_grad(dataclasses.replace(model, prefix=prefix))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_relative_l2(a, b, 1e-5)
+
+
+def test_without_tokens_there_is_no_prefix(model, params):
+    assert encode_prefix(model, params[2], (), make_mesh(MeshConfig())) is None
 
 
 @pytest.mark.consistency("ours by halves of the batch")
