@@ -59,6 +59,7 @@ bench: models
 	$(BIN)/python benchmarks/bench_towers.py
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_job.py
+	$(BIN)/python benchmarks/bench_input.py
 	$(BIN)/python benchmarks/bench_convert.py
 	$(BIN)/python benchmarks/bench_load.py --models $(MODELS)
 

@@ -12,8 +12,9 @@ Example:
 """
 
 import argparse
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,10 @@ from side_by_side import compare, flax_params
 
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
-from flax_projector.config import SAMPLE_RATE, OptimizerConfig, ProjectorConfig
+from flax_projector.config import SAMPLE_RATE, MeshConfig, OptimizerConfig, ProjectorConfig
 from flax_projector.prompt import AUDIO_TOKEN
-from flax_projector.speech_llm import make_speech_llm
+from flax_projector.sharding import make_mesh
+from flax_projector.speech_llm import encode_prefix, make_speech_llm
 from flax_projector.train_step import init_state, make_optimizer, train_step
 
 CONFIG = ProjectorConfig(encoder_dim=512, llm_dim=576)
@@ -101,12 +103,16 @@ class TorchStep:
 class JaxStep:
     """Ours, around the weights of a `TorchStep`."""
 
-    def __init__(self, twin: TorchStep):
+    def __init__(self, twin: TorchStep, prefix: Sequence[int] = ()):
+        """Args: twin, with the weights; prefix, token ids that every sequence begins with."""
         whisper = WHISPER_ENCODER.parse_config(WHISPER_BASE.to_dict(), "the benchmark")
         llama = LLAMA.parse_config(SMOLLM2_135M.to_dict(), "the benchmark")
         model = make_speech_llm(whisper, CONFIG, llama, dtype=jnp.float32, remat="products")
         encoder = flax_params(WHISPER_ENCODER, whisper, twin.encoder)
-        self.frozen = (encoder, flax_params(LLAMA, llama, twin.llm))
+        llm = flax_params(LLAMA, llama, twin.llm)
+        self.frozen = (encoder, llm)
+        mesh = make_mesh(MeshConfig())
+        model = dataclasses.replace(model, prefix=encode_prefix(model, llm, prefix, mesh))
         optimizer = make_optimizer(OPTIMIZER, lambda _: OPTIMIZER.learning_rate)
         params = flax_params(PROJECTOR, CONFIG, twin.projector)
         self.state = jax.jit(functools.partial(init_state, optimizer=optimizer))(params)

@@ -6,7 +6,10 @@ their own sub-config; only the programs see a whole `TrainConfig`.
 """
 
 import dataclasses
+import functools
 import json
+import math
+import numbers
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,14 +46,39 @@ def _multiple_of(divisor: int, what: str) -> _Rule:
 
 
 def _require(config: object, **rules: _Rule) -> None:
-    """Raises one ValueError that lists every field whose rule fails."""
-    problems = [
-        f"{type(config).__name__}.{name} = {value!r}: {text}"
-        for name, (is_ok, text) in rules.items()
-        if not is_ok(value := getattr(config, name))
-    ]
+    """Raises one ValueError that lists every number that is none; or every rule that fails."""
+    values = vars(config)
+    problems = {
+        name: f"must be {_NUMBERS[kind]}"
+        for name, kind in _number_fields(type(config)).items()
+        if not _is_number(values[name], kind)
+    }
+    if not problems:
+        problems = {name: text for name, (is_ok, text) in rules.items() if not is_ok(values[name])}
     if problems:
-        raise ValueError("\n".join(problems))
+        title = type(config).__name__
+        raise ValueError(
+            "\n".join(f"{title}.{n} = {values[n]!r}: {t}" for n, t in problems.items())
+        )
+
+
+_NUMBERS = {int: "a whole number", int | None: "a whole number or None", float: "a finite number"}
+
+
+@functools.cache
+def _number_fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {name: kind for name, kind in hints.items() if kind in _NUMBERS}
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    if value is None:
+        return kind == int | None
+    if isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, numbers.Real) and math.isfinite(value)
+    return isinstance(value, numbers.Integral)
 
 
 @dataclass(frozen=True)

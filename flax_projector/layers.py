@@ -69,7 +69,8 @@ def trained_dot_general(
     """`jax.lax.dot_general` as `flax.linen.Dense` calls it, for kernels that are trained.
 
     The gradient of the kernel is x' dy. JAX takes it as (dy' x)', which XLA on a CPU computes up to
-    twice as slowly. A frozen kernel needs none, and would only keep x for nothing.
+    twice as slowly. A frozen kernel needs none, and would only keep x for nothing. Forward-mode
+    differentiation (`jax.jvp`) is not defined.
     """
     return _product(x, kernel)
 

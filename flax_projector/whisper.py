@@ -83,19 +83,19 @@ def log_mel(samples: Float[Array, "B N"], num_mel_bins: int) -> Float[Array, "B 
 
     Args:
       samples: waveform at 16 kHz in [-1, 1], zero-padded to the window (30 s: N = 480000); N must
-        be a multiple of 160 and longer than 200.
+        be above 200.
       num_mel_bins: 80, or 128 from large-v3 on.
 
     Returns:
-      f32[B, M, F], F = N / 160: log10 power, at most 8 below the loudest bin of the utterance's
-      window, scaled by (x + 4) / 4.
+      f32[B, M, F], F = floor(N / 160): log10 power, at most 8 below the loudest bin of the
+      utterance's window, scaled by (x + 4) / 4.
 
     Source: `WhisperFeatureExtractor` (transformers): periodic Hann window, reflected edges, last
     STFT frame dropped.
     """
     n = samples.shape[-1]
-    if n % HOP_LENGTH or n <= WINDOW_LENGTH // 2:
-        raise ValueError(f"{n} samples: need a multiple of {HOP_LENGTH} above {WINDOW_LENGTH // 2}")
+    if n <= WINDOW_LENGTH // 2:
+        raise ValueError(f"{n} samples: need more than {WINDOW_LENGTH // 2}, half an STFT window")
     hann = np.hanning(WINDOW_LENGTH + 1)[:-1].astype(np.float32)  # periodic
     samples = samples.astype(jnp.float32)
     padded = jnp.pad(samples, ((0, 0), (WINDOW_LENGTH // 2,) * 2), mode="reflect")

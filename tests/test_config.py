@@ -34,6 +34,26 @@ LLAMA = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("encoder_dim", 3.5, "a whole number"),
+        ("encoder_dim", "64", "a whole number"),
+        ("encoder_dim", True, "a whole number"),
+        ("encoder_dim", None, "a whole number"),
+        ("projector_hidden_dim", 2.5, "a whole number or None"),
+        ("projector_init_std", float("inf"), "a finite number"),
+        ("rms_norm_eps", float("nan"), "a finite number"),
+        ("rms_norm_eps", "1e-6", "a finite number"),
+    ],
+)
+def test_a_field_that_is_no_number_is_an_error(name, value, expected):
+    fields = {"encoder_dim": 3, "llm_dim": 5, name: value}
+    with pytest.raises(ValueError) as error:
+        ProjectorConfig(**fields)
+    assert str(error.value) == f"ProjectorConfig.{name} = {value!r}: must be {expected}"
+
+
 @pytest.mark.parametrize("hidden", [None, 0])
 def test_hidden_dim_falls_back_to_four_times_the_llm(hidden):
     config = ProjectorConfig(encoder_dim=3, llm_dim=5, projector_hidden_dim=hidden)

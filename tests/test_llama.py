@@ -159,8 +159,7 @@ def run_embeddings(module: LlamaDecoder, params: dict, x: Any, weights: Any) -> 
 
     def weighted_sum(x):
         apply = functools.partial(module.apply, {"params": params})
-        key_valid = causal_mask(x.shape[1])
-        hidden: Any = apply(x, positions=positions, key_valid=key_valid, method="blocks")
+        hidden: Any = apply(x, positions=positions, method="blocks")
         logits = jnp.asarray(apply(hidden[0], method="logits"))
         return jnp.sum(logits * weights), logits
 

@@ -1,0 +1,132 @@
+"""The input pipeline alone: how much audio it decodes, resamples and batches.
+
+Clips of 12 seconds in the formats that corpora come in go through `BatchSource` and
+`BatchIterator`, to numpy batches as the training loop takes them. The yardstick is soundfile and
+soxr on the same files, without batches, in one thread; both take turns. Prints JSON: hours of audio
+per second of wall clock and per second of CPU time (of a core), and the ratio of CPU times.
+
+Example:
+
+  python benchmarks/bench_input.py --rounds 5 --threads 2
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import soundfile
+import soxr
+from tokenizers import Tokenizer
+
+from flax_projector.batch_plan import Utterance
+from flax_projector.config import SAMPLE_RATE, DataConfig, MeshConfig
+from flax_projector.data import BatchIterator, BatchSource, Waveforms
+from flax_projector.manifest import ManifestRow
+from flax_projector.prompt import Prompt
+from flax_projector.sharding import make_mesh
+from flax_projector.whisper import num_encoder_frames
+
+FORMATS = {  # suffix, sample rate, channels
+    "wav, 16 kHz": ("wav", 16_000, 1),
+    "flac, 16 kHz": ("flac", 16_000, 1),
+    "flac, 48 kHz stereo": ("flac", 48_000, 2),
+    "mp3, 44.1 kHz": ("mp3", 44_100, 1),
+    "ogg vorbis, 16 kHz": ("ogg", 16_000, 1),
+}
+CLIPS, SECS, BATCH = 64, 12, 8
+DATA = DataConfig(bucket_secs=(15.0,), batch_size=BATCH)
+PROMPT = Prompt(cast(Tokenizer, None), before_audio=(3,), after_audio=(4,), end_of_turn=2)
+
+
+def write_clips(folder: Path, suffix: str, rate: int, channels: int) -> list[Path]:
+    """Noise that rises and falls as speech does, so that a codec has work to do."""
+    rng = np.random.default_rng(0)
+    loudness = 0.1 * (1 + np.sin(np.arange(SECS * rate) * (2 * np.pi * 3 / rate)))
+    paths = [folder / f"{i}.{suffix}" for i in range(CLIPS)]
+    for path in paths:
+        noise = rng.standard_normal((SECS * rate, channels)) * loudness[:, None]
+        smooth = noise[1:] + 0.9 * noise[:-1]
+        soundfile.write(path, np.clip(smooth, -1, 1).astype(np.float32), rate)
+    return paths
+
+
+def read_batches(paths: list[Path], num_threads: int) -> None:
+    """Ours: one epoch of batches."""
+    max_frames = num_encoder_frames(SECS * SAMPLE_RATE) + 1
+    utterances = [
+        Utterance(ManifestRow(p.name, p, "", float(SECS)), max_frames, (5, PROMPT.end_of_turn))
+        for p in paths
+    ]
+    source = BatchSource(
+        utterances,
+        inputs=Waveforms(DATA.window_samples),
+        prompt=PROMPT,
+        config=DATA,
+        pool_stride=4,
+        mesh=make_mesh(MeshConfig()),
+        batch_size=BATCH,
+    )
+    with contextlib.closing(BatchIterator(source, num_threads=num_threads)) as batches:
+        for batch in batches:
+            if batch["problem"].any():
+                raise RuntimeError("a clip could not be read")
+
+
+def read_plainly(paths: list[Path]) -> None:
+    """The libraries alone."""
+    for path in paths:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
+
+
+def seconds(function: Callable[[], None]) -> tuple[float, float]:
+    """Wall-clock and CPU time of a call."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - start, time.process_time() - cpu_start
+
+
+def measure(paths: list[Path], num_threads: int, rounds: int) -> dict[str, float]:
+    """Medians of both ways to read the clips."""
+    ways = (lambda: read_batches(paths, num_threads), lambda: read_plainly(paths))
+    times = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]  # the first warms up
+    ours, plain = zip(*times, strict=True)
+    wall, cpu = (statistics.median(column) for column in zip(*ours, strict=True))
+    plain_cpu = statistics.median(cpu for _, cpu in plain)
+    hours = CLIPS * SECS / 3600
+    return {
+        "hours_per_sec": round(hours / wall, 2),
+        "hours_per_core_sec": round(hours / cpu, 2),
+        "libraries_hours_per_core_sec": round(hours / plain_cpu, 2),
+        "cpu_ratio": round(cpu / plain_cpu, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of each format")
+    parser.add_argument("--threads", type=int, default=DATA.num_threads, help="of the pipeline")
+    args = parser.parse_args()
+    results = {}
+    for name, (suffix, rate, channels) in FORMATS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write_clips(Path(folder), suffix, rate, channels)
+            results[name] = measure(paths, args.threads, args.rounds)
+    setting = {"cpus": os.cpu_count(), "threads": args.threads, "rounds": args.rounds}
+    json.dump({"benchmark": "input", **setting, "results": results}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()
