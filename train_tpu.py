@@ -31,6 +31,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from convert.load import load_projector
 from flax_projector import config as configs
+from flax_projector.audio import is_url
 from flax_projector.batch_plan import Bucket
 from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
@@ -40,6 +41,7 @@ from flax_projector.metrics import (
     MetricsWriter,
     quiet_other_processes,
     require_finite,
+    samples,
     setup_logging,
 )
 from flax_projector.preemption import Preempted, PreemptionGuard
@@ -57,6 +59,8 @@ from flax_projector.run import (
 )
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
 from flax_projector.throughput import (
+    check_profile,
+    compilations,
     make_flop_counter,
     profiled,
     progress_postfix,
@@ -81,6 +85,8 @@ def check_run_folder(config: TrainConfig) -> Path:
     Raises:
       ValueError: if another run lies there.
     """
+    if is_url(config.out):
+        raise ValueError(f"--out {config.out}: a run folder must be a local or mounted path")
     folder = Path(config.out)
     saved_path = folder / "config.json"
     if saved_path.is_file():
@@ -214,6 +220,9 @@ def main(config: TrainConfig) -> None:
         mesh = make_mesh(config.mesh)
         log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
         stack.enter_context(use_mesh(mesh))
+        num_compiled = stack.enter_context(compilations())
+        if jax.default_backend() == "cpu" and config.dtype == "bfloat16":
+            log.warning("bfloat16 is many times slower than float32 on CPUs: pass --dtype float32")
 
         # --- frozen towers and data ----------------------------------------------------------
         loaded = load_model(config, mesh)
@@ -243,11 +252,12 @@ def main(config: TrainConfig) -> None:
         else:
             state = make_initial_state(config, loaded, optimizer, abstract)
         log_parameters(loaded, state)
-        save_config(folder, config)
         first = int(state.step)
         writer = stack.enter_context(
             MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
         )
+        save_config(folder, config)
+        check_profile(config.profile_steps, config.num_steps - first)
 
         # --- compiled functions --------------------------------------------------------------
         objective = warm_start = Objective()
@@ -275,8 +285,12 @@ def main(config: TrainConfig) -> None:
             nonlocal pending, since, waited, audio_secs
             if not pending:
                 return
+            measured = jax.device_get(pending)
+            for index, metrics in enumerate(measured, step - len(measured)):
+                ids = [u.row.id for u in source.members(index) if u is not None]
+                require_finite(metrics, step=index + 1, utterance_ids=ids)
             scalars = summarize(
-                jax.device_get(pending),
+                measured,
                 secs=time.monotonic() - since,
                 wait_secs=waited,
                 count_flops=count_flops,
@@ -285,9 +299,7 @@ def main(config: TrainConfig) -> None:
             audio_secs += scalars.pop("audio_secs")
             scalars["audio_hours"] = audio_secs / 3600
             scalars["learning_rate"] = float(np.asarray(schedule(step - 1)))
-            batches = range(step - len(pending), step)
-            ids = [u.row.id for i in batches for u in source.members(i) if u is not None]
-            require_finite(scalars, step=step, utterance_ids=ids)
+            scalars["num_compiled"] = num_compiled()
             writer.write(step, scalars)
             progress.set_postfix(progress_postfix(scalars))
             pending, since, waited = [], time.monotonic(), 0.0
@@ -302,20 +314,24 @@ def main(config: TrainConfig) -> None:
 
         def evaluate(step: int) -> None:
             nonlocal best, since
-            rates = []
+            wers, losses = [], []
             for name, eval_source in eval_sources.items():
                 params = (state.params, *loaded.frozen)
                 scores = evaluator(params, eval_source, name=name, check=guard.check)
-                rates.append(scores.wer)
+                wers.append(scores.wer)
+                losses.append(scores.loss)
                 writer.write(
                     step, {f"eval/{name}/loss": scores.loss, f"eval/{name}/wer": scores.wer}
                 )
                 writer.write_transcripts(step, name, scores.transcripts)
                 log_scores(step, name, scores)
-            if rates and step and np.mean(rates) < best["wer"]:
-                best = {"step": step, "wer": float(np.mean(rates))}
-                write_projector(folder / "best", state.params, config, mesh)
-                write_best(folder, best)
+            log.info("%d programs compiled so far", num_compiled())
+            if wers and step:
+                now = {"step": step, "wer": float(np.mean(wers)), "loss": float(np.mean(losses))}
+                if (now["wer"], now["loss"]) < (best["wer"], best["loss"]):
+                    best = now
+                    write_projector(folder / "best", state.params, config, mesh)
+                    write_best(folder, best)
             since = time.monotonic()
 
         def is_eval_step(step: int) -> bool:
@@ -339,9 +355,8 @@ def main(config: TrainConfig) -> None:
             if is_eval_step(first):  # after a restart too: the evaluation may have been interrupted
                 evaluate(first)
             while step < config.num_steps:
-                if guard.is_due(step):
-                    raise Preempted
-                with profiled(step - first, config.profile_steps, folder / "profile"):
+                guard.check()
+                with profiled(step - first, config.profile_steps, folder / "profile") as is_last:
                     start = time.monotonic()
                     rows = take_problems(next(iterator), source, step, bad_rows)
                     batch = to_global(rows, source)
@@ -350,6 +365,8 @@ def main(config: TrainConfig) -> None:
                     run_step = steps[current, source.bucket(step)]
                     with jax.transfer_guard("disallow"):
                         state, metrics = run_step(state, *loaded.frozen, batch)
+                    if is_last:
+                        jax.block_until_ready(metrics)
                 pending.append(metrics)
                 step += 1
                 progress.update()
@@ -380,12 +397,12 @@ def main(config: TrainConfig) -> None:
 
 
 def log_scores(step: int, name: str, scores: Scores) -> None:
-    """Scores of an evaluation, with three of its transcripts."""
+    """Scores of an evaluation, with ten of its transcripts."""
     log.info(
         "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
         *(step, name, 100 * scores.wer, scores.loss, len(scores.transcripts)),
     )
-    for transcript in scores.transcripts[:3]:
+    for transcript in samples(scores.transcripts):
         log.info("  said %r, heard %r", transcript.reference, transcript.hypothesis)
 
 
@@ -397,7 +414,7 @@ def cli() -> None:
     with logging_redirect_tqdm():
         try:
             main(config)
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
 
 

@@ -364,8 +364,11 @@ class OptimizerConfig:
     final_lr_rate: float = 0.0
     """Learning rate at the last step, as a fraction of the peak."""
     b1: float = 0.9
+    """Decay of the mean of gradients, per step."""
     b2: float = 0.999
+    """Decay of the mean of squared gradients, per step."""
     eps: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.01
     """Applied to kernels only: norms and biases are not decayed."""
     clip_norm: float = 1.0
@@ -462,15 +465,19 @@ class TrainConfig:
     num_steps: int = 20_000
     """Optimizer steps of the whole run."""
     accumulation_steps: int = 1
-    """Micro-batches that a step's batch is computed in, one after the other: memory for one."""
+    """Micro-batches that a step's batch is computed in, one after the other: memory for one. It
+    changes no gradient, but which dropout and which SpecAugment masks are drawn."""
     log_every_steps: int = 10
+    """Steps between two lines of metrics, each of which is a mean over them."""
     eval_every_steps: int = 1000
     """0 evaluates only before the first and after the last step; none during a CTC warm start."""
     save_every_steps: int = 500
+    """Steps between two checkpoints."""
     save_every_mins: float = 30.0
     """A checkpoint also when this many minutes have passed since the last, at a step that logs."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; the one with the lowest word error rate stays in `best`."""
+    """Newest checkpoints that are kept. The projector with the lowest word error rate, and of equal
+    ones the lowest loss, stays in `best`."""
     max_new_tokens: int = 96
     """Tokens decoded per utterance in evaluation."""
     seed: int = 0
@@ -631,6 +638,7 @@ MAY_CHANGE_ON_RESUME = (
     *("keep_checkpoints", "resume", "distributed", "max_new_tokens", "out", "remat"),
     *("profile_steps", "wandb_project", "accumulation_steps"),
     *("data.num_threads", "data.num_workers", "data.cache_dir", "data.max_bad_rate"),
+    "data.eval",  # the sets and their batch size
 )
 
 

@@ -42,6 +42,10 @@ class KVCache:
     v: Float[Array, "*layers B C K d"]
 
 
+Rotary = tuple[Float[Array, "#B T 1 d"], Float[Array, "#B T 1 d"]]
+"""cos and sin of the rotary angles, f32, repeated for the two halves of a head."""
+
+
 def make_cache(
     config: LlamaConfig, batch_size: int, length: int, dtype: DTypeLike = jnp.float32
 ) -> KVCache:
@@ -51,10 +55,8 @@ def make_cache(
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def _rotary(
-    positions: Int[Array, "#B T"], config: LlamaConfig
-) -> tuple[Float[Array, "#B T 1 d"], Float[Array, "#B T 1 d"]]:
-    """cos and sin of the rotary angles, f32, repeated for the two halves of a head."""
+def _rotary(positions: Int[Array, "#B T"], config: LlamaConfig) -> Rotary:
+    """The angles of these positions."""
     halves = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
     inv_freq = config.rope_theta ** (-halves / config.head_dim)  # [d/2], radians per position
     if config.rope_scaling is not None:
@@ -110,8 +112,17 @@ class LlamaAttention(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, rotary, is_rotated, key_valid, cache, prefix, cache_index):
-        """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        is_rotated: Bool[Array, ""],
+        key_valid: Bool[Array, "#B T C"] | None,
+        cache: KVCache | None,
+        prefix: KVCache | None,
+        cache_index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """As `LlamaDecoder.blocks`, with one layer of the caches and the angles of `_rotary`."""
         c = self.config
         b, t, _ = x.shape
         q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -166,8 +177,17 @@ class LlamaLayer(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x, rotary, is_rotated, key_valid, cache, prefix, cache_index):
-        """[B, T, D] and the cache, as `LlamaDecoder.blocks` takes and gives them."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        is_rotated: Bool[Array, ""],
+        key_valid: Bool[Array, "#B T C"] | None,
+        cache: KVCache | None,
+        prefix: KVCache | None,
+        cache_index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """As `LlamaDecoder.blocks`, with one layer of the caches and the angles of `_rotary`."""
         c = self.config
         args = (c, self.dtype, self.param_dtype)
         norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class MetricsWriter:
         self._is_writer = jax.process_index() == 0
         self._folder = folder
         if self._is_writer:
+            folder.mkdir(parents=True, exist_ok=True)
             self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
             path = folder / "metrics.jsonl"
             _drop_after(path, first_step)
@@ -75,14 +77,14 @@ class MetricsWriter:
             self._wandb.log(dict(scalars), step=step)
 
     def write_transcripts(self, step: int, name: str, transcripts: Sequence[Transcript]) -> None:
-        """Saves every transcript of an evaluation, and shows the first ten in TensorBoard."""
+        """Saves every transcript of an evaluation, and shows samples in TensorBoard."""
         if not self._is_writer:
             return
         folder = self._folder / "transcripts"
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in transcripts]
         (folder / f"{name}-{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
-        shown = "\n".join(f"| {t.reference} | {t.hypothesis} |" for t in transcripts[:10])
+        shown = "\n".join(f"| {t.reference} | {t.hypothesis} |" for t in samples(transcripts))
         table = f"| reference | hypothesis |\n| --- | --- |\n{shown}"
         self._add_event(step, text_pb(f"transcripts/{name}", table))
 
@@ -123,9 +125,16 @@ def _start_wandb(project: str, folder: Path) -> Any:
         raise ValueError(
             "wandb_project is set and wandb is not installed: `pip install wandb`, or leave it out"
         ) from error
-    return wandb.init(
-        project=project, name=folder.name, dir=str(folder), id=folder.name, resume="allow"
-    )
+    id_path = folder / "wandb_id"
+    run_id = id_path.read_text() if id_path.is_file() else uuid.uuid4().hex
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow")
+    id_path.write_text(run_id)
+    return run
+
+
+def samples(transcripts: Sequence[Transcript], count: int = 10) -> Sequence[Transcript]:
+    """Some of an evaluation's transcripts, from the shortest clips to the longest."""
+    return transcripts[:: max(1, -(-len(transcripts) // count))]
 
 
 def require_finite(scalars: Mapping[str, float], *, step: int, utterance_ids: list[str]) -> None:

@@ -25,32 +25,33 @@ class PreemptionGuard:
 
     A Python signal handler runs only between two bytecodes of the main thread, and a compilation
     is one bytecode of minutes. A thread therefore waits for the signal. The main thread polls
-    (`check`, `is_due`) where it can save, and ends. If it does not within the grace, it is busy
+    (`check`) where it can save, and ends. If it does not within the grace, it is busy
     with something that cannot be interrupted, and everything is saved before such work begins:
     then the thread waits for a save in flight and ends the process. Before `protect` was called
     there is nothing to save at all, and the thread does not wait.
 
-    On several hosts JAX's own preemption service takes SIGTERM, and all hosts agree on a step.
+    On several hosts JAX's own preemption service takes SIGTERM, and all hosts agree at which of
+    their polls they stop. No host ends alone in something that cannot be interrupted.
     """
 
     def __init__(self) -> None:
         self._requested, self._ended = threading.Event(), threading.Event()
         self._finish: Callable[[], object] | None = None
+        self._num_polls = 0
 
     def protect(self, finish: Callable[[], object]) -> None:
         """From now on there is a state to save; `finish` waits for a save in flight."""
         self._finish = finish
 
     def check(self) -> None:
-        """Raises `Preempted` if the process was asked to stop."""
-        if self._requested.is_set():
-            raise Preempted
-
-    def is_due(self, step: int) -> bool:
-        """Whether to save and stop after this step; every host must ask after every step."""
+        """Raises `Preempted` if the run was asked to stop; every host must poll as often."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._requested.is_set()
+            self._num_polls += 1
+            is_due = multihost_utils.reached_preemption_sync_point(self._num_polls)
+        else:
+            is_due = self._requested.is_set()
+        if is_due:
+            raise Preempted
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["PreemptionGuard"]:

@@ -277,16 +277,18 @@ def make_evaluator(loaded: LoadedModel, config: TrainConfig, bad_rows: BadRowLog
 
 def write_projector(folder: Path, params: Params, config: TrainConfig, mesh: Mesh) -> None:
     """Writes a projector as a Flax folder, in place of an earlier one; every process must call."""
-    whole = jax.device_get(jax.jit(lambda p: p, out_shardings=replicated(mesh))(params))
+    whole = jax.device_get(jax.device_put(params, replicated(mesh)))
     if jax.process_index() == 0:
         leaves = in_memory(flatten(whole))
         write_flax(folder, leaves, config_text(run_config_dict(config)), overwrite=True)
 
 
 def read_best(folder: Path) -> dict[str, Any]:
-    """Step and mean word error rate of the projector in `best`; infinite if there is none."""
+    """Step, word error rate and loss of the projector in `best`; infinite if there is none."""
     path = folder / "best.json"
-    return json.loads(path.read_text()) if path.is_file() else {"step": None, "wer": math.inf}
+    if path.is_file():
+        return json.loads(path.read_text())
+    return {"step": None, "wer": math.inf, "loss": math.inf}
 
 
 def write_best(folder: Path, best: dict[str, Any]) -> None:

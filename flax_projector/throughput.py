@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,25 +95,58 @@ def make_flop_counter(
 
 
 @contextlib.contextmanager
-def profiled(step: int, num_steps: int, folder: Path) -> Iterator[None]:
+def compilations() -> Iterator[Callable[[], int]]:
+    """Counts the programs that XLA compiles inside the block; gives what tells the number so far.
+
+    Lengths come from few buckets: once every one has been seen, the number must not grow.
+    """
+    count = 0
+
+    def listen(event: str, duration_secs: float, **_metadata: Any) -> None:
+        nonlocal count
+        count += event == _COMPILATION
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: count
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+_COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def profiled(step: int, num_steps: int, folder: Path) -> Iterator[bool]:
     """Starts a profiler trace with the eleventh step of a start, and ends it `num_steps` later.
 
     Args:
       step: number of the step since the program started, from 0.
       num_steps: that are traced; 0 for none.
       folder: where TensorBoard and Perfetto find the trace.
+
+    Yields:
+      Whether this is the last step of the trace: wait for its results before the block ends.
     """
     if num_steps and step == _STEPS_BEFORE_TRACE:
         jax.profiler.start_trace(str(folder))
+    is_last = num_steps > 0 and step == _STEPS_BEFORE_TRACE + num_steps - 1
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
-        yield
-    if num_steps and step == _STEPS_BEFORE_TRACE + num_steps - 1:
-        jax.effects_barrier()
+        yield is_last
+    if is_last:
         jax.profiler.stop_trace()
         log.info("profile of %d steps in %s", num_steps, folder)
 
 
 _STEPS_BEFORE_TRACE = 10
+
+
+def check_profile(num_steps: int, num_left: int) -> None:
+    """Warns if a start has too few steps left for its trace."""
+    if num_steps and num_left < (needed := _STEPS_BEFORE_TRACE + num_steps):
+        log.warning("no profile: it needs %d steps, %d are left", needed, num_left)
+
+
 COUNTS = ("num_clips", "num_audio_tokens", "num_tokens", "num_labels", "num_ctc_labels")
 
 
@@ -169,6 +202,7 @@ def progress_postfix(scalars: Mapping[str, float]) -> dict[str, str]:
         "lr": f"{scalars['learning_rate']:.1e}",
         "audio": f"{scalars['audio_hours']:.2f}h",
         "speed": f"{scalars['audio_secs_per_sec']:.0f}s/s",
+        "step": f"{scalars['step_secs']:.2f}s",
         "wait": f"{scalars['data_wait_rate']:.0%}",
     }
     return postfix | ({"mfu": f"{scalars['mfu']:.0%}"} if "mfu" in scalars else {})

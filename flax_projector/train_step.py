@@ -159,7 +159,8 @@ def loss_sums(
         logits = model.label_logits(llm_params, inputs, batch["label_positions"])
         sums[LLM_LOSS] = cross_entropy(logits, batch["labels"], batch["label_valid"])
         is_audio = batch["tokens"] == AUDIO_TOKEN
-        scales = rms(inputs, is_audio), rms(inputs, ~is_audio)
+        is_read = jnp.arange(inputs.shape[1]) < _num_tokens(batch)[:, None]  # not padding
+        scales = rms(inputs, is_audio), rms(inputs, is_read & ~is_audio)
         metrics["scale_ratio"] = scales[0] / jnp.maximum(scales[1], 1e-9)
     if objective.ctc_weight:
         logits = model.embedding_logits(llm_params, audio, np.array(objective.classes))
@@ -210,6 +211,12 @@ def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> tuple[int, ...]
     return (blank, *sorted(spoken))
 
 
+def _num_tokens(batch: Batch) -> Int[Array, "B"]:
+    """Tokens of each row that the LLM reads: the last label is predicted, never read."""
+    num_labels = jnp.sum(batch["label_valid"], axis=1)
+    return jnp.where(num_labels > 0, batch["prompt_len"] + num_labels - 1, 0)
+
+
 def batch_counts(
     batch: Batch, pool_stride: int, prefix_len: int = 0
 ) -> dict[str, Float[Array, ""]]:
@@ -225,14 +232,11 @@ def batch_counts(
       "padding_rate", the share of the LLM's static length that they leave.
     """
     num_frames = jnp.sum(batch["frame_valid"], axis=1)  # [B]
-    num_labels = jnp.sum(batch["label_valid"], axis=1)
-    # The last label is predicted, never read.
-    num_tokens = jnp.where(num_labels > 0, batch["prompt_len"] - prefix_len + num_labels - 1, 0)
     sums = {
         "audio_secs": num_frames * (SAMPLES_PER_FRAME / SAMPLE_RATE),
         "num_clips": num_frames > 0,
         "num_audio_tokens": -(-num_frames // pool_stride),
-        "num_tokens": num_tokens,
+        "num_tokens": jnp.maximum(_num_tokens(batch) - prefix_len, 0),
     }
     counts = {name: jnp.sum(rows, dtype=jnp.float32) for name, rows in sums.items()}
     num_rows, length = batch["tokens"].shape

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from flax_projector.metrics import MetricsWriter
+from flax_projector.evaluate import Transcript
+from flax_projector.metrics import MetricsWriter, samples
 
 
 def steps_of(folder) -> list[tuple[int, str]]:
@@ -45,7 +46,7 @@ def test_without_wandb_the_error_says_how_to_get_it(tmp_path, monkeypatch):
 
 
 def test_wandb_gets_the_scalars(tmp_path, monkeypatch):
-    logged = []
+    logged, ids = [], []
 
     class Run:
         def log(self, scalars, step):
@@ -56,10 +57,23 @@ def test_wandb_gets_the_scalars(tmp_path, monkeypatch):
 
     class Wandb:
         @staticmethod
-        def init(**_kwargs):
+        def init(**kwargs):
+            ids.append(kwargs["id"])
             return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     with MetricsWriter(tmp_path, wandb_project="speech") as writer:
         writer.write(3, {"loss": 2.0})
     assert logged == [(3, {"loss": 2.0}), "finished"]
+    for folder in (tmp_path, tmp_path / "other"):
+        with MetricsWriter(folder, wandb_project="speech"):
+            pass
+    assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (3, 3), (10, 10), (60, 10), (64, 10)])
+def test_samples_come_from_the_whole_evaluation(count, expected):
+    transcripts = [Transcript(str(i), "", "", ()) for i in range(count)]
+    chosen = samples(transcripts)
+    assert len(chosen) == expected
+    assert not count or count - int(chosen[-1].id) <= 7

@@ -11,6 +11,8 @@ from flax_projector.llama import abstract_decoder
 from flax_projector.projector import abstract_projector
 from flax_projector.throughput import (
     FlopCounter,
+    check_profile,
+    compilations,
     make_flop_counter,
     peak_flops,
     profiled,
@@ -94,6 +96,26 @@ def test_matrices_are_counted_without_norms_biases_and_embeddings():
 
 def test_a_profile_holds_the_steps_after_the_tenth(tmp_path):
     for index in range(13):
-        with profiled(index, 2, tmp_path / "profile"):
+        with profiled(index, 2, tmp_path / "profile") as is_last:
             jax.block_until_ready(jax.numpy.ones(3) + index)
+        assert is_last == (index == 11)
         assert (tmp_path / "profile").exists() == (index >= 11)
+
+
+@pytest.mark.parametrize(("num_left", "warns"), [(11, True), (12, False)])
+def test_a_start_too_short_for_its_profile_says_so(caplog, num_left, warns):
+    check_profile(2, num_left)
+    assert ("it needs 12 steps, 11 are left" in caplog.text) == warns
+
+
+def test_compilations_are_counted():
+    with compilations() as count:
+        double = jax.jit(lambda x: 2 * x + 0.123)
+        before = count()
+        for x in (jax.numpy.ones(3), jax.numpy.zeros(3)):
+            double(x)
+        once = count()
+        double(jax.numpy.ones(4))
+        assert (once - before >= 1) and count() > once
+    double(jax.numpy.ones(5))
+    assert count() < once + 10

@@ -14,7 +14,15 @@ import pytest
 import train_tpu
 from convert import api
 from flax_projector import __main__ as program
-from flax_projector.config import CTCConfig, MeshConfig, ProjectorConfig, from_json, to_json
+from flax_projector.config import (
+    PRESETS,
+    CTCConfig,
+    MeshConfig,
+    ProjectorConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+)
 from flax_projector.metrics import MetricsWriter
 from flax_projector.sharding import make_mesh
 from tests.parity import assert_within
@@ -203,15 +211,84 @@ def test_missing_data_is_an_error_that_names_the_option(run):
         run(data={"train": ()})
 
 
-def test_non_finite_loss_stops_with_the_clips(run, monkeypatch):
-    summarize = train_tpu.summarize
+def test_non_finite_loss_stops_with_its_step_and_clips(run, monkeypatch):
+    """Of the step where it happened, not of all since the last line of the log."""
+    compile_steps, seen = train_tpu.compile_steps, []
+    nan = jax.numpy.float32("nan")
 
-    def summarize_broken(steps, **kwargs):
-        return {**summarize(steps, **kwargs), "loss": float("nan")}
+    def compile_broken(objectives, source, *args):
+        steps = compile_steps(objectives, source, *args)
 
-    monkeypatch.setattr(train_tpu, "summarize", summarize_broken)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1; .*clip\d"):
-        run()
+        def break_third(run_step):
+            def call(*args):
+                state, metrics = run_step(*args)
+                seen.append(source)
+                return state, {**metrics, "loss": nan} if len(seen) == 3 else metrics
+
+            return call
+
+        return {key: break_third(run_step) for key, run_step in steps.items()}
+
+    monkeypatch.setattr(train_tpu, "compile_steps", compile_broken)
+    with pytest.raises(FloatingPointError) as error:
+        run(num_steps=6, log_every_steps=5, save_every_steps=100)
+    ids = [u.row.id for u in seen[0].members(2) if u is not None]
+    assert f"loss is nan at step 3; utterances of the batch: {ids}." in str(error.value)
+
+
+def test_nothing_is_compiled_once_every_length_was_seen(run):
+    config = run(num_steps=8, eval_every_steps=2)
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    counts = [r["num_compiled"] for r in map(json.loads, lines) if "num_compiled" in r]
+    assert len(counts) == 8 and counts[0] > 0
+    assert counts[2:] == [counts[2]] * 6, "step 2 was evaluated, and its projector kept"
+
+
+def use_command_line(monkeypatch, *args: str) -> list[TrainConfig]:
+    """Replaces the run by a list of the configs that it would get."""
+    configs = []
+    monkeypatch.setattr(sys, "argv", ["train_tpu.py", *args])
+    monkeypatch.setattr(train_tpu, "main", configs.append)
+    return configs
+
+
+def test_the_command_line_overrides_a_preset(monkeypatch):
+    options = ("--data.train", "a.jsonl", "b.tsv", "--optimizer.learning-rate", "0.5")
+    configs = use_command_line(monkeypatch, "demo", *options, "--mesh.fsdp", "2")
+    train_tpu.cli()
+    preset = PRESETS["demo"][1]
+    expected = dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, train=("a.jsonl", "b.tsv")),
+        optimizer=dataclasses.replace(preset.optimizer, learning_rate=0.5),
+        mesh=MeshConfig(fsdp=2),
+    )
+    assert configs == [expected]
+
+
+def test_a_misspelt_option_is_an_error_with_a_suggestion(monkeypatch, capsys):
+    use_command_line(monkeypatch, "demo", "--data.batch-sizes", "4")
+    with pytest.raises(SystemExit) as error:
+        train_tpu.cli()
+    assert error.value.code == 2
+    assert "--data.batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("no such file"), FloatingPointError("loss is nan")])
+def test_what_stops_a_run_is_one_line(monkeypatch, error):
+    use_command_line(monkeypatch, "demo")
+
+    def fail(_config):
+        raise error
+
+    monkeypatch.setattr(train_tpu, "main", fail)
+    with pytest.raises(SystemExit, match=f"^error: {error}$"):
+        train_tpu.cli()
+
+
+def test_a_run_folder_at_a_url_is_refused(run):
+    with pytest.raises(ValueError, match=r"--out gs://bucket/run: .*local or mounted path"):
+        run(out="gs://bucket/run")
 
 
 def test_finished_run_transcribes_files(run, capsys):
@@ -246,13 +323,14 @@ def test_training_never_imports_torch(tmp_path, tiny_towers):
 
 def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
     evaluate = train_tpu.make_evaluator
-    rates = iter([0.9, 0.5, 0.2, 0.7, 0.3])  # of steps 0, 2, 4, 6, 8
+    scores = iter([(0.9, 4), (0.2, 3), (0.2, 1), (0.7, 0), (0.2, 2)])  # of steps 0, 2, 4, 6, 8
 
     def make_evaluator(*args):
         evaluator = evaluate(*args)
 
         def scored(*args, **kwargs):
-            return dataclasses.replace(evaluator(*args, **kwargs), wer=next(rates))
+            wer, loss = next(scores)
+            return dataclasses.replace(evaluator(*args, **kwargs), wer=wer, loss=loss)
 
         return scored
 
@@ -260,7 +338,7 @@ def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
     config = run(num_steps=8, eval_every_steps=2, keep_checkpoints=1)
     folder = Path(config.out)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"8"}
-    assert json.loads((folder / "best.json").read_text()) == {"step": 4, "wer": 0.2}
+    assert json.loads((folder / "best.json").read_text()) == {"step": 4, "wer": 0.2, "loss": 1}
     best = api.to_torch(folder / "best", folder / "for-the-server")
     assert not api.verify(best, folder / "projector").is_same
     monkeypatch.undo()

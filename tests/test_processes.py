@@ -1,0 +1,99 @@
+"""A run of two processes on loopback, as two hosts would run it."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_tpu
+from flax_projector.checkpoints import open_manager
+from flax_projector.config import TrainConfig, to_json
+from tests.parity import assert_within
+from tests.tiny import read_losses, tiny_config
+
+pytestmark = pytest.mark.torch
+
+PROGRAM = """
+import functools, sys, time
+import jax
+import train_tpu
+from flax_projector.config import from_json
+
+config_path, port, index = sys.argv[1:]
+initialize = functools.partial(jax.distributed.initialize, f"localhost:{port}", 2, int(index))
+jax.distributed.initialize = initialize
+take_problems = train_tpu.take_problems
+
+def take_slowly(*args):
+    time.sleep(0.2)
+    return take_problems(*args)
+
+train_tpu.take_problems = take_slowly
+train_tpu.setup_logging()
+train_tpu.main(from_json(open(config_path).read()))
+"""
+
+
+def start(config_path: Path) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = "--xla_force_host_platform_device_count=2"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(config_path), str(port), str(index)],
+            cwd=Path(train_tpu.__file__).parent,
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> str:
+    """What they said, once both have ended well."""
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    for process, text in zip(processes, errors, strict=True):
+        assert process.returncode == 0, text[-3000:]
+    return "".join(errors)
+
+
+def num_losses(config: TrainConfig) -> int:
+    metrics = Path(config.out) / "metrics.jsonl"
+    return metrics.read_text().count('"grad_norm"') if metrics.is_file() else 0
+
+
+@pytest.mark.consistency("ours in one process")
+def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> None:
+    """SIGTERM to one of them saves and ends both; started again they finish."""
+    one, two = (
+        tiny_config(tmp_path / name, tiny_towers, num_steps=20, eval_every_steps=5)
+        for name in ("one", "two")
+    )
+    two = dataclasses.replace(two, distributed=True)
+    config_path = tmp_path / "config.json"
+    config_path.write_text(to_json(two))
+
+    processes = start(config_path)
+    while num_losses(two) < 3 and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    assert "which is saved: the same command goes on" in finish(processes)
+    with open_manager(Path(two.out) / "checkpoints", keep=2) as manager:
+        stopped_at = manager.latest_step()
+    assert stopped_at is not None and 3 <= stopped_at < 20
+
+    assert f"resumed at step {stopped_at}" in finish(start(config_path))
+    train_tpu.main(one)
+    assert_within(np.array(read_losses(two), np.float32), read_losses(one), 1e-4)
+    names = [Path(c.out) / "transcripts" / "clips-000020.jsonl" for c in (one, two)]
+    assert names[0].read_text() == names[1].read_text()
