@@ -299,8 +299,10 @@ class DataConfig:
     eval_batch_size: int = 16
     """Utterances per decoding batch, over all devices."""
     window_secs: float = 30.0
-    """Audio window of the encoder, in seconds. Whisper was trained on 30; a shorter one costs less,
-    and the projector must be used with the window it was trained with."""
+    """Audio window of the encoder, in seconds. Whisper was trained on 30. A shorter one takes less
+    time in proportion, but gives other frames: those of whisper-base differ from a window of 30 s
+    by 8% of their norm at 15 s, 12% at 10 s and 20% at 4 s. A projector must be used with the
+    window it was trained with."""
     bucket_secs: tuple[float, ...] = (5.0, 10.0, 15.0)
     """Upper bounds of the audio-length buckets, in seconds: one compiled step each. Longer clips
     than the last are left out, never cut."""
