@@ -42,3 +42,14 @@ def tiny_towers(tmp_path_factory):
     from tests.tiny import make_towers
 
     return make_towers(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture
+def report(capsys):
+    """Shows a line of what was measured, whether or not pytest captures output."""
+
+    def show(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {line}", end=" ")  # noqa: T201
+
+    return show

@@ -120,15 +120,9 @@ STAGES = {
 }
 
 
-def report(capsys: pytest.CaptureFixture, line: str) -> None:
-    """Shows what was measured, whether or not pytest captures output."""
-    with capsys.disabled():
-        print(f"\n  {line}", end=" ")  # noqa: T201
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)])
-def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, capsys):
+def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
     config = PRESETS["whisper-base-smollm2-135m"][1]
     mesh = make_mesh(mesh_config, tpu_devices("v5e:2x2"))
     dtype = jnp.dtype(config.dtype)
@@ -164,7 +158,7 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, capsys):
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     peak = peak_bytes(compiled)
-    report(capsys, f"v5e:2x2, {mesh_config}, {stage}: {peak / 1e9:.2f} GB per chip")
+    report(f"v5e:2x2, {mesh_config}, {stage}: {peak / 1e9:.2f} GB per chip")
     assert memory.alias_size_in_bytes > 0, "the state is not donated"
     assert peak < CHIP_BYTES
     assert "all-reduce" in hlo, "gradients are not summed over the chips"
@@ -193,7 +187,7 @@ def towers():
 
 
 @pytest.mark.parametrize("part", ["encoder", "llm", "llm gradient"])
-def test_full_size_towers_compile_for_64_chips(towers, part, capsys):
+def test_full_size_towers_compile_for_64_chips(towers, part, report):
     """Four utterances of 30 s on each chip, with the fused attention."""
     model, params, mesh = towers
 
@@ -223,7 +217,7 @@ def test_full_size_towers_compile_for_64_chips(towers, part, capsys):
         jitted = jax.jit(function, out_shardings=batch_sharding(mesh))
         compiled = jitted.lower(*args).compile()
     secs, peak, hlo = time.monotonic() - start, peak_bytes(compiled), compiled.as_text()
-    report(capsys, f"v5e:8x8, {part}: compiled in {secs:.0f} s, {peak / 1e9:.2f} GB per chip")
+    report(f"v5e:8x8, {part}: compiled in {secs:.0f} s, {peak / 1e9:.2f} GB per chip")
     assert peak < CHIP_BYTES
     assert hlo is not None and "splash" in hlo, "attention is not fused"
 

@@ -109,7 +109,7 @@ def test_llm_logits_equal_hugging_face(mesh):
     with torch.no_grad():
         expected = hf(torch.from_numpy(ids)).logits
     logits = LlamaDecoder(config).apply({"params": params}, jnp.asarray(ids))
-    assert_within(logits, expected, 1e-3)
+    assert_within(logits, expected, 1e-4)
 
 
 PROMPTS = [
@@ -193,7 +193,9 @@ class EnoughError(Exception):
 
 
 @pytest.mark.parametrize("has_warm_start", [True, False], ids=["as it is", "llm from the start"])
-def test_demo_losses_do_not_depend_on_the_number_of_devices(tmp_path, monkeypatch, has_warm_start):
+def test_demo_losses_do_not_depend_on_the_number_of_devices(
+    tmp_path, monkeypatch, report, has_warm_start
+):
     """The first 20 steps of the demo on 1 and on 8 devices, with its warm start and without.
 
     Rounding parts the runs by 1e-6 at step 2, and every step amplifies it the more the higher its
@@ -229,5 +231,5 @@ def test_demo_losses_do_not_depend_on_the_number_of_devices(tmp_path, monkeypatc
         losses[count] = read_losses(config)
     assert len(losses[1]) == 20
     difference = np.abs(np.subtract(losses[1], losses[8])).max()
-    print(f"largest difference of a loss: {difference:.1e}")  # noqa: T201 - shown by pytest -s
+    report(f"largest difference of a loss on 8 devices: {difference:.1e}")
     assert difference < 1e-4
