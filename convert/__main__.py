@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import sys
+import textwrap
 from typing import Any
 
 import jax
@@ -24,12 +25,16 @@ examples:
   python -m convert to-torch runs/demo/projector/ projector-hf/
   python -m convert to-torch runs/demo/ projector.pt --step 480 --prefix ""
   python -m convert to-torch runs/demo/projector/ projector.safetensors --dtype bfloat16
+  python -m convert to-flax openai/whisper-base whisper-flax/     # downloaded; its encoder
+  python -m convert to-flax SmolLM2-135M-Instruct/ llm-flax/
   python -m convert verify projector-hf/ projector-flax/
   python -m convert inspect projector-hf/
 
 Projectors, Whisper encoders and Llama models are recognised by their config.json, or by the names
 of their tensors. Every conversion ends by reading the result, converting it back and comparing
 every byte.
+
+exit codes: 0 done, and in `verify` the same; 1 `verify` found differences; 2 an error
 """
 
 _GIVEN = {
@@ -41,14 +46,14 @@ _GIVEN = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Runs one command; returns the exit code, as diff does: 0 same, 1 different, 2 trouble."""
     args = _parser().parse_args(argv)
     _log.setLevel(logging.INFO)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
         _log.error("error: %s", error)
-        return 1
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,37 +67,58 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "PyTorch checkpoint (HF or Trainer folder, or file) -> Flax folder"
     to_flax = commands.add_parser("to-flax", help=text, description=text)
-    _add_conversion(to_flax, api.to_flax, step="which checkpoint-N of a Trainer folder")
+    _add_conversion(
+        to_flax,
+        api.to_flax,
+        src="what to convert: a folder, a file or a model's id on the Hugging Face hub",
+        step="which checkpoint-N of a Trainer folder",
+    )
+    to_flax.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out tensors that the model has no place for, 'head.*' for example; may be "
+        "repeated. They do not come back",
+    )
     _add_given(to_flax, "if there is no config.json, or it lacks a field")
 
     text = "Flax folder or training run -> HF folder, .safetensors or .pt file"
     to_torch = commands.add_parser("to-torch", help=text, description=text)
-    _add_conversion(to_torch, api.to_torch, step="which checkpoint of a training run")
+    _add_conversion(
+        to_torch,
+        api.to_torch,
+        src="what to convert: a folder",
+        step="which checkpoint of a training run",
+    )
     to_torch.add_argument("--prefix", help='of the keys (default: "projector." for a projector)')
 
-    text = "prove that two checkpoints are the same model; exit code 1 if they are not"
+    text = "tell whether two checkpoints are the same model; exit code 1 if they are not"
     verify = commands.add_parser(
         "verify",
         help=text,
-        description="Compares the tensors of two checkpoints byte for byte, and their configs; "
-        "then runs A in PyTorch and B in Flax on the same random input. Exit code 1: they differ.",
+        description="Compares the tensors of two checkpoints byte for byte, and their configs. Two "
+        "projectors are run as well, A in PyTorch and B in Flax, on the same random input; Whisper "
+        "encoders and Llama models are not. Exit code 0: the same, 1: they differ, 2: an error.",
     )
-    verify.add_argument("a", metavar="A", help="checkpoint of PyTorch or of Flax")
-    verify.add_argument("b", metavar="B", help="checkpoint of PyTorch or of Flax")
-    verify.add_argument("--step", type=int, help="which checkpoint, where there are several")
+    verify.add_argument("a", metavar="A", help="checkpoint of PyTorch or of Flax, or hub id")
+    verify.add_argument("b", metavar="B", help="checkpoint of PyTorch or of Flax, or hub id")
+    verify.add_argument("--step", type=int, help="which checkpoint, of A or B or both")
     _add_given(verify, "if neither has a config.json, or it lacks a field")
     verify.set_defaults(run=_verify)
 
-    text = "tell which model a checkpoint is and whether it is supported; list config and tensors"
+    text = "tell which model a checkpoint is and whether it converts; list config and tensors"
     inspect = commands.add_parser("inspect", help=text, description=text)
-    inspect.add_argument("path", metavar="PATH", help="folder or file, of PyTorch or of Flax")
+    inspect.add_argument("path", metavar="PATH", help="of PyTorch or of Flax, or hub id")
     inspect.add_argument("--step", type=int, help="which checkpoint, where there are several")
     inspect.set_defaults(run=_inspect)
     return parser
 
 
-def _add_conversion(command: argparse.ArgumentParser, function: Any, *, step: str) -> None:
-    command.add_argument("src", metavar="SRC", help="what to convert")
+def _add_conversion(
+    command: argparse.ArgumentParser, function: Any, *, src: str, step: str
+) -> None:
+    command.add_argument("src", metavar="SRC", help=src)
     command.add_argument("dst", metavar="DST", help="where to write the result")
     command.add_argument("--step", type=int, help=f"{step} (default: the latest)")
     command.add_argument("--dtype", choices=DTYPES, help="cast first (default: keep every bit)")
@@ -171,8 +197,12 @@ def _header(info: TensorInfo) -> str:
 
 def _inspect(args: argparse.Namespace) -> int:
     summary = api.inspect(args.path, step=args.step)
-    verdict = "supported" if summary.kind else f"not supported, {summary.reason}"
+    verdict = "supported" if summary.kind else "not supported"
+    if summary.kind and summary.problem:
+        verdict += ", but this one cannot be converted as it is"
     lines = [f"model   {summary.architecture}: {verdict}"]
+    if summary.problem:
+        lines.append(textwrap.indent(summary.problem, 8 * " "))
     if summary.config is not None:
         values = dataclasses.asdict(summary.config).items()
         lines.append("config  " + "\n        ".join(f"{name} = {value}" for name, value in values))

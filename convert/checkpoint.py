@@ -5,7 +5,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import ml_dtypes
@@ -41,12 +42,12 @@ class Checkpoint:
     Attributes:
       infos: shape and dtype of every tensor, in the order in which reading them costs least.
       read: gives one tensor.
-      metadata: texts in the header of a safetensors file.
+      files: that are read, or folders of Orbax; none if the tensors are in memory.
     """
 
     infos: Mapping[str, TensorInfo]
     read: Callable[[str], np.ndarray]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    files: frozenset[Path] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +55,12 @@ class Checkpoint:
         return sum(info.nbytes for info in self.infos.values())
 
     def cast(self, dtype: np.dtype) -> "Checkpoint":
-        """The same tensors, converted to `dtype` when they are read."""
+        """The same tensors, converted to `dtype` when they are read.
+
+        Reading raises a ValueError if a finite value becomes infinite.
+        """
         infos = {name: TensorInfo(info.shape, dtype) for name, info in self.infos.items()}
-        return replace(self, infos=infos, read=lambda name: self.read(name).astype(dtype))
+        return replace(self, infos=infos, read=lambda name: _cast(name, self.read(name), dtype))
 
     def only(self, names: Collection[str]) -> "Checkpoint":
         """Without the tensors that are not among `names`."""
@@ -114,6 +118,18 @@ def progress_bar(label: str, num_bytes: int, *, is_quiet: bool = False) -> tqdm:
     """
     disable = True if is_quiet else None  # None: tqdm asks whether stderr is a terminal
     return tqdm(total=num_bytes, desc=label, unit="B", unit_scale=True, disable=disable)
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # said below; and NaNs stay NaNs
+        cast = array.astype(dtype)
+    overflows = np.isinf(cast) & np.isfinite(array)
+    if overflows.any():
+        raise ValueError(
+            f"tensor {name} holds {array[overflows][0]:g}, but {dtype} ends at "
+            f"{ml_dtypes.finfo(dtype).max:g}: choose another dtype"
+        )
+    return cast
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Checkpoint:

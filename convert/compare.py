@@ -1,6 +1,8 @@
 """Whether two checkpoints are the same model: names, dtypes, bytes, configs and outputs."""
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from convert.sources import Source
 from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
 from flax_projector.projector import ResidualAudioProjector
+
+_log = logging.getLogger(__name__)
 
 MAX_OUTPUT_ERROR = 1e-5
 """Largest difference of the two frameworks' outputs that counts as equal, relative to their RMS;
@@ -51,7 +55,8 @@ class Comparison:
       tensors: every tensor of either.
       config: fields that differ and change the outputs: name -> (first, second).
       output_error: largest difference of PyTorch's output of the first and Flax's of the second,
-        relative to their RMS; None if shapes or configs differ.
+        relative to their RMS; None if they were not run: they are no projectors, or shapes or
+        configs differ.
     """
 
     kind: ModelKind
@@ -120,7 +125,8 @@ def _torch_side(kind: ModelKind, source: Source, config: Any) -> Checkpoint:
     for tied in kind.table.tied:
         twin = prefix + tied.twin
         if {tied.key, twin} <= keys and engine.is_same(read(tied.key), read(twin)):
-            keys.remove(tied.key)  # a copy, which the other side need not have
+            keys.remove(tied.key)  # the other side need not have it
+            _log.info("%s: left out %s, a copy of %s", source.path, tied.key, twin)
     return source.checkpoint.renamed({key.removeprefix(prefix): key for key in sorted(keys)})
 
 
@@ -146,12 +152,18 @@ def _config_differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
 def _output_error(config: ProjectorConfig, one: Checkpoint, two: Checkpoint) -> float:
     """Largest difference of PyTorch's output of `one` and Flax's of `two`, relative to their RMS.
 
-    The input is [2, 5k + 1, E], so that the tail is padded.
+    The input is [2, 5k + 1, E], so that the tail is padded. Infinities and NaNs must be at the same
+    places.
     """
     e, k = config.encoder_dim, config.projector_pool_stride
     frames = np.random.default_rng(0).normal(size=(2, 5 * k + 1, e)).astype(np.float32)
-    a, b = _run_torch(config, one, frames), _run_flax(config, two, frames)
-    return float(np.abs(a - b).max() / np.sqrt(np.mean(np.square(a))))
+    both = np.stack([_run_torch(config, one, frames), _run_flax(config, two, frames)])
+    is_finite = np.isfinite(both).all(0)
+    if not np.array_equal(*both[:, ~is_finite], equal_nan=True):
+        return math.inf
+    a, b = both[:, is_finite].astype(np.float64)
+    error = np.abs(a - b).max(initial=0)
+    return float(error / np.sqrt(np.mean([a**2, b**2]))) if error else 0.0
 
 
 def _run_torch(config: ProjectorConfig, tensors: Checkpoint, frames: np.ndarray) -> np.ndarray:

@@ -21,6 +21,8 @@ from convert.rules import Ignore, Rule, Table
 
 _log = logging.getLogger(__name__)
 
+_ADVICE = "use all of its files, and the config.json that came with them"
+
 
 class ShapeDtype(Protocol):
     """`TensorInfo`, `jax.ShapeDtypeStruct` or an array."""
@@ -92,7 +94,8 @@ def plan_to_flax(
         ignored by the table with a reason.
     """
     prefix = table.prefix_of(source)
-    raise_any(f"{table.name}: the checkpoint does not fit the config", _alien(table, source))
+    title = f"{table.name}: the checkpoint does not fit the config: {_ADVICE}"
+    raise_any(title, _alien(table, source))
     leaves, problems = _expand(table, prefix, target)
     owner = {key: leaf for leaf in leaves for key in leaf.keys}
     copies = {
@@ -110,8 +113,10 @@ def plan_to_flax(
     problems += _gaps(table, prefix, source)
     problems += _unsupported_dtypes(used)
     problems += [problem for leaf in leaves for problem in _mixed_dtypes(leaf, used)]
-    raise_any(f"{table.name}: the checkpoint does not fit the config", problems)
+    raise_any(title, problems)
 
+    for key, twin in copies.items():
+        _log.info("left out: %s (the config says that it is the same as %s)", key, twin)
     leaves = (_with_dtype(leaf, source[leaf.keys[0]].dtype) for leaf in leaves)
     return Plan(tuple(leaves), tuple(copies.items()))
 
@@ -129,12 +134,16 @@ def plan_to_torch(
       table: the model's mapping.
       source: every leaf of the checkpoint, by flax path.
       target: every leaf of the model, by flax path. Its dtypes do not matter: the source's stay.
-      prefix: of the torch keys; None writes the table's first.
+      prefix: of the torch keys, one of the table's; None writes its first.
 
     Raises:
       ConversionError: unless the source has exactly the leaves of the target, each with a rule.
+      ValueError: if the table has no such prefix.
     """
     prefix = table.prefixes[0] if prefix is None else prefix
+    if prefix not in table.prefixes:
+        known = ", ".join(map(repr, table.prefixes))
+        raise ValueError(f"prefix {prefix!r} of a {table.name} is not one of {known}")
     leaves, problems = _expand(table, prefix, target)
     known = {path: info for path, info in source.items() if path in target}
     problems += _differences(target, known, {leaf.path: leaf for leaf in leaves})
@@ -143,7 +152,7 @@ def plan_to_torch(
         for path in source.keys() - target.keys()
     ]
     problems += _unsupported_dtypes(known)
-    raise_any(f"{table.name}: the parameters do not fit the config", problems)
+    raise_any(f"{table.name}: the parameters do not fit the config: {_ADVICE}", problems)
     return Plan(tuple(_with_dtype(leaf, source[leaf.path].dtype) for leaf in leaves))
 
 
@@ -349,7 +358,7 @@ def _unexpected(table: Table, prefix: str, key: str, info: TensorInfo) -> Proble
     reason = (
         "the config has no place for it"
         if has_rule
-        else "no rule; add one to convert/tables.py, or an Ignore with the reason"
+        else f"belongs to no {table.name}; to-flax leaves it out with --ignore '{key}'"
     )
     return Problem("unexpected", key, f"{list(info.shape)} {reason}")
 

@@ -29,11 +29,6 @@ class ConversionError(ValueError):
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         super().__init__("\n".join([f"{title} ({count})", *lines]))
 
-    @property
-    def reason(self) -> str:
-        """The problems in one line, without the title."""
-        return "; ".join(f"{name} {text}" for _, name, text in self.problems)
-
 
 def raise_any(title: str, problems: Collection[Problem]) -> None:
     """Raises a `ConversionError` if there is any problem."""

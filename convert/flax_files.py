@@ -18,6 +18,8 @@ from convert.paths import replacing
 from convert.trees import flatten, unflatten
 
 _PARAMS = "params"
+FLAX_NAMES = frozenset({CONFIG, _PARAMS})
+"""What a Flax folder holds."""
 _MARKER = "_CHECKPOINT_METADATA"  # in every finished Orbax checkpoint
 _CHUNK_BYTES = 16 << 20
 """Leaves are stored in chunks of this size at most: a process that needs a shard of a leaf reads
@@ -51,14 +53,14 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
     handler: Any = ocp.PyTreeCheckpointHandler()
     try:
         metadata = handler.metadata(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a complete Orbax checkpoint: {error}") from error
-    found = {
-        p.removeprefix(subtree): m
-        for p, m in flatten(dict(metadata)).items()
-        if p.startswith(subtree)
-    }
-    infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
+        found = {
+            p.removeprefix(subtree): m
+            for p, m in flatten(dict(metadata)).items()
+            if p.startswith(subtree)
+        }
+        infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
+    except Exception as error:  # damaged files make Orbax raise anything
+        raise ValueError(f"{path} is not a complete Orbax checkpoint: {error!r}") from error
 
     is_ocdbt = type_handlers.is_ocdbt_checkpoint(path)
     mapped = tensorstore.Context(_MAPPED, type_handlers.get_ts_context(use_ocdbt=is_ocdbt))
@@ -78,7 +80,7 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
             raise ValueError(f"{path} is damaged: {error}") from error
         return array
 
-    return Checkpoint(infos, read)
+    return Checkpoint(infos, read, frozenset({path}))
 
 
 def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
@@ -100,7 +102,7 @@ def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
 def write_flax(
     dst: str | Path, checkpoint: Checkpoint, config_text: str, *, overwrite: bool = False
 ) -> None:
-    """Writes a folder, one leaf at a time; it appears when it is complete.
+    """Writes a folder that appears when it is complete.
 
     Only the calling process takes part: with several, call it on the first.
 
@@ -109,6 +111,18 @@ def write_flax(
       checkpoint: every leaf by flax path, each wholly on this host.
       config_text: of the config.json.
       overwrite: replaces a folder that an earlier conversion wrote.
+    """
+    with replacing(Path(dst), names=FLAX_NAMES, overwrite=overwrite) as part:
+        fill_flax(part, checkpoint, config_text)
+
+
+def fill_flax(folder: Path, checkpoint: Checkpoint, config_text: str) -> None:
+    """Writes what `write_flax` writes into a new folder, one leaf at a time.
+
+    Args:
+      folder: absolute, as Orbax wants it.
+      checkpoint: every leaf by flax path, each wholly on this host.
+      config_text: of the config.json.
     """
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -124,11 +138,10 @@ def write_flax(
     )
     tree = unflatten({path: _Leaf(checkpoint, path) for path in checkpoint.infos})
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    with replacing(Path(dst).resolve(), overwrite=overwrite) as part:
-        part.mkdir()
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(tree, save_args))
-        (part / CONFIG).write_text(config_text, "utf-8")
+    folder.mkdir()
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(folder / _PARAMS, ocp.args.PyTreeSave(tree, save_args))
+    (folder / CONFIG).write_text(config_text, "utf-8")
 
 
 class _Leaf:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert.errors import Problem, raise_any
+from convert.errors import ConversionError, Problem, raise_any
 from flax_projector.config import (
     SAMPLE_RATE,
     Llama3RopeScaling,
@@ -24,6 +24,7 @@ CONFIG = "config.json"
 
 Json = Mapping[str, Any]
 _Config = TypeVar("_Config", ProjectorConfig, WhisperConfig, LlamaConfig)
+_Made = TypeVar("_Made")
 
 _DTYPE_FIELDS = ("dtype", "torch_dtype", "model_dtype")
 
@@ -63,6 +64,32 @@ _LLAMA_ONLY = {
     "quantization_config": _Only((None,)),
 }
 LLAMA_FAMILY = _LLAMA_ONLY["model_type"].values
+_LLAMA_TYPES = {  # of the fields that `parse_llama` computes with; the dataclass checks the others
+    "model_type": str,
+    "hidden_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "attention_bias": bool,
+    "use_sliding_window": bool,
+    "layer_types": list,
+    "no_rope_layers": list,
+    "no_rope_layer_interval": int,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
+_JSON_NAMES = {
+    str: "a string",
+    int: "an integer",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+_LLAMA_DEFAULTS = {  # of transformers, for what is absent
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
+}
 
 
 def parse_projector(data: Json, where: str = CONFIG) -> ProjectorConfig:
@@ -91,10 +118,13 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     transformers 5 keeps everything about rotary positions in `rope_parameters`, older ones in
     `rope_theta` and `rope_scaling`. What is absent is what transformers takes it to be.
     """
-    is_smollm3 = data.get("model_type") == "smollm3"
+    title = _title(LlamaConfig, where)
+    raise_any(title, _wrong_types(data, _LLAMA_TYPES))
+    family = data.get("model_type", "")
     flat: dict[str, Any] = {
-        "tie_word_embeddings": is_smollm3,
-        "rope_theta": 2e6 if is_smollm3 else 1e4,
+        "tie_word_embeddings": False,
+        "rope_theta": 1e4,
+        **_LLAMA_DEFAULTS.get(family, {}),
         **data,
     }
     heads, width = flat.get("num_attention_heads"), flat.get("hidden_size")
@@ -103,8 +133,8 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
         if width:
             _set_absent(flat, "head_dim", width // heads)
 
-    rope: Json = data.get("rope_scaling") or data.get("rope_parameters") or {"rope_type": "default"}
-    flat["rope_type"] = rope.get("rope_type", rope.get("type"))
+    rope: Json = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    flat["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     flat["partial_rotary_factor"] = rope.get(
         "partial_rotary_factor", data.get("partial_rotary_factor", 1.0)
     )
@@ -117,37 +147,48 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
             rope = {**rope, length: data[length]}
         names = [field.name for field in fields(Llama3RopeScaling)]
         missing = [Problem("missing", name, "of rope_type llama3") for name in names]
-        raise_any(
-            f"{where} does not describe a model that LlamaConfig can express",
-            [problem for problem in missing if problem.name not in rope],
-        )
-        flat["rope_scaling"] = Llama3RopeScaling(**{name: rope[name] for name in names})
+        raise_any(title, [problem for problem in missing if problem.name not in rope])
+        flat["rope_scaling"] = _make(Llama3RopeScaling, {name: rope[name] for name in names}, where)
 
-    flat["no_rope_layers"] = ()
-    if is_smollm3:
-        flat["no_rope_layers"] = _layers_without_rope(data, where)
-    others = set(data.get("layer_types") or ()) - {"full_attention"}
-    flat["layer_types"] = min(others, default="full_attention")
-    if data.get("model_type") != "llama" and not data.get("use_sliding_window"):
+    flat["no_rope_layers"] = _layers_without_rope(data, title) if family == "smollm3" else ()
+    others = [kind for kind in data.get("layer_types") or () if kind != "full_attention"]
+    flat["layer_types"] = others[0] if others else "full_attention"
+    if family != "llama" and not data.get("use_sliding_window"):
         flat["sliding_window"] = None  # written down, but not used
 
     bias = bool(data.get("attention_bias"))
-    flat |= {"qkv_bias": bias or data.get("model_type") == "qwen2", "o_bias": bias}
-    flat["qk_norm"] = data.get("model_type") == "qwen3"
+    is_qwen2 = family == "qwen2"  # fixed in its code
+    flat |= {"qkv_bias": is_qwen2 or bias, "o_bias": bias and not is_qwen2}
+    flat["qk_norm"] = family == "qwen3"
     return _parse(LlamaConfig, flat, _LLAMA_ONLY, where, may_be_null={"rope_scaling"})
 
 
-def _layers_without_rope(data: Json, where: str) -> tuple[int, ...]:
+def _layers_without_rope(data: Json, title: str) -> tuple[int, ...]:
     """Of SmolLM3: marked with 0, or every fourth if nothing is said."""
     layers = range(data.get("num_hidden_layers") or 0)
     marks = data.get("no_rope_layers")
     if marks is None:
         interval = data.get("no_rope_layer_interval", 4)
+        if interval is None or interval < 1:
+            text = f"= {interval}, expected at least 1"
+            raise ConversionError(title, [Problem("wrong", "no_rope_layer_interval", text)])
         return tuple(layer for layer in layers if (layer + 1) % interval == 0)
+    problems = []
     if layers and len(marks) != len(layers):
-        text = f"has {len(marks)} marks for {len(layers)} layers"
-        raise_any(f"{where} contradicts itself", [Problem("wrong", "no_rope_layers", text)])
+        problems.append(f"has {len(marks)} marks for {len(layers)} layers")
+    if any(mark not in (0, 1) for mark in marks):
+        problems.append(f"= {marks}, expected marks of 0 or 1")
+    raise_any(title, [Problem("wrong", "no_rope_layers", text) for text in problems])
     return tuple(i for i, is_rotated in enumerate(marks) if not is_rotated)
+
+
+def _wrong_types(data: Json, types: Mapping[str, type]) -> list[Problem]:
+    """Fields that are there, not null, and of another type of JSON."""
+    return [
+        Problem("type", name, f"= {data[name]!r}, expected {_JSON_NAMES[kind]}")
+        for name, kind in types.items()
+        if data.get(name) is not None and type(data[name]) is not kind
+    ]
 
 
 def _set_absent(data: dict[str, Any], name: str, value: Any) -> None:
@@ -198,8 +239,8 @@ def read_config_text(path: str | Path) -> str:
     file = config_file(path)
     if not file.exists():
         raise ValueError(f"{file} does not exist")
-    text = file.read_text("utf-8")
     try:
+        text = file.read_text("utf-8")
         is_object = isinstance(json.loads(text), dict)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
@@ -212,7 +253,8 @@ def architecture(text: str) -> str:
     """What a config.json calls its model: "llama (LlamaForCausalLM)", or "unknown"."""
     data = json.loads(text)
     model_type, classes = data.get("model_type") or "unknown", data.get("architectures")
-    return f"{model_type} ({', '.join(classes)})" if classes else model_type
+    names = ", ".join(map(str, classes)) if isinstance(classes, list) else ""
+    return f"{model_type} ({names})" if names else str(model_type)
 
 
 def config_text(config: Json | str) -> str:
@@ -266,7 +308,7 @@ def _parse(
         name: rule for name, rule in only.items() if name in data and data[name] not in rule.values
     }
     raise_any(
-        f"{where} does not describe a model that {cls.__name__} can express",
+        _title(cls, where),
         [Problem("missing", name, "is not in the file") for name in missing]
         + [Problem("missing", name, "is null") for name in null]
         + [
@@ -274,10 +316,18 @@ def _parse(
             for name, rule in wrong.items()
         ],
     )
+    return _make(cls, {name: data[name] for name in names & data.keys()}, where)
+
+
+def _make(cls: type[_Made], values: Json, where: str) -> _Made:
     try:
-        return cls(**{name: data[name] for name in names & data.keys()})
+        return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _title(cls: type, where: str) -> str:
+    return f"{where} does not describe a model that {cls.__name__} can express"
 
 
 def _listed(values: tuple[Any, ...]) -> str:

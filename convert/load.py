@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from convert import engine
 from convert.checkpoint import TensorInfo, progress_bar
@@ -30,18 +30,19 @@ def resolve_model(path_or_hub_id: str) -> Path:
     """The folder of a model: itself, or downloaded from the Hugging Face hub (and then cached).
 
     Raises:
-      ValueError: if there is no such folder and the hub does not give the model.
+      ValueError: if there is no such folder and the hub does not give the model, or not in
+        safetensors.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.exists():
         return folder
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 path_or_hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:  # a timeout is an HTTPError
         advice = (
             "HF_HUB_OFFLINE forbids downloading: unset it, or"
             if constants.HF_HUB_OFFLINE
@@ -52,6 +53,13 @@ def resolve_model(path_or_hub_id: str) -> Path:
             f"({type(error).__name__}). {advice} copy the model's folder from a machine that has "
             "it and pass its path"
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{path_or_hub_id!r} has no .safetensors on the hub, only other weights, such as .bin, "
+            f"which are not downloaded. Run `hf download {path_or_hub_id} --local-dir FOLDER` and "
+            "`python -m convert to-flax FOLDER OUT`"
+        )
+    return folder
 
 
 def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -> dict:

@@ -1,54 +1,85 @@
 """Destinations that appear complete or not at all."""
 
 import contextlib
+import glob
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-
-_OURS = {"config.json", "model.safetensors", "params"}
 
 
 @contextlib.contextmanager
-def replacing(dst: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives a path beside `dst` to write to, and moves it to `dst` when the block succeeds.
+def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Iterator[Path]:
+    """Gives a path to write to, and moves it to `dst` when the block succeeds.
 
-    If the block fails, what was written is removed and `dst` is as it was.
+    If the block fails, what was written is removed and `dst` is as it was. What a process leaves
+    behind that is killed, the next one removes that writes to the same `dst`.
+
+    Args:
+      dst: what appears. If it is a link, what it points to is replaced.
+      names: what a finished folder holds; empty for a file.
+      overwrite: replaces what an earlier call wrote: a file, or a folder that holds `names` alone.
 
     Raises:
-      ValueError: if `dst` exists and `overwrite` is false, or if it holds files that no conversion
-        writes: those are never deleted.
+      ValueError: if `dst` exists and `overwrite` is false, or is anything else: that is never
+        deleted.
     """
-    _check_destination(dst, overwrite)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    part = dst.with_name(f".{dst.stem}.{os.getpid()}.part{dst.suffix}")
-    _remove(part)
+    dst = dst.resolve()
+    for left in dst.parent.glob(f".{glob.escape(dst.name)}.*.part"):
+        pid = re.fullmatch(r"\.(\d+)\.part", left.name.removeprefix(f".{dst.name}"))
+        if pid and not _is_of_another(int(pid[1])):
+            _discard(left, dst)
+    _check_destination(dst, names, overwrite)
+    staging = dst.with_name(f".{dst.name}.{os.getpid()}.part")
+    staging.mkdir(parents=True)
     try:
-        yield part
-        old = dst.with_name(f".{dst.stem}.{os.getpid()}.old{dst.suffix}")
+        yield staging / dst.name
         if dst.is_dir():  # a folder cannot be replaced in one step
-            dst.rename(old)
-        part.replace(dst)
-        _remove(old)
+            dst.rename(_moved_aside(staging, dst))
+        (staging / dst.name).replace(dst)
     finally:
-        _remove(part)
+        _discard(staging, dst)
 
 
-def _check_destination(dst: Path, overwrite: bool) -> None:
+def _check_destination(dst: Path, names: Collection[str], overwrite: bool) -> None:
     if not dst.exists():
         return
     if not overwrite:
         raise ValueError(f"{dst} exists: choose another destination or pass --overwrite")
-    foreign = sorted(p.name for p in dst.iterdir() if p.name not in _OURS) if dst.is_dir() else []
-    if foreign:
-        raise ValueError(
-            f"{dst} will not be overwritten, it also holds {', '.join(foreign)}: "
-            "choose another destination"
-        )
+    is_folder = dst.is_dir()
+    held = {path.name for path in dst.iterdir()} if is_folder else set()
+    if is_folder == bool(names) and held in (set(), set(names)):
+        return
+    found = f"a folder with {', '.join(sorted(held)) or 'nothing'} in it" if is_folder else "a file"
+    expected = f"a folder with {', '.join(sorted(names))} in it" if names else "a file"
+    raise ValueError(
+        f"{dst} will not be overwritten: it is {found}, and an earlier conversion would have left "
+        f"{expected}. Choose another destination"
+    )
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _moved_aside(staging: Path, dst: Path) -> Path:
+    """Where a folder lies while another takes its place."""
+    return staging / f"{dst.name}.old"
+
+
+def _discard(staging: Path, dst: Path) -> None:
+    """Removes a staging folder; a folder that was moved aside and not replaced comes back."""
+    old = _moved_aside(staging, dst)
+    if old.exists() and not dst.exists():
+        old.rename(dst)
+    shutil.rmtree(staging)
+
+
+def _is_of_another(pid: int) -> bool:
+    """Whether another process with this number is running."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True

@@ -22,6 +22,12 @@ _log = logging.getLogger(__name__)
 
 _OF_RUN = "checkpoints/*"  # one Orbax checkpoint a step
 _OF_TRAINER = "checkpoint-*"
+_FOLDERS = """\
+  a model of PyTorch: model.safetensors, model.safetensors.index.json, pytorch_model.bin,
+    pytorch_model.bin.index.json, or one .safetensors file of any name (of several, name one)
+  the output of an HF Trainer: checkpoint-N/ with such files
+  a converted model: config.json and params/
+  a training run: config.json and checkpoints/N/"""
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,16 @@ def open_source(path: str | Path, *, step: int | None = None) -> Source:
         )
     if is_flax_folder(path):
         return Source(path, "flax", open_flax(path), read_config_text(path))
+    if path.is_dir() and not has_weights(path):
+        held = ", ".join(sorted(file.name for file in path.iterdir()))
+        raise ValueError(f"{path} holds {held or 'nothing'}, expected one of\n{_FOLDERS}")
     text = read_config_text(path) if config_file(path).exists() else None
     return Source(path, "torch", open_torch(path), text)
+
+
+def has_steps(path: str | Path) -> bool:
+    """Whether a step can be chosen: in a folder of the HF Trainer, or of a training run."""
+    return any(_steps(Path(path), pattern) for pattern in (_OF_RUN, _OF_TRAINER))
 
 
 def _steps(folder: Path, pattern: str) -> dict[int, Path]:
@@ -94,7 +108,7 @@ def _open_run(step_folder: Path) -> Source:
     run = step_folder.parents[1]
     try:
         text = config_text(run_config_dict(from_json(read_config_text(run))))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{run / CONFIG} is not the config of a training run: {error}") from error
     checkpoint = open_orbax(step_folder.resolve() / "state", subtree="params/")
     return Source(step_folder, "flax", checkpoint, text)

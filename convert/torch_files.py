@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
-from convert.paths import replacing
 
 WEIGHTS = "model.safetensors"
 
@@ -50,22 +50,9 @@ def open_torch(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return open_torch(_weights_in(path))
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if path.name.endswith(".index.json"):
-        return _open_sharded(path)
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{" or path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    is_pickle = start[:1] == pickle.PROTO
-    if zipfile.is_zipfile(path) or is_pickle or path.suffix in TORCH_SUFFIXES:
-        return _open_pickled(path, is_pickle)
-    raise ValueError(
-        f"{path} is not a checkpoint: expected an HF folder, a safetensors file, an .index.json or "
-        "a file of torch.save"
-    )
+        path = _weights_in(path)
+    is_index = path.name.endswith(".index.json") and path.exists()
+    return _open_sharded(path) if is_index else _open_file(path)
 
 
 def has_weights(folder: Path) -> bool:
@@ -73,25 +60,17 @@ def has_weights(folder: Path) -> bool:
     return _find_weights(folder) is not None
 
 
-def write_safetensors(
-    path: str | Path,
-    checkpoint: Checkpoint,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-) -> None:
+def write_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes what `safetensors.numpy.save_file` writes, but one tensor at a time.
 
-    The library wants all tensors in memory. The file appears when it is complete.
+    The library wants all tensors in memory.
 
     Args:
-      path: of the file.
+      path: of the new file.
       checkpoint: tensors by torch key, read in the order of its `infos`.
-      metadata: texts for the header; None writes {"format": "pt"}, as Hugging Face does.
-      overwrite: replaces an existing file.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as Hugging Face writes
     offsets, end = {}, 0
     # The library's order: the widest dtypes first, so that every tensor is aligned; then by name.
     for key, info in sorted(checkpoint.infos.items(), key=lambda x: (-x[1].dtype.itemsize, x[0])):
@@ -103,7 +82,7 @@ def write_safetensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(Path(path), overwrite=overwrite) as part, part.open("wb") as file:
+    with Path(path).open("xb") as file:
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now; and twice as fast
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -112,16 +91,16 @@ def write_safetensors(
             file.write(contiguous(tensor).reshape(-1).view(np.uint8).data)
 
 
-def write_torch(path: str | Path, checkpoint: Checkpoint, *, overwrite: bool = False) -> None:
-    """Writes a file of `torch.save`: a dictionary of tensors, sorted by name.
+def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Writes a new file of `torch.save`: a dictionary of tensors, sorted by name.
 
     torch has no writer for one tensor at a time: memory holds all of them.
     """
     import torch  # only these files need it
 
     state = {key: _to_tensor(tensor) for key, tensor in checkpoint.stream()}
-    with replacing(Path(path), overwrite=overwrite) as part:
-        torch.save(dict(sorted(state.items())), part)
+    with Path(path).open("xb") as file:
+        torch.save(dict(sorted(state.items())), file)
 
 
 def _find_weights(folder: Path) -> Path | None:
@@ -143,6 +122,21 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
+def _open_file(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if zipfile.is_zipfile(path) or _is_pickle(path) or path.suffix in TORCH_SUFFIXES:
+        return _open_pickled(path)
+    raise ValueError(
+        f"{path} is not a checkpoint: expected an HF folder, a safetensors file, an .index.json or "
+        "a file of torch.save"
+    )
+
+
 def _open_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="np"):
@@ -153,7 +147,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    metadata = header.pop("__metadata__", None) or {}
+    header.pop("__metadata__", None)
     infos = {key: _header(path, key, entry) for key, entry in header.items()}
 
     def read(key: str) -> np.ndarray:
@@ -164,7 +158,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
         start = 8 + size + header[key]["data_offsets"][0]
         return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)
 
-    return Checkpoint(infos, read, metadata)
+    return Checkpoint(infos, read, frozenset({path}))
 
 
 def _header(path: Path, key: str, entry: Mapping[str, Any]) -> TensorInfo:
@@ -180,7 +174,12 @@ def _open_sharded(index: Path) -> Checkpoint:
         weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not the index of a checkpoint: {error!r}") from error
-    shards = {name: open_torch(index.parent / name) for name in sorted(set(weight_map.values()))}
+    if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
+        raise ValueError(
+            f"{index} is not the index of a checkpoint: weight_map = {str(weight_map)[:60]}, "
+            "expected an object of file names by tensor"
+        )
+    shards = {name: _open_file(index.parent / name) for name in sorted(set(weight_map.values()))}
     held = {key: name for name, shard in shards.items() for key in shard.infos}
     wrong = sorted(
         key for key in weight_map.keys() | held.keys() if weight_map.get(key) != held.get(key)
@@ -188,10 +187,22 @@ def _open_sharded(index: Path) -> Checkpoint:
     if wrong:
         raise ValueError(f"{index} and its files disagree about {', '.join(wrong)}")
     infos = {key: shards[name].infos[key] for key, name in weight_map.items()}
-    return Checkpoint(infos, lambda key: shards[weight_map[key]].read(key))
+    files = frozenset({index}).union(*(shard.files for shard in shards.values()))
+    return Checkpoint(infos, lambda key: shards[weight_map[key]].read(key), files)
 
 
-def _open_pickled(path: Path, is_pickle: bool) -> Checkpoint:
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins with a whole pickle of any protocol; reads it without running it."""
+    try:
+        with path.open("rb") as file:
+            for _ in pickletools.genops(file):
+                pass
+    except Exception:  # whatever the arguments of what is no opcode look like
+        return False
+    return True
+
+
+def _open_pickled(path: Path) -> Checkpoint:
     import torch  # only these files need it
 
     is_zip = zipfile.is_zipfile(path)  # since torch 1.6; only this format can be mapped
@@ -199,7 +210,7 @@ def _open_pickled(path: Path, is_pickle: bool) -> Checkpoint:
         with warnings.catch_warnings(action="ignore"):  # about what is refused a line later
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if not is_zip and not is_pickle:
+        if not is_zip and not _is_pickle(path):
             raise ValueError(f"{path} is not a complete file of torch.save") from error
         raise ValueError(
             f"{path} needs unpickling, which can run any code: refused. Save only tensors in it, "
@@ -207,14 +218,16 @@ def _open_pickled(path: Path, is_pickle: bool) -> Checkpoint:
         ) from error
     except Exception as error:  # damaged bytes make the unpickler raise anything
         raise ValueError(f"{path} is not a complete file of torch.save: {error!r}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
+    ):
         inside = f" of {', '.join(map(str, list(state)[:9]))}" if isinstance(state, dict) else ""
         raise ValueError(
-            f"{path} holds {type(state).__name__}{inside}, expected a dictionary of tensors: save "
-            "model.state_dict()"
+            f"{path} holds {type(state).__name__}{inside}, expected a dictionary of tensors by "
+            "name: save model.state_dict()"
         )
     infos = {key: _torch_info(path, key, tensor) for key, tensor in state.items()}
-    return Checkpoint(infos, lambda key: _to_numpy(state[key], infos[key]))
+    return Checkpoint(infos, lambda key: _to_numpy(state[key], infos[key]), frozenset({path}))
 
 
 def _torch_info(path: Path, key: str, tensor: Any) -> TensorInfo:

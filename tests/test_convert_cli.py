@@ -1,7 +1,9 @@
 """The commands, on real files: what comes back is the same, byte for byte."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from convert import api
 from convert.__main__ import main
 from convert.checkpoint import DTYPES, in_memory
-from convert.flax_files import open_flax, write_flax
+from convert.flax_files import fill_flax, open_flax
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
 from convert.torch_files import open_torch, write_safetensors
 from flax_projector.llama import LlamaDecoder
@@ -60,9 +62,20 @@ def projector(tmp_path) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(0)
     tensors = {k: rng.normal(size=s).astype(np.float32) for k, s in PROJECTOR_SHAPES.items()}
-    write_safetensors(folder / "model.safetensors", in_memory(tensors))
+    write_projector(folder, tensors)
     (folder / "config.json").write_text(json.dumps(PROJECTOR_CONFIG, separators=(" ,", ":  ")))
     return folder
+
+
+def write_projector(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Other tensors in place of the folder's."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    write_safetensors(folder / "model.safetensors", in_memory(tensors))
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, and what it holds."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same_bytes(a: Path, b: Path) -> bool:
@@ -130,6 +143,12 @@ def test_pt_file_converts_like_safetensors(tmp_path, projector) -> None:
     same_tensors(projector, tmp_path / "hf")
 
 
+def test_pytorch_file_is_the_same_whenever_it_is_written(tmp_path, projector) -> None:
+    api.to_flax(projector, tmp_path / "flax")
+    first = api.to_torch(tmp_path / "flax", tmp_path / "a.pt").read_bytes()
+    assert api.to_torch(tmp_path / "flax", tmp_path / "b.pt").read_bytes() == first
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_casts_says_so_and_updates_the_config(tmp_path, projector, dtype, caplog) -> None:
     assert main(["to-flax", str(projector), str(tmp_path / "flax"), "--dtype", dtype]) == 0
@@ -143,16 +162,35 @@ def test_dtype_casts_says_so_and_updates_the_config(tmp_path, projector, dtype, 
     np.testing.assert_array_equal(open_torch(tmp_path / "hf").read(key), expected)
 
 
+def test_dtype_that_is_there_already_changes_nothing(tmp_path, projector, caplog) -> None:
+    assert main(["to-flax", str(projector), str(tmp_path / "flax"), "--dtype", "float32"]) == 0
+    assert "casting" not in caplog.text
+    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+    assert same_bytes(projector / "model.safetensors", tmp_path / "hf/model.safetensors")
+
+
+def test_cast_that_overflows_is_an_error(tmp_path, projector) -> None:
+    tensors = read_all(open_torch(projector))
+    bias = np.array([1, -1e5, np.inf, 0, 0, 0, 0], np.float32)
+    write_projector(projector, tensors | {"projector.input_proj.bias": bias})
+    with pytest.raises(
+        ValueError, match=r"input_proj.bias holds -100000, but float16 ends at 65504"
+    ):
+        api.to_flax(projector, tmp_path / "flax", dtype="float16")
+    assert not (tmp_path / "flax").exists()
+    api.to_flax(projector, tmp_path / "flax", dtype="bfloat16")
+
+
 def test_verification_reads_what_was_written(tmp_path, projector, monkeypatch) -> None:
     """A writer that drops bits must be caught, and nothing must be left behind."""
 
-    def lossy(dst, leaves, text) -> None:
+    def lossy(folder, leaves, text) -> None:
         arrays = read_all(leaves)
         arrays["ln_input/scale"] = arrays["ln_input/scale"].astype(ml_dtypes.bfloat16)
         arrays["input_proj/bias"] = arrays["input_proj/bias"] + np.eye(7, dtype=np.float32)[3]
-        write_flax(dst, in_memory(arrays), text)
+        fill_flax(folder, in_memory(arrays), text)
 
-    monkeypatch.setattr(api, "write_flax", lossy)
+    monkeypatch.setattr(api, "fill_flax", lossy)
     with pytest.raises(ValueError, match="the round trip changed the checkpoint") as caught:
         api.to_flax(projector, tmp_path / "flax")
     assert "bytes   projector.input_proj.bias" in str(caught.value)
@@ -167,22 +205,140 @@ def test_verification_reads_what_was_written(tmp_path, projector, monkeypatch) -
     [
         (["to-flax", "nowhere", "x"], "nowhere does not exist"),
         (["to-torch", "projector", "x"], "projector is of PyTorch already"),
-        (["to-flax", "projector", "projector"], "projector is the source"),
+        (["to-flax", "projector", "projector"], "projector overlaps with the source"),
         (["to-flax", "flax", "x"], "flax is of Flax already"),
         (["to-flax", "projector", "flax"], "flax exists: choose another destination"),
+        (
+            ["to-flax", "projector", "x.pt"],
+            "x.pt ends in .pt, expected a folder, whose name has no",
+        ),
+        (
+            ["to-torch", "flax", "x.onnx"],
+            "expected a folder, whose name has no suffix, or a file of",
+        ),
+        (["to-torch", "flax", "x.ckpt"], "x.ckpt ends in .ckpt, expected a folder"),
+        (["to-torch", "flax", "flax/params/x"], "flax/params/x overlaps with the source"),
+        (["to-flax", "projector", "bare.safetensors", "--overwrite"], "expected a folder"),
+        (["to-torch", "flax", "projector.pt", "--overwrite"], "it is a folder with nothing in it"),
+        (
+            ["to-torch", "flax", "notes", "--overwrite"],
+            "notes will not be overwritten: it is a file",
+        ),
         (["to-flax", "bare.safetensors", "x"], "bare.safetensors has no config.json"),
+        (
+            ["to-flax", "projector", "x", "--ignore", "gate.*"],
+            "--ignore 'gate.*' matches no tensor",
+        ),
         (["inspect", "nowhere"], "nowhere does not exist"),
+        (["verify", "projector", "flax", "--step", "3"], "neither projector nor flax has a step 3"),
+        (["inspect", "some/model"], "HF_HUB_OFFLINE forbids downloading"),
+        (["to-flax", "some/model", "x"], "HF_HUB_OFFLINE forbids downloading"),
+        (["verify", "projector", "some/model"], "HF_HUB_OFFLINE forbids downloading"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_user_errors_are_one_clean_message(
     tmp_path, projector, monkeypatch, caplog, arguments, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(projector / "model.safetensors", "bare.safetensors")
+    Path("projector.pt").mkdir()
+    Path("notes").write_text("of another program")
     api.to_flax(projector, "flax", verify=False)
-    assert main(arguments) == 1
+    before = files_in(tmp_path)
+    assert main(arguments) == 2
     assert message in caplog.text
+    assert files_in(tmp_path) == before
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("src", "dst"),
+    [
+        ("hf/model.safetensors", "hf"),
+        ("hf", "link"),
+        ("link/model.safetensors", "hf"),
+        ("linked_weights", "hf"),
+        ("shards", "hf"),
+        ("trainer", "trainer/checkpoint-7"),
+        ("trainer", "trainer"),
+    ],
+)
+def test_source_is_never_replaced(tmp_path, projector, src, dst) -> None:
+    """Wherever the weights really lie."""
+    projector.rename(tmp_path / "hf")
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    for name in ("linked_weights", "shards", "trainer"):
+        (tmp_path / name).mkdir()
+    weights = Path("../hf/model.safetensors")
+    (tmp_path / "linked_weights/model.safetensors").symlink_to(weights)
+    index = {"weight_map": dict.fromkeys(PROJECTOR_SHAPES, str(weights))}
+    (tmp_path / "shards/model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.copytree(tmp_path / "hf", tmp_path / "trainer/checkpoint-7")
+    before = files_in(tmp_path)
+    for is_overwritten in (False, True):
+        with pytest.raises(ValueError, match=f"{dst} overlaps with the source"):
+            api.to_flax(tmp_path / src, tmp_path / dst, overwrite=is_overwritten)
+    assert files_in(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from convert import api
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+src, dst, moment = sys.argv[1:]
+if moment == "verifying":
+    api.engine.check_round_trip = die
+else:
+    Path.replace = die  # the old folder has been moved aside
+api.to_flax(src, dst, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["verifying", "replacing"])
+def test_killed_conversion_leaves_the_earlier_result(tmp_path, projector, moment) -> None:
+    dst = api.to_flax(projector, tmp_path / "flax", verify=False)
+    before = files_in(dst)
+    arguments = [sys.executable, "-c", KILLED, str(projector), str(dst), moment]
+    killed = subprocess.run(arguments, cwd=REPO, timeout=120, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".flax.*"))) == 1  # what it was writing
+    assert dst.exists() == (moment == "verifying")
+
+    with pytest.raises(ValueError, match="flax exists"):  # nobody asked for another
+        api.to_flax(projector, dst)
+    assert files_in(dst) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flax", "projector"]
+
+
+def test_tensors_are_left_out_on_request_and_listed(tmp_path, projector, caplog) -> None:
+    original = read_all(open_torch(projector))
+    extra = {f"projector.gate.{name}": np.ones(3, np.float32) for name in ("weight", "bias")}
+    write_projector(projector, original | extra)
+    command = ["to-flax", str(projector), str(tmp_path / "flax")]
+    assert main(command) == 2
+    assert "to-flax leaves it out with --ignore 'projector.gate.bias'" in caplog.text
+    assert main([*command, "--ignore", "*.gate.*"]) == 0
+    assert "left out, since you ignore *.gate.*: " + ", ".join(sorted(extra)) in caplog.text
+    assert "verified: 8 tensors" in caplog.text
+    api.to_torch(tmp_path / "flax", tmp_path / "hf")
+    assert read_all(open_torch(tmp_path / "hf")).keys() == original.keys()
+    with pytest.raises(ValueError, match=r"missing  projector.input_proj.bias"):
+        api.to_flax(projector, tmp_path / "x", ignore=["*.gate.*", "*.input_proj.bias"])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-8])
+def test_an_epsilon_that_upstream_does_not_read_is_a_warning(tmp_path, projector, eps, caplog):
+    api.to_flax(projector, tmp_path / "flax", given={"rms_norm_eps": eps}, verify=False)
+    assert main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "hf")]) == 0
+    warning = (
+        "WARNING: rms_norm_eps is 1e-08, but tiny-audio never reads it and computes with 1e-06"
+    )
+    assert (warning in caplog.text) == (eps != 1e-6)
 
 
 def test_overwrite_replaces_a_conversion(tmp_path, projector) -> None:
@@ -201,8 +357,9 @@ def test_inspect_lists_the_headers(tmp_path, projector, capsys, form) -> None:
         path = shutil.copy(projector / "model.safetensors", tmp_path / "bare.safetensors")
     assert main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
-    name = "projector" if form == "bare" else "asr_model"
-    assert out.startswith(f"model   {name}: supported\n")
+    bare = "projector: supported, but this one cannot be converted as it is"
+    assert out.splitlines()[0] == f"model   {bare if form == 'bare' else 'asr_model: supported'}"
+    assert ("pass --rms-norm-eps" in out) == (form == "bare")
     assert ("encoder_dim = 5" in out) == (form != "bare")
     name = "input_proj/kernel" if form == "flax" else "projector.input_proj.weight"
     assert name in out
@@ -215,9 +372,10 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (None, "unknown: not supported, names of the 1 tensors do not tell which model it is, sup"),
-        ({}, "unknown: not supported, model_type = None, supported: projector (asr_model), whispe"),
-        (GPT2, "gpt2 (GPT2LMHeadModel): not supported, model_type = 'gpt2', supported: projector"),
+        (None, "unknown  names  of the 1 tensors do not tell which model it is, supported: proj"),
+        ({}, "unsupported  model_type  = None, supported: projector (asr_model), whisper encoder"),
+        (GPT2, "unsupported  model_type  = 'gpt2', supported: projector"),
+        ({"model_type": ["gpt2"], "architectures": 3}, "model_type  = ['gpt2'], supported: proj"),
     ],
 )
 def test_inspect_shows_what_cannot_be_converted(tmp_path, capsys, config, line) -> None:
@@ -225,48 +383,79 @@ def test_inspect_shows_what_cannot_be_converted(tmp_path, capsys, config, line) 
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"model   {line}")
-    assert others[0] == "w  float16   [3, 2]"
+    out = capsys.readouterr().out
+    name = "gpt2 (GPT2LMHeadModel)" if config == GPT2 else "['gpt2']" if config else "unknown"
+    assert out.startswith(f"model   {name}: not supported\n")
+    assert line in out
+    assert "\nw  float16   [3, 2]\n" in out
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("is_whisper", "changes", "verdict"),
+    ("is_whisper", "changes", "verdict", "problems"),
     [
-        (True, {}, "whisper (WhisperModel): supported"),
-        (False, {}, "llama (LlamaForCausalLM): supported"),
-        (False, {"model_type": "qwen3", "architectures": None}, "qwen3: supported"),
+        (True, {}, "whisper (WhisperModel): supported", []),
+        (False, {}, "llama (LlamaForCausalLM): supported", []),
         (
             True,
             {"activation_function": "relu"},
-            "whisper (WhisperModel): not supported, activation_function = 'relu', supported: "
-            "'gelu'",
+            "whisper (WhisperModel): not supported",
+            ["unsupported  activation_function  = 'relu', supported: 'gelu'"],
         ),
         (
             True,
             {"d_model": 13, "encoder_layers": 0},
-            "whisper (WhisperModel): not supported, config.json: WhisperConfig.encoder_layers = 0: "
-            "must be at least 1; WhisperConfig.d_model = 13: must be a multiple of "
-            "encoder_attention_heads = 3",
+            "whisper (WhisperModel): not supported",
+            [
+                "config.json: WhisperConfig.encoder_layers = 0: must be at least 1",
+                "WhisperConfig.d_model = 13: must be a multiple of encoder_attention_heads = 3",
+            ],
         ),
         (
             False,
             {"hidden_act": "gelu", "sliding_window": 128},
-            "llama (LlamaForCausalLM): not supported, hidden_act = 'gelu', supported: 'silu'; "
-            "sliding_window = 128, supported: None",
+            "llama (LlamaForCausalLM): not supported",
+            ["hidden_act      = 'gelu', supported: 'silu'", "sliding_window  = 128, supported: N"],
+        ),
+        (
+            False,
+            {"model_type": "qwen3", "architectures": None},
+            "qwen3: supported, but this one cannot be converted as it is",
+            ["missing  model.layers.0.self_attn.k_norm.weight  [6] -> layers/self_attn/k_norm/sca"],
         ),
     ],
 )
 def test_inspect_tells_whether_an_architecture_is_supported(
-    tmp_path, capsys, is_whisper, changes, verdict
+    tmp_path, capsys, is_whisper, changes, verdict, problems
 ) -> None:
     model = tiny_whisper("WhisperModel") if is_whisper else tiny_llama(True)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     assert main(["inspect", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == f"model   {verdict}"
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == f"model   {verdict}"
+    assert not [problem for problem in problems if problem not in out]
+
+
+def test_inspect_says_what_to_flax_would_refuse(tmp_path, projector, capsys) -> None:
+    config = PROJECTOR_CONFIG | {"projector_pool_stride": 4}
+    (projector / "config.json").write_text(json.dumps(config))
+    shape = "shape  projector.input_proj.weight  got [7, 15], expected [7, 20]"
+    (tmp_path / "whisper").mkdir()
+    tensors = {"conv1.weight": np.ones((6, 5, 3), np.float32)}
+    write_safetensors(tmp_path / "whisper/model.safetensors", in_memory(tensors))
+    absent = "whisper/config.json does not exist: shapes alone do not describe a whisper encoder"
+    for path, name, text in (
+        (projector, "asr_model", shape),
+        (tmp_path / "whisper", "whisper encoder", absent),
+    ):
+        assert main(["inspect", str(path)]) == 0
+        first, *others = capsys.readouterr().out.splitlines()
+        assert first == f"model   {name}: supported, but this one cannot be converted as it is"
+        assert any(text in line for line in others)
+        with pytest.raises(ValueError, match=re.escape(text)):
+            api.to_flax(path, tmp_path / "x")
 
 
 def test_command_line_runs_as_a_module(tmp_path, projector) -> None:
@@ -286,11 +475,12 @@ def test_command_line_runs_as_a_module(tmp_path, projector) -> None:
         f"wrote {tmp_path / 'flax'}",
     ]
     failed = run("to-flax", tmp_path / "nothing", tmp_path / "x")
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert failed.stderr == f"error: {tmp_path / 'nothing'} does not exist\n"
     assert run("to-flax").returncode == 2
-    help_text = run("--help")
-    assert "examples:" in help_text.stdout
+    help_text = run("--help").stdout
+    assert "examples:" in help_text
+    assert "exit codes: 0 done, and in `verify` the same; 1 `verify` found differ" in help_text
 
 
 def randomize(model: Any) -> Any:
@@ -429,11 +619,12 @@ def test_converted_whisper_encoder_computes_the_same(tmp_path) -> None:
 
 def test_llama_config_that_cannot_be_expressed_stops_the_conversion(tmp_path, caplog) -> None:
     config = {"model_type": "llama", "hidden_act": "gelu", "mlp_bias": True}
+    (tmp_path / "src").mkdir()
     write_safetensors(
         tmp_path / "src/model.safetensors", in_memory({"model.norm.weight": np.ones(3)})
     )
     (tmp_path / "src/config.json").write_text(json.dumps(config))
-    assert main(["to-flax", str(tmp_path / "src"), str(tmp_path / "flax")]) == 1
+    assert main(["to-flax", str(tmp_path / "src"), str(tmp_path / "flax")]) == 2
     assert "unsupported  hidden_act" in caplog.text
     assert "unsupported  mlp_bias" in caplog.text
     assert "missing      vocab_size" in caplog.text

@@ -1,5 +1,6 @@
 """`verify` sees whatever makes two checkpoints different models, and nothing else."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 from convert import api, compare
 from convert.__main__ import main
 from convert.checkpoint import in_memory
+from convert.models import LLAMA
 from convert.torch_files import open_torch, write_safetensors
-from tests.tiny import make_projector, read_all
+from flax_projector.config import LlamaConfig
+from tests.tiny import make_projector, read_all, torch_infos
 
 pytestmark = pytest.mark.torch
 
@@ -28,11 +31,17 @@ def flax(tmp_path, hf) -> Path:
     return api.to_flax(hf, tmp_path / "flax")
 
 
+def rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Other tensors in place of the folder's."""
+    (folder / "model.safetensors").unlink()
+    write_safetensors(folder / "model.safetensors", in_memory(tensors))
+
+
 def change(folder: Path, key: str, index: tuple[int, ...], value: float) -> None:
     tensors = read_all(open_torch(folder))
     tensors[key] = tensors[key].copy()
     tensors[key][index] = value
-    write_safetensors(folder / "model.safetensors", in_memory(tensors), overwrite=True)
+    rewrite(folder, tensors)
 
 
 def test_both_sides_of_a_conversion_are_the_same_model(hf, flax, capsys) -> None:
@@ -65,6 +74,30 @@ def test_values_that_are_no_numbers_differ(hf, flax, value) -> None:
     assert not np.isfinite(pair.max_abs_error or 0)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda x: np.zeros_like(x),
+        lambda x: np.full_like(x, np.nan),
+        lambda x: np.where(np.arange(x.size).reshape(x.shape) == 2, np.inf, x),
+    ],
+    ids=["zero", "NaN", "one infinity"],
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_whatever_the_values_a_model_is_the_same_as_itself(tmp_path, hf, changed) -> None:
+    """The last norm's weight scales every output."""
+    key = "projector.layer_norms.0.weight"
+    tensors = read_all(open_torch(hf))
+    rewrite(hf, tensors | {key: changed(tensors[key])})
+    assert api.verify(hf, api.to_flax(hf, tmp_path / "x")).is_same
+
+
+def test_outputs_that_are_no_numbers_on_one_side_differ(hf, flax, monkeypatch) -> None:
+    run = compare._run_flax
+    monkeypatch.setattr(compare, "_run_flax", lambda *args: run(*args) * np.float32("nan"))
+    assert api.verify(hf, flax).output_error == np.inf
+
+
 def test_another_dtype_is_another_checkpoint(tmp_path, hf, flax, capsys) -> None:
     half = api.to_torch(flax, tmp_path / "half", dtype="bfloat16")
     assert main(["verify", str(hf), str(half)]) == 1
@@ -75,7 +108,7 @@ def test_missing_and_new_tensors_are_named(tmp_path, hf, flax, capsys) -> None:
     tensors = read_all(open_torch(hf))
     del tensors["projector.ln_input.weight"]
     tensors["projector.gate.bias"] = np.ones(3, np.float32)
-    write_safetensors(hf / "model.safetensors", in_memory(tensors), overwrite=True)
+    rewrite(hf, tensors)
     assert main(["verify", str(hf), str(flax)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "ln_input.weight only in B DIFFERS" in out
@@ -116,6 +149,40 @@ def test_outputs_are_compared_and_not_only_bytes(hf, flax, monkeypatch) -> None:
     result = api.verify(hf, flax)
     assert all(pair.is_same for pair in result.tensors)
     assert not result.is_same
+
+
+def test_a_step_is_of_the_side_that_has_steps(tmp_path, hf, flax) -> None:
+    shutil.copytree(hf, tmp_path / "out/checkpoint-5")
+    make_projector(tmp_path / "out/checkpoint-6", seed=6)
+    for a, b in (("out", flax), (flax, "out"), ("out", "out")):
+        assert api.verify(tmp_path / a, tmp_path / b, step=5).is_same
+    assert not api.verify(tmp_path / "out", flax).is_same  # the latest
+    with pytest.raises(ValueError, match=r"out has no checkpoint of step 7; it has 5, 6"):
+        api.verify(flax, tmp_path / "out", step=7)
+    with pytest.raises(ValueError, match=r"neither .*hf nor .*flax has a step 5"):
+        api.verify(hf, flax, step=5)
+
+
+def test_copy_of_a_tied_tensor_is_no_difference_and_towers_are_not_run(tmp_path, caplog) -> None:
+    config = LlamaConfig(13, 10, 7, 2, 4, 2, head_dim=6, tie_word_embeddings=True)
+    rng = np.random.default_rng(0)
+    infos = torch_infos(LLAMA, config)
+    tensors = {key: rng.normal(size=info.shape).astype(info.dtype) for key, info in infos.items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    (tmp_path / "llm").mkdir()
+    write_safetensors(tmp_path / "llm/model.safetensors", in_memory(tensors))
+    data = {"model_type": "llama", **dataclasses.asdict(config)}
+    (tmp_path / "llm/config.json").write_text(json.dumps(data))
+    flax = api.to_flax(tmp_path / "llm", tmp_path / "llm-flax")
+    with caplog.at_level("INFO", logger="convert"):
+        result = api.verify(tmp_path / "llm", flax)
+    assert "left out lm_head.weight, a copy of model.embed_tokens.weight" in caplog.text
+    assert (result.is_same, result.output_error) == (True, None)
+
+
+def test_an_error_is_no_difference(tmp_path, flax, capsys) -> None:
+    assert main(["verify", str(tmp_path / "nowhere"), str(flax)]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def test_models_of_two_kinds_cannot_be_compared(tmp_path, hf) -> None:

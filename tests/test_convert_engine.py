@@ -100,14 +100,18 @@ def test_decoder_is_left_out_with_its_reason(caplog) -> None:
     assert "1 tensors model.decoder.* (the decoder is not used" in caplog.text
 
 
-def test_tied_head_may_be_absent_or_a_copy_and_is_not_written() -> None:
+def test_tied_head_may_be_absent_or_a_copy_and_is_not_written(caplog) -> None:
     tensors, infos = make_checkpoint(LLAMA, TIED)
     assert "lm_head.weight" not in infos
-    plan(LLAMA, TIED, infos)
+    with caplog.at_level("INFO", logger="convert"):
+        plan(LLAMA, TIED, infos)
+    assert not caplog.text
 
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     infos["lm_head.weight"] = infos["model.embed_tokens.weight"]
-    forward = plan(LLAMA, TIED, infos)
+    with caplog.at_level("INFO", logger="convert"):
+        forward = plan(LLAMA, TIED, infos)
+    assert "left out: lm_head.weight (the config says that it is the same as" in caplog.text
     assert "lm_head/kernel" not in engine.as_flax(forward, in_memory(tensors)).infos
     assert "lm_head.weight" not in forward.tensors
 
@@ -129,7 +133,7 @@ def without(names, infos):
         ),
         (
             lambda infos: infos | {"projector.gate.weight": infos["projector.input_proj.bias"]},
-            "unexpected  projector.gate.weight  [7] no rule; add one to convert/tables.py",
+            "unexpected  projector.gate.weight  [7] belongs to no projector; to-flax leaves it out",
         ),
         (
             lambda infos: (
@@ -168,11 +172,12 @@ def test_all_problems_are_reported_together_and_sorted() -> None:
     with pytest.raises(ConversionError) as caught:
         plan(PROJECTOR, CONFIGS[PROJECTOR], infos)
     assert str(caught.value).splitlines() == [
-        "projector: the checkpoint does not fit the config (3 problems)",
+        "projector: the checkpoint does not fit the config: use all of its files, and the "
+        "config.json that came with them (3 problems)",
         "  missing     projector.input_proj.bias    [7] -> input_proj/bias",
         "  missing     projector.layers.1.fc2.bias  [7] -> layers_1/fc2/bias",
-        "  unexpected  projector.extra              [3, 2] no rule; add one to "
-        "convert/tables.py, or an Ignore with the reason",
+        "  unexpected  projector.extra              [3, 2] belongs to no projector; to-flax "
+        "leaves it out with --ignore 'projector.extra'",
     ]
 
 

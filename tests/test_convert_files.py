@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import re
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,6 @@ def test_safetensors_come_back(tmp_path, dtype) -> None:
     write_safetensors(tmp_path / "x.safetensors", in_memory(tensors))
     checkpoint = open_torch(tmp_path / "x.safetensors")
     assert checkpoint.infos == {k: TensorInfo(t.shape, t.dtype) for k, t in tensors.items()}
-    assert checkpoint.metadata == {"format": "pt"}
     assert_same(read_all(open_torch(tmp_path / "x.safetensors")), tensors)
 
 
@@ -106,9 +107,24 @@ def test_index_that_disagrees_with_its_files_is_an_error(tmp_path) -> None:
         open_torch(tmp_path)
 
 
-def test_broken_index_is_an_error(tmp_path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{}", "[]", "", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {}}'),
+        *('{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}'),
+    ],
+)
+def test_broken_index_is_an_error(tmp_path, content) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=r"index.json is not the index of a checkpoint"):
+        open_torch(tmp_path)
+
+
+@pytest.mark.parametrize("name", [".", "model.safetensors.index.json"])
+def test_index_that_names_no_file_of_weights_is_an_error(tmp_path, name) -> None:
+    index = json.dumps({"weight_map": {"a": name}})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
         open_torch(tmp_path)
 
 
@@ -185,15 +201,18 @@ class Bomb:
 
 
 @pytest.mark.torch
-def test_pickled_code_is_refused_and_not_run(tmp_path) -> None:
+@pytest.mark.parametrize("name", ["x.pt", "weights"])
+@pytest.mark.parametrize("protocol", [None, *range(pickle.HIGHEST_PROTOCOL + 1)])
+def test_pickled_code_is_refused_and_not_run(tmp_path, name, protocol) -> None:
     import torch
 
-    torch.save({"w": torch.ones(3), "x": Bomb(tmp_path / "boom")}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt needs unpickling, which .*: refused"):
-        open_torch(tmp_path / "x.pt")
-    (tmp_path / "y.pt").write_bytes(pickle.dumps({"x": Bomb(tmp_path / "boom")}))
-    with pytest.raises(ValueError, match=r"y\.pt needs unpickling"):
-        open_torch(tmp_path / "y.pt")
+    bomb = {"x": Bomb(tmp_path / "boom")}
+    if protocol is None:
+        torch.save({"w": torch.ones(3), **bomb}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(bomb, protocol))
+    with pytest.raises(ValueError, match=rf"{name} needs unpickling, which .*: refused"):
+        open_torch(tmp_path / name)
     assert not (tmp_path / "boom").exists()
 
 
@@ -270,15 +289,34 @@ def test_folder_without_params_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "message"),
-    [("_METADATA", "is not a complete Orbax checkpoint"), ("ocdbt.process_0", "is damaged")],
+    ("name", "content", "message"),
+    [
+        ("ocdbt.process_0", None, "is damaged"),
+        ("_METADATA", None, "is not a complete Orbax checkpoint"),
+        *(
+            ("_METADATA", content, "is not a complete Orbax checkpoint")
+            for content in (b"", b"junk", b"[]", b"{}", b"\xff", b'{"tree_metadata": {"x": {}}}')
+        ),
+        ("manifest.ocdbt", b"", "is not a complete Orbax checkpoint"),
+        ("manifest.ocdbt", b"junk", "is not a complete Orbax checkpoint"),
+    ],
 )
-def test_incomplete_folder_is_refused(tmp_path, lost, message) -> None:
+def test_damaged_folder_is_refused(tmp_path, name, content, message) -> None:
     rng = np.random.default_rng(0)
     write_tree(tmp_path / "x", {"a": rng.normal(size=(300, 70))})
-    (tmp_path / "x/params" / lost).rename(tmp_path / "lost")
+    file = tmp_path / "x/params" / name
+    file.rename(tmp_path / "lost")
+    if content is not None:
+        file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"x/params {message}"):
         read_all(open_flax(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff"])
+def test_damaged_marker_is_not_needed_to_read(tmp_path, content) -> None:
+    write_tree(tmp_path / "x", {"a": np.ones(3)})
+    (tmp_path / "x/params/_CHECKPOINT_METADATA").write_bytes(content)
+    assert_same(read_all(open_flax(tmp_path / "x")), {"a": np.ones(3)})
 
 
 def test_existing_folder_is_kept_unless_asked(tmp_path) -> None:
@@ -294,23 +332,104 @@ def test_existing_folder_is_kept_unless_asked(tmp_path) -> None:
 def test_folder_with_other_files_is_never_overwritten(tmp_path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"it also holds thesis.tex"):
+    with pytest.raises(ValueError, match=r"home will not be .* it is a folder with thesis.tex in"):
         write_tree(tmp_path / "home", {"a": np.ones(2)}, overwrite=True)
     assert (tmp_path / "home/thesis.tex").exists()
 
 
-@pytest.mark.parametrize("is_folder", [True, False])
-def test_failed_write_leaves_the_old_one(tmp_path, is_folder) -> None:
-    dst = tmp_path / "model.safetensors"
-    if is_folder:
-        dst.mkdir()
-    else:
+def make_old(dst: Path, is_folder: bool) -> list[str]:
+    """What an earlier conversion wrote; returns the names in it, none for a file."""
+    if not is_folder:
         dst.write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(dst, overwrite=True) as part:
-        part.write_text("new")
+        return []
+    dst.mkdir()
+    (dst / "config.json").write_text("old")
+    return ["config.json"]
+
+
+def read_text(dst: Path) -> str:
+    return (dst / "config.json" if dst.is_dir() else dst).read_text()
+
+
+def write_new(part: Path, names: list[str]) -> None:
+    if names:
+        part.mkdir()
+    (part / names[0] if names else part).write_text("new")
+
+
+either_form = pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+
+
+@either_form
+@pytest.mark.parametrize("moment", ["while writing", "while moving"])
+def test_failed_write_leaves_the_old_one(tmp_path, monkeypatch, is_folder, moment) -> None:
+    def fail(*args):
         raise OSError("disk full")
-    assert dst.is_dir() if is_folder else dst.read_text() == "old"
+
+    dst = tmp_path / "x"
+    names = make_old(dst, is_folder)
+    if moment == "while moving":
+        monkeypatch.setattr(Path, "replace", fail)
+    with (
+        pytest.raises(OSError, match="disk full"),
+        replacing(dst, names=names, overwrite=True) as part,
+    ):
+        write_new(part, names)
+        if moment == "while writing":
+            fail()
+    assert read_text(dst) == "old"
     assert list(tmp_path.iterdir()) == [dst]
+
+
+@either_form
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path, is_folder) -> None:
+    names = make_old(tmp_path / "x", is_folder)
+    (tmp_path / "link").symlink_to("x")
+    (tmp_path / "broken").symlink_to("y")
+    for link in ("link", "broken"):
+        with replacing(tmp_path / link, names=names, overwrite=True) as part:
+            write_new(part, names)
+        assert (tmp_path / link).is_symlink()
+    assert read_text(tmp_path / "x") == read_text(tmp_path / "y") == "new"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("is_folder", "names", "message"),
+    [
+        (False, ["config.json"], "it is a file, and an earlier .* left a folder with config.json"),
+        (True, [], "it is a folder with config.json in it, and an earlier .* left a file"),
+        (True, ["config.json", "params"], "would have left a folder with config.json, params in"),
+    ],
+)
+def test_what_no_conversion_wrote_is_refused_before_any_work(
+    tmp_path, is_folder, names, message
+) -> None:
+    make_old(tmp_path / "x", is_folder)
+    with (
+        pytest.raises(ValueError, match=rf"x will not be overwritten: .*{message}"),
+        replacing(tmp_path / "x", names=names, overwrite=True),
+    ):
+        raise AssertionError("the conversion began")
+    assert read_text(tmp_path / "x") == "old"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path) -> None:
+    (tmp_path / "x").mkdir()
+    with replacing(tmp_path / "x", names=["config.json"], overwrite=True) as part:
+        write_new(part, ["config.json"])
+    assert read_text(tmp_path / "x") == "new"
+
+
+def test_what_killed_processes_left_behind_is_removed(tmp_path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    mine, others = f".x.{dead.pid}.part", {f".x.{os.getppid()}.part", f".x.y.{dead.pid}.part"}
+    for name in (mine, *others):
+        (tmp_path / name / "x").mkdir(parents=True)
+    with replacing(tmp_path / "x", overwrite=False) as part:
+        part.write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"x", *others}
 
 
 def test_detect_by_the_names_of_tensors(tmp_path) -> None:

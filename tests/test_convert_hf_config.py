@@ -116,6 +116,49 @@ def test_value_of_the_wrong_kind_is_an_error(value) -> None:
         hf_config.parse_whisper({**CASES["whisper"][2], "num_mel_bins": value}, "here/config.json")
 
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model_type", ["llama"], "a string"),
+        ("num_attention_heads", "4", "an integer"),
+        ("num_attention_heads", True, "an integer"),
+        ("hidden_size", 12.5, "an integer"),
+        ("num_hidden_layers", "3", "an integer"),
+        ("rope_scaling", "linear", "an object"),
+        ("rope_scaling", ["linear", 2.0], "an object"),
+        ("rope_parameters", 3, "an object"),
+        ("layer_types", "full_attention", "a list"),
+        ("no_rope_layers", {"0": 1}, "a list"),
+        ("use_sliding_window", "false", "true or false"),
+        ("attention_bias", 1, "true or false"),
+    ],
+)
+def test_type_of_what_is_computed_with_is_checked(field, value, expected) -> None:
+    with pytest.raises(ConversionError) as caught:
+        hf_config.parse_llama({**CASES["llama"][2], field: value}, "here/config.json")
+    assert str(caught.value).startswith("here/config.json does not describe a model that")
+    assert f"type  {field}  = {value!r}, expected {expected}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("factor", "8"), ("factor", None), ("factor", -1)])
+def test_wrong_scaling_of_rope_is_an_error(field, value) -> None:
+    rope = {"rope_parameters": LLAMA3 | {field: value}}
+    with pytest.raises(ValueError, match=r"^here/config.json: "):
+        hf_config.parse_llama({**CASES["llama"][2], **rope}, "here/config.json")
+
+
+def test_layer_type_may_be_anything() -> None:
+    data = {**CASES["llama"][2], "layer_types": ["full_attention", {"a": 1}, 3]}
+    with pytest.raises(ConversionError, match=r"layer_types  = {'a': 1}, supported: 'full_atten"):
+        hf_config.parse_llama(data)
+
+
 def test_rope_theta_is_read_from_its_old_and_its_new_place() -> None:
     data = dict(CASES["llama"][2])
     old = {k: v for k, v in data.items() if k != "rope_parameters"}
@@ -143,22 +186,63 @@ def test_layers_without_rope_are_those_of_transformers(changes, layers) -> None:
     assert hf_config.parse_llama(smollm3_dict(**changes)).no_rope_layers == layers
 
 
-def test_too_few_marks_of_rope_are_an_error() -> None:
-    with pytest.raises(ConversionError, match="no_rope_layers  has 2 marks for 8 layers"):
-        hf_config.parse_llama(smollm3_dict(no_rope_layers=[0, 1]))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_rope_layers": [0, 1]}, "no_rope_layers  has 2 marks for 8 layers"),
+        ({"no_rope_layers": [0, 1, 1, "x"] * 2}, "no_rope_layers  = .*, expected marks of 0 or 1"),
+        ({"no_rope_layer_interval": 0}, "no_rope_layer_interval  = 0, expected at least 1"),
+        ({"no_rope_layer_interval": None}, "no_rope_layer_interval  = None, expected at least 1"),
+        ({"no_rope_layer_interval": 2.5}, "no_rope_layer_interval  = 2.5, expected an integer"),
+    ],
+)
+def test_layers_without_rope_that_make_no_sense_are_an_error(changes, message) -> None:
+    with pytest.raises(ConversionError, match=message):
+        hf_config.parse_llama(smollm3_dict(**changes))
 
 
-@pytest.mark.parametrize(("family", "is_tied"), [("llama", False), ("smollm3", True)])
-def test_absent_tie_is_what_transformers_takes_it_to_be(family, is_tied) -> None:
-    data = {k: v for k, v in CASES["llama"][2].items() if k != "tie_word_embeddings"}
-    assert hf_config.parse_llama(data | {"model_type": family}).tie_word_embeddings == is_tied
+@pytest.mark.torch
+@pytest.mark.parametrize("family", hf_config.LLAMA_FAMILY)
+def test_absent_fields_are_what_transformers_takes_them_to_be(family) -> None:
+    import transformers
+
+    names = ("vocab_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
+    data = {name: CASES["llama"][2][name] for name in names}
+    data |= {"num_attention_heads": 64, "hidden_size": 256, "num_hidden_layers": 5}
+    ours = hf_config.parse_llama({"model_type": family, **data})
+    theirs = transformers.AutoConfig.for_model(family, **data)
+    for name in ("num_key_value_heads", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == getattr(theirs, "head_dim", 256 // 64)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    marks = getattr(theirs, "no_rope_layers", [1] * 5)
+    assert ours.no_rope_layers == tuple(i for i in range(5) if not marks[i])
 
 
-def test_sliding_window_that_is_not_used_is_no_obstacle() -> None:
-    data = {**CASES["llama"][2], "model_type": "qwen2", "sliding_window": 4096}
-    assert hf_config.parse_llama({**data, "use_sliding_window": False}).qkv_bias
-    with pytest.raises(ConversionError, match="sliding_window  = 4096, supported: None"):
+def test_rope_type_may_be_absent() -> None:
+    data = {**CASES["llama"][2], "rope_parameters": {"rope_theta": LLAMA.rope_theta}}
+    assert hf_config.parse_llama(data) == LLAMA
+
+
+@pytest.mark.parametrize(("family", "biases"), [("llama", (True, True)), ("qwen2", (True, False))])
+def test_biases_of_qwen2_are_fixed_in_its_code(family, biases) -> None:
+    data = {**CASES["llama"][2], "model_type": family, "attention_bias": True}
+    config = hf_config.parse_llama(data)
+    assert (config.qkv_bias, config.o_bias) == biases
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3"])
+def test_sliding_window_is_refused_if_it_is_used(family) -> None:
+    data = {**CASES["llama"][2], "model_type": family}
+    hf_config.parse_llama({**data, "sliding_window": 4096, "use_sliding_window": False})
+    hf_config.parse_llama({**data, "sliding_window": 4096})
+    with pytest.raises(ConversionError, match="sliding_window  = 128, supported: None"):
+        hf_config.parse_llama({**data, "sliding_window": 128, "use_sliding_window": True})
+    if family == "smollm3":  # has no window unless it says so
         hf_config.parse_llama({**data, "use_sliding_window": True})
+    else:
+        with pytest.raises(ConversionError, match="sliding_window  = 4096, supported: None"):
+            hf_config.parse_llama({**data, "use_sliding_window": True})
 
 
 def test_odd_head_dim_is_an_error() -> None:
@@ -209,11 +293,16 @@ def test_cast_changes_the_text_only_where_it_must() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("{", "is not JSON"), ("[]", "holds no JSON object")],
+    [
+        (None, "does not exist"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe{}", "is not JSON"),
+        (b"[]", "holds no JSON object"),
+    ],
 )
 def test_unreadable_config_is_an_error(tmp_path, content, message) -> None:
     if content is not None:
-        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"config\.json {message}"):
         hf_config.read_config_text(tmp_path / "model.safetensors")
 

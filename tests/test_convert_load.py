@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.errors import HTTPError
 from jax.sharding import SingleDeviceSharding
 
 from convert import engine
@@ -316,9 +317,10 @@ sys.exit("torch" in sys.modules)
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True, timeout=120)
 
 
-def test_model_that_is_nowhere_is_an_error(monkeypatch) -> None:
+@pytest.mark.parametrize("error", [ConnectionError, HTTPError("read timed out")])
+def test_model_that_is_nowhere_is_an_error(monkeypatch, error) -> None:
     def no_network(*args, **kwargs):
-        raise ConnectionError
+        raise error
 
     monkeypatch.setattr("convert.load.snapshot_download", no_network)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -330,6 +332,17 @@ def test_hub_that_may_not_be_asked_is_named() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE forbids downloading: unset it, or copy"):
         resolve_model("some/model-that-is-not-cached")
+
+
+def test_hub_model_without_safetensors_is_an_error(tmp_path, monkeypatch) -> None:
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr("convert.load.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"'some/model' has no .safetensors on the hub, only .*bin"
+    ):
+        resolve_model("some/model")
+    write_safetensors(tmp_path / "model.safetensors", in_memory({}))
+    assert resolve_model("some/model") == tmp_path
 
 
 @pytest.mark.slow

@@ -21,6 +21,12 @@ def hf(tmp_path) -> Path:
     return make_projector(tmp_path / "hf")
 
 
+def rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Other tensors in place of the folder's."""
+    (folder / "model.safetensors").unlink()
+    write_safetensors(folder / "model.safetensors", in_memory(tensors))
+
+
 def same(a: Path, b: Path) -> None:
     one, two = read_all(open_torch(a)), read_all(open_torch(b))
     assert one.keys() == two.keys()
@@ -62,6 +68,25 @@ def test_unknown_prefix_is_an_error(tmp_path, hf) -> None:
     api.to_flax(hf, tmp_path / "flax")
     with pytest.raises(ValueError, match=r"prefix 'proj' of a projector is not one of 'projector."):
         api.to_torch(tmp_path / "flax", tmp_path / "x.safetensors", prefix="proj")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_sharded_projector_converts(tmp_path, hf, suffix) -> None:
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    shutil.copy(hf / "config.json", sharded)
+    tensors = {key: tensor.copy() for key, tensor in read_all(open_torch(hf)).items()}
+    weight_map = {key: f"weights-{number % 3}{suffix}" for number, key in enumerate(tensors)}
+    write = write_torch if suffix == ".bin" else write_safetensors
+    for name in set(weight_map.values()):
+        write(
+            sharded / name, in_memory({k: t for k, t in tensors.items() if weight_map[k] == name})
+        )
+    stem = "pytorch_model.bin" if suffix == ".bin" else "model.safetensors"
+    (sharded / f"{stem}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    api.to_torch(api.to_flax(sharded, tmp_path / "flax"), tmp_path / "back")
+    same(hf, tmp_path / "back")
 
 
 @pytest.fixture
@@ -106,10 +131,23 @@ def test_a_step_of_what_has_no_steps_is_an_error(hf) -> None:
         open_source(hf, step=3)
 
 
-def test_a_folder_with_another_config_is_no_run(hf) -> None:
+@pytest.mark.parametrize("text", [None, '{"data": ["train"]}', '{"data": 3}'])
+def test_a_folder_with_another_config_is_no_run(hf, text) -> None:
     (hf / "checkpoints/5").mkdir(parents=True)
+    if text is not None:
+        (hf / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config.json is not the config of a training run"):
         open_source(hf)
+
+
+@pytest.mark.parametrize("held", ["flax_model.msgpack", "checkpoints", None])
+def test_a_folder_of_another_form_names_the_forms_that_exist(tmp_path, held) -> None:
+    if held:
+        (tmp_path / held).mkdir()
+    with pytest.raises(ValueError, match=rf"holds {held or 'nothing'}, expected one of") as caught:
+        open_source(tmp_path)
+    for form in ("pytorch_model.bin.index.json", "checkpoint-N/", "params/", "checkpoints/N/"):
+        assert form in str(caught.value)
 
 
 @pytest.fixture
@@ -181,14 +219,14 @@ def test_wrong_stride_in_the_config_is_named(tmp_path, hf) -> None:
 
 def test_wrong_prefix_is_one_problem(tmp_path, hf) -> None:
     tensors = {f"model.{key}": x for key, x in read_all(open_torch(hf)).items()}
-    write_safetensors(hf / "model.safetensors", in_memory(tensors), overwrite=True)
+    rewrite(hf, tensors)
     message = r"\(1 problem\)\n +prefix +model.projector. +of the keys should be 'projector.' or ''"
     with pytest.raises(ValueError, match=message):
         api.to_flax(hf, tmp_path / "flax")
 
 
 def test_another_model_s_weights_are_one_problem(tmp_path, hf) -> None:
-    write_safetensors(hf / "model.safetensors", in_memory({"w": np.ones(3)}), overwrite=True)
+    rewrite(hf, {"w": np.ones(3)})
     with pytest.raises(ValueError, match=r"no key of this model is in the checkpoint, but 'w'"):
         api.to_flax(hf, tmp_path / "flax")
 
@@ -200,11 +238,21 @@ def test_state_inside_a_dictionary_is_named(tmp_path) -> None:
     torch.save({"epoch": 3, "model": {"w": torch.ones(3)}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"holds dict of epoch, model, expected a dictionary of"):
         open_torch(tmp_path / "x.pt")
+    torch.save({0: torch.ones(3)}, tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match=r"holds dict of 0, expected a dictionary of tensors by na"
+    ):
+        open_torch(tmp_path / "x.pt")
 
 
 @pytest.mark.torch
-def test_torch_file_is_not_overwritten_unless_asked(tmp_path) -> None:
-    write_torch(tmp_path / "x.pt", in_memory({"w": np.ones(3, np.float32)}))
-    with pytest.raises(ValueError, match=r"x.pt exists"):
-        write_torch(tmp_path / "x.pt", in_memory({"w": np.zeros(3, np.float32)}))
-    assert read_all(open_torch(tmp_path / "x.pt"))["w"].all()
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_file_is_not_overwritten_unless_asked(tmp_path, hf, name) -> None:
+    file = api.to_torch(api.to_flax(hf, tmp_path / "1"), tmp_path / name)
+    before = file.read_bytes()
+    other = api.to_flax(make_projector(tmp_path / "other", seed=1), tmp_path / "2")
+    with pytest.raises(ValueError, match=f"{name} exists: choose another destination or pass --o"):
+        api.to_torch(other, file)
+    assert file.read_bytes() == before
+    api.to_torch(other, file, overwrite=True)
+    same(tmp_path / "other", file)
