@@ -37,6 +37,7 @@ from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import PRESETS, TrainConfig
 from flax_projector.data import BatchIterator, BatchSource, take_problems, to_global
 from flax_projector.evaluate import Scores
+from flax_projector.files import write_atomically
 from flax_projector.metrics import (
     MetricsWriter,
     quiet_other_processes,
@@ -110,8 +111,7 @@ def save_config(folder: Path, config: TrainConfig) -> None:
     on a wrong path or manifest leaves no config behind."""
     path = folder / "config.json"
     if jax.process_index() == 0 and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(configs.to_json(config))
+        write_atomically(path, configs.to_json(config))
 
 
 def abstract_train_state(
@@ -388,6 +388,7 @@ def main(config: TrainConfig) -> None:
         # --- result --------------------------------------------------------------------------
         manager.wait_until_finished()
         write_projector(folder / "projector", state.params, config, mesh)
+        log.info("%s", bad_rows.summary())
         log.info("projector saved in %s", folder / "projector")
         if best["step"] not in (None, step):
             log.info(

@@ -75,6 +75,14 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def file_stamp(audio: Audio) -> list[int]:
+    """Changes when a local file does: size and time; what lies elsewhere is taken to stay."""
+    if isinstance(audio, str | Path) and not is_url(audio) and os.path.isfile(audio):
+        stat = os.stat(audio)
+        return [stat.st_size, stat.st_mtime_ns]
+    return []
+
+
 def require_filesystem(url: str) -> None:
     """Raises ValueError if no installed package opens URLs of this kind."""
     try:

@@ -267,7 +267,9 @@ class DataConfig:
     """What is read, and into which static shapes.
 
     A source is a manifest (`clips.jsonl`, `gs://bucket/clips.tsv`), or a data set of Hugging Face:
-    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, where NAME is a hub id or a local folder.
+    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, where NAME is a hub id or a local folder. Behind it
+    stand the columns that are not called `audio` and `text`: `hf:NAME:SPLIT:text=sentence`, and
+    `id=COLUMN` where ids are not the numbers of the rows.
     """
 
     train: tuple[str, ...] = ()
@@ -277,12 +279,6 @@ class DataConfig:
     repeats a source, 0.5 takes one half in one epoch and the other half in the next."""
     eval: tuple[str, ...] = ()
     """Sources that are evaluated, each reported under its file name."""
-    hf_audio_column: str = "audio"
-    """Column of the clips in `hf:` sources."""
-    hf_text_column: str = "text"
-    """Column of the transcripts in `hf:` sources."""
-    hf_id_column: str = ""
-    """Column of the ids in `hf:` sources; empty takes the row's number."""
     hf_streaming: bool = False
     """Keep the rows of `hf:` sources as they come, in `cache_dir`, rather than download whole data
     sets."""
@@ -324,8 +320,6 @@ class DataConfig:
                 f"must have a weight above 0 for each of the {len(self.train)} sources of train",
             ),
             eval=_NO_REPEATS,
-            hf_audio_column=_NOT_EMPTY,
-            hf_text_column=_NOT_EMPTY,
             hf_max_rows=_NOT_NEGATIVE,
             max_bad_rate=(lambda v: 0 <= v <= 1, "must be in [0, 1]"),
             batch_size=_POSITIVE,

@@ -3,7 +3,11 @@
 import functools
 import hashlib
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -22,7 +26,7 @@ from flax_projector.batch_plan import (
     epoch_plan,
     make_buckets,
 )
-from flax_projector.config import SAMPLE_RATE, SAMPLES_PER_FRAME, DataConfig
+from flax_projector.config import SAMPLE_RATE, DataConfig
 from flax_projector.projector import output_length
 from flax_projector.prompt import Prompt
 from flax_projector.sharding import batch_sharding, local_rows, padded_batch_size
@@ -66,7 +70,39 @@ class Waveforms:
         """f32[<= N] samples at 16 kHz."""
         row = utterance.row
         samples = load_audio(row.audio, offset=row.offset, duration=row.duration)
-        return samples, num_encoder_frames(len(samples))
+        num_frames = num_encoder_frames(len(samples))
+        if num_frames > utterance.max_frames:
+            secs = len(samples) / SAMPLE_RATE
+            text = f"{row.audio} lasts {secs:.2f} s, more than its bucket holds"
+            raise BadAudio(Problem.WRONG_DURATION, text)
+        return samples, num_frames
+
+
+def find_unreadable(
+    utterances: Sequence[Utterance], inputs: Inputs, *, num_threads: int
+) -> list[BadRow]:
+    """Reads clips; those that cannot be used."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        errors = pool.map(lambda utterance: _try_to_read(utterance, inputs), utterances)
+        return [
+            _bad_row(utterance, error.problem, str(error))
+            for utterance, error in zip(utterances, errors, strict=True)
+            if error is not None
+        ]
+
+
+def _try_to_read(utterance: Utterance, inputs: Inputs) -> BadAudio | None:
+    """What is wrong with a clip, if anything."""
+    try:
+        inputs.read(utterance)
+    except BadAudio as error:
+        return error
+    return None
+
+
+def _bad_row(utterance: Utterance, reason: Problem, detail: str) -> BadRow:
+    row = utterance.row
+    return BadRow(row.id, row.source, reason, detail, row.text)
 
 
 class BatchSource:
@@ -220,10 +256,6 @@ class BatchSource:
         self, row: int, utterance: Utterance, bucket: Bucket, batch: dict[str, np.ndarray]
     ) -> None:
         array, num_frames = self._inputs.read(utterance)
-        if num_frames > utterance.max_frames:
-            secs = num_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
-            text = f"{utterance.row.audio} lasts {secs:.2f} s, more than its bucket holds"
-            raise BadAudio(Problem.WRONG_DURATION, text)
         layout = self._prompt.layout(
             output_length(num_frames, self._pool_stride),
             utterance.target,
@@ -245,19 +277,11 @@ class BatchSource:
         members, found = self.members(index), []
         for row, code in zip(self._rows[problem > 0], problem[problem > 0], strict=True):
             if (utterance := members[row]) is not None:
-                key, reason = utterance.row, Problem(code)
-                detail = self._describe(utterance)
-                found.append(BadRow(key.id, key.source, reason, detail, key.text))
+                # A worker process hands over a number: what is wrong shows when it is read again.
+                error = _try_to_read(utterance, self._inputs)
+                detail = str(error or f"{utterance.row.audio} could be read the second time")
+                found.append(_bad_row(utterance, Problem(code), detail))
         return found
-
-    def _describe(self, utterance: Utterance) -> str:
-        """What is wrong with a clip, by reading it again: a worker process hands over a number."""
-        try:
-            _, num_frames = self._inputs.read(utterance)
-        except BadAudio as error:
-            return str(error)
-        secs = num_frames * SAMPLES_PER_FRAME / SAMPLE_RATE
-        return f"{utterance.row.audio} could be read the second time, {secs:.2f} s long"
 
 
 def _padding_row(bucket: Bucket, fill: int) -> dict[str, np.ndarray]:
@@ -302,7 +326,7 @@ class BatchIterator:
             workers = grain.MultiprocessingOptions(
                 num_workers=self._num_workers, per_worker_buffer_size=2
             )
-            batches = batches.mp_prefetch(workers)
+            batches = batches.mp_prefetch(workers, worker_init_fn=_end_with_parent)
         return iter(batches)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -337,6 +361,22 @@ class BatchIterator:
         if self._grain is not None:
             self._grain.close()
             self._grain = None
+
+
+def _end_with_parent(_index: int, _count: int) -> None:
+    """Ends this worker process when the main one is gone, also by SIGKILL: Grain's would stay.
+
+    Not by Linux's PR_SET_PDEATHSIG: it sends the signal when the thread ends that started the
+    worker, which is one of Grain's.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # as in every process that multiprocessing starts
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def take_problems(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from flax_projector.audio import BadAudio, read_duration
 from flax_projector.bad_rows import BadRow
 from flax_projector.config import DataConfig
+from flax_projector.files import sync, write_atomically
 from flax_projector.manifest import Draft, Durations, ManifestRow, check_rows, read_manifest
 
 log = logging.getLogger(__name__)
@@ -30,29 +31,42 @@ _SAVE_EVERY_ROWS = 100
 
 @dataclass(frozen=True)
 class HFSource:
-    """Which split of which data set.
+    """Which columns of which split of which data set.
 
     Attributes:
       name: hub id, or a local folder: of `save_to_disk`, of parquet files, or of sound files.
       config: of the data set; None is its default.
       split: as `datasets` writes it, "train[:1000]" included.
+      audio: column of the clips.
+      text: column of the transcripts.
+      id: column of the ids; None takes the row's number.
     """
 
     name: str
     config: str | None
     split: str
+    audio: str = "audio"
+    text: str = "text"
+    id: str | None = None
 
 
 def parse_hf_source(source: str) -> HFSource:
-    """Reads `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`.
+    """Reads `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, and columns: `...:text=sentence:id=path`.
 
     Raises:
       ValueError: if it is neither.
     """
-    match = re.fullmatch(r"hf:([^:\[]+)(?::([^:\[]+))?:([^:\[]+(?:\[[^\]]*\])?)", source)
+    split = r"[^:=\[]+(?:\[[^\]]*\])?"
+    columns = r"(?::(?:audio|text|id)=[^:]+)*"
+    match = re.fullmatch(rf"hf:([^:\[]+)(?::([^:=\[]+))?:({split})({columns})", source)
     if not match:
-        raise ValueError(f"{source!r}: write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    return HFSource(*match.groups())
+        raise ValueError(
+            f"{source!r}: write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT; behind it :audio=COLUMN and "
+            ":text=COLUMN, if clips and transcripts are in other columns than 'audio' and 'text', "
+            "and :id=COLUMN, if ids are not the numbers of the rows"
+        )
+    *names, columns = match.groups()
+    return HFSource(*names, **dict(part.split("=", 1) for part in columns.split(":")[1:]))
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
 
     Args:
       source: see `parse_hf_source`.
-      config: columns, streaming, row limit.
+      config: streaming, row limit.
       cache: folder of streamed sets, and of durations.
 
     Returns:
@@ -105,16 +119,17 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
       ValueError: if there is no such data set, split or column, `datasets` is not installed, or
         the hub cannot be reached.
     """
+    hf = parse_hf_source(source)
     if config.hf_streaming:
-        manifest, num_rows = _keep_stream(source, config, cache)
+        manifest, num_rows = _keep_stream(source, hf, config.hf_max_rows, cache)
         limit = config.hf_max_rows or num_rows
         return read_manifest(manifest, source=source, max_rows=limit, cache=cache)
-    dataset = _open(source, config, streaming=False)
+    dataset = _open(source, hf, streaming=False)
     if config.hf_max_rows:
         dataset = dataset.select(range(min(config.hf_max_rows, len(dataset))))
-    table = _Table(dataset.select_columns([config.hf_audio_column]), source)
-    texts = dataset[config.hf_text_column]
-    ids = dataset[config.hf_id_column] if config.hf_id_column else range(len(dataset))
+    table = _Table(dataset.select_columns([hf.audio]), source)
+    texts = dataset[hf.text]
+    ids = dataset[hf.id] if hf.id else range(len(dataset))
     drafts = [
         Draft(str(row_id), TableClip(table, n), str(text or "").strip(), None, None)
         for n, (row_id, text) in enumerate(zip(ids, texts, strict=True))
@@ -147,9 +162,8 @@ def _keep_encoded(_audio: Any, value: Any) -> dict[str, Any]:
     raise ValueError(f"audio as {type(value).__name__}: only encoded files can be read")
 
 
-def _open(source: str, config: DataConfig, *, streaming: bool) -> Any:
+def _open(source: str, hf: HFSource, *, streaming: bool) -> Any:
     """The split, its audio column encoded."""
-    hf = parse_hf_source(source)
     datasets = _import_datasets(source)
     folder = Path(hf.name)
     try:
@@ -171,26 +185,25 @@ def _open(source: str, config: DataConfig, *, streaming: bool) -> Any:
             "hub that this machine can reach, or a folder that it was saved in"
         ) from error
     columns = dataset.column_names
-    wanted = [config.hf_audio_column, config.hf_text_column, config.hf_id_column]
-    if columns is not None and (missing := [c for c in wanted if c and c not in columns]):
+    wanted = [column for column in (hf.audio, hf.text, hf.id) if column]
+    if columns is not None and (missing := [c for c in wanted if c not in columns]):
         raise ValueError(
-            f"{source} has no column {missing}, but {sorted(columns)}: set data.hf_audio_column, "
-            "data.hf_text_column and data.hf_id_column"
+            f"{source} has no column {missing}, but {sorted(columns)}: name its columns behind it, "
+            "as in hf:NAME:SPLIT:audio=COLUMN:text=COLUMN:id=COLUMN"
         )
-    return dataset.cast_column(config.hf_audio_column, datasets.Audio(decode=False))
+    return dataset.cast_column(hf.audio, datasets.Audio(decode=False))
 
 
-def _keep_stream(source: str, config: DataConfig, cache: Path) -> tuple[Path, int]:
+def _keep_stream(source: str, hf: HFSource, max_rows: int, cache: Path) -> tuple[Path, int]:
     """Downloads what is missing of a streamed set; its manifest and number of rows."""
-    columns = [config.hf_audio_column, config.hf_text_column, config.hf_id_column]
-    digest = hashlib.sha256(json.dumps([source, columns]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     folder = cache / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', source)}-{digest}"
     manifest, progress_path = folder / "rows.jsonl", folder / "progress.json"
     done: dict[str, Any] = {"num_rows": 0, "is_whole": False, "stream": None}
     if progress_path.is_file():
         done = json.loads(progress_path.read_text())
-    limit = config.hf_max_rows
-    if done["is_whole"] or (limit and done["num_rows"] >= limit):
+    num_bytes = _length_of_rows(manifest, done["num_rows"])
+    if done["is_whole"] or (max_rows and done["num_rows"] >= max_rows):
         log.info("%s: %d rows found in %s", source, done["num_rows"], folder)
         return manifest, done["num_rows"]
     if jax.process_count() > 1:
@@ -198,45 +211,61 @@ def _keep_stream(source: str, config: DataConfig, cache: Path) -> tuple[Path, in
             f"{source} is not yet kept in {folder}: start once with one process, or point "
             "data.cache_dir of every host to a folder that has it"
         )
-    stream = _open(source, config, streaming=True)
+    stream = _open(source, hf, streaming=True)
     if done["stream"]:
         stream.load_state_dict(done["stream"])
     folder.mkdir(parents=True, exist_ok=True)
-    kept = manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else []
-    with manifest.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept[: done["num_rows"]])
+    with manifest.open("a", encoding="utf-8") as file:
+        file.truncate(num_bytes)  # rows behind it came after the last save, and will come again
 
         def save() -> None:
-            file.flush()
+            sync(file)  # first: the progress counts only what is there
             done["stream"] = stream.state_dict()
-            partial = progress_path.with_suffix(".partial")
-            partial.write_text(json.dumps(done))
-            os.replace(partial, progress_path)
+            write_atomically(progress_path, json.dumps(done))
 
-        rows = itertools.islice(stream, limit - done["num_rows"]) if limit else iter(stream)
-        bar = tqdm(rows, source, initial=done["num_rows"], total=limit or None, unit="row")
+        rows = itertools.islice(stream, max_rows - done["num_rows"]) if max_rows else iter(stream)
+        bar = tqdm(rows, source, initial=done["num_rows"], total=max_rows or None, unit="row")
         for row in bar:
-            number = done["num_rows"]
-            record = _keep_row(row, config, folder, number)
+            record = _keep_row(row, hf, folder, done["num_rows"])
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             done["num_rows"] += 1
             if done["num_rows"] % _SAVE_EVERY_ROWS == 0:
                 save()
-        done["is_whole"] = not limit or done["num_rows"] < limit
+        done["is_whole"] = not max_rows or done["num_rows"] < max_rows
         save()
     return manifest, done["num_rows"]
 
 
-def _keep_row(row: dict[str, Any], config: DataConfig, folder: Path, number: int) -> dict[str, Any]:
+def _length_of_rows(manifest: Path, num_rows: int) -> int:
+    """Bytes of a manifest's first rows.
+
+    Raises:
+      ValueError: if it has fewer.
+    """
+    if not num_rows:
+        return 0
+    lengths = []
+    if manifest.is_file():
+        with manifest.open("rb") as file:
+            lengths = [len(line) for line in itertools.islice(file, num_rows)]
+    if len(lengths) < num_rows:
+        raise ValueError(
+            f"{manifest} has {len(lengths)} rows, not the {num_rows} that were kept according to "
+            f"progress.json: delete {manifest.parent}, and the data set is downloaded again"
+        )
+    return sum(lengths)
+
+
+def _keep_row(row: dict[str, Any], hf: HFSource, folder: Path, number: int) -> dict[str, Any]:
     """Writes the encoded clip; what the manifest says of it."""
-    audio = row[config.hf_audio_column]
+    audio = row[hf.audio]
     suffix = os.path.splitext((audio or {}).get("path") or "")[1]
     name = f"audio/{number // 1000:05d}/{number:08d}{suffix}"
     path = folder / name
     record = {
-        "id": str(row[config.hf_id_column] if config.hf_id_column else number),
+        "id": str(row[hf.id] if hf.id else number),
         "audio": name,
-        "text": row[config.hf_text_column],
+        "text": row[hf.text],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -247,5 +276,5 @@ def _keep_row(row: dict[str, Any], config: DataConfig, folder: Path, number: int
         path.write_bytes(found)
         record["duration"] = read_duration(path)
     except (FileNotFoundError, BadAudio) as error:
-        log.warning("%s, row %d: %s", config.hf_audio_column, number, error)
+        log.warning("%s, row %d: %s", hf.name, number, error)
     return record

@@ -20,12 +20,14 @@ from flax_projector.audio import (
     Audio,
     BadAudio,
     Problem,
+    file_stamp,
     is_url,
     read_duration,
     require_filesystem,
 )
 from flax_projector.bad_rows import BadRow
 from flax_projector.config import SAMPLE_RATE, SAMPLES_PER_FRAME
+from flax_projector.files import write_atomically
 
 _NUM_THREADS = 32  # they wait for disks and networks
 _CHUNK = 4096  # rows handed to the threads at a time
@@ -95,7 +97,7 @@ class Durations:
         Raises:
           BadAudio: if it is missing or cannot be decoded.
         """
-        stamp = _stamp(audio)
+        stamp = file_stamp(audio)
         secs, known_stamp = self._known.get(str(audio), (0.0, None))
         if known_stamp != stamp:
             secs = read_duration(audio)
@@ -106,18 +108,7 @@ class Durations:
     def save(self) -> None:
         """Keeps what was read."""
         if self._path is not None and self._is_changed and jax.process_index() == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._known))
-            os.replace(partial, self._path)
-
-
-def _stamp(audio: Audio) -> list[int]:
-    """Changes when a local file does."""
-    if isinstance(audio, str | Path) and not is_url(audio) and os.path.isfile(audio):
-        stat = os.stat(audio)
-        return [stat.st_size, stat.st_mtime_ns]
-    return []
+            write_atomically(self._path, json.dumps(self._known))
 
 
 def read_manifest(
@@ -145,13 +136,14 @@ def read_manifest(
       The rows in the manifest's order, and what is wrong with the others.
 
     Raises:
-      ValueError: if there is no such manifest, it is of another kind, or has no row.
+      ValueError: if the manifest cannot be read, is of another kind, or has no row.
     """
     path = str(path)
     source = path if source is None else source
     text = _read_text(path)
     if path.endswith(".jsonl"):
-        raw_rows = [_parse_json(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines: a transcript may hold U+2028, at which it would break a row in two.
+        raw_rows = [_parse_json(line) for line in text.split("\n") if line.strip()]
     elif path.endswith(".tsv"):
         raw_rows = list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
     else:
@@ -169,13 +161,18 @@ def read_manifest(
 
 
 def _read_text(path: str) -> str:
+    if is_url(path):
+        require_filesystem(path)
     try:
-        if is_url(path):
-            require_filesystem(path)
         with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except FileNotFoundError as error:
         raise ValueError(f"manifest {path} does not exist") from error
+    except Exception as error:  # file systems raise what their clients raise
+        raise ValueError(
+            f"manifest {path} cannot be read: {type(error).__name__}: {error}\n"
+            "Name a .jsonl or .tsv file in UTF-8, or a data set as hf:NAME:SPLIT"
+        ) from error
 
 
 def _parse_json(line: str) -> dict[str, Any] | str:

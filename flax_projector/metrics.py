@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_projector.evaluate import Transcript
+from flax_projector.files import write_atomically
 
 _OUR_LOGGERS = ("flax_projector", "convert", "train")
 
@@ -113,9 +113,7 @@ def _drop_after(path: Path, first_step: int) -> None:
         record = json.loads(line)
         if record["step"] < first_step or (record["step"] == first_step and "grad_norm" in record):
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), "utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(kept))
 
 
 def _start_wandb(project: str, folder: Path) -> Any:

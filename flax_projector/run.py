@@ -26,10 +26,11 @@ from convert.trees import flatten
 from flax_projector.bad_rows import BadRow, BadRowLog
 from flax_projector.batch_plan import Utterance, prepare
 from flax_projector.config import TrainConfig
-from flax_projector.data import BatchSource, Inputs, Waveforms
+from flax_projector.data import BatchSource, Inputs, Waveforms, find_unreadable
 from flax_projector.decode import make_normalizer
 from flax_projector.evaluate import Evaluator
 from flax_projector.features import keep_features
+from flax_projector.files import write_atomically
 from flax_projector.hf_data import PREFIX, read_hf
 from flax_projector.llama import abstract_decoder
 from flax_projector.manifest import ManifestRow, read_manifest
@@ -158,7 +159,13 @@ def make_source(
         raise ValueError(f"{name}: none of {num_rows} rows can be used")
     utterances, unfit = prepare(rows, loaded.prompt, config.data)
     left_out = [*bad, *unfit]
-    bad_rows.start(name, left_out, num_rows=num_rows)
+    known = bad_rows.known(name)
+    unreadable = find_unreadable(
+        [utterance for utterance in utterances if utterance.row.key in known],
+        Waveforms(config.data.window_samples),
+        num_threads=config.data.num_threads,
+    )
+    bad_rows.start(name, left_out, num_rows=num_rows, unreadable=unreadable)
     source = BatchSource(
         utterances,
         inputs=_make_inputs(name, utterances, loaded, config),
@@ -234,6 +241,7 @@ def _make_inputs(
         encode_batch,
         window_samples=config.data.window_samples,
         batch_size=config.data.eval_batch_size,
+        encoder_dim=config.projector.encoder_dim,
         encoder_name=f"{config.encoder} {config.dtype}",
     )
 
@@ -294,6 +302,4 @@ def read_best(folder: Path) -> dict[str, Any]:
 def write_best(folder: Path, best: dict[str, Any]) -> None:
     """Records what `read_best` reads."""
     if jax.process_index() == 0:
-        partial = folder / "best.json.partial"
-        partial.write_text(json.dumps(best) + "\n")
-        partial.replace(folder / "best.json")
+        write_atomically(folder / "best.json", json.dumps(best) + "\n")

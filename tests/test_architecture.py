@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest layer first; modules of one layer do not import each other.
 LAYERS: list[set[str]] = [
-    {"flax_projector.config"},
+    {"flax_projector.config", "flax_projector.files"},
     {"flax_projector.losses", "flax_projector.sharding", "flax_projector.audio"}
     | {"flax_projector.preemption", "flax_projector.throughput"},
     {"flax_projector.bad_rows"},

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +19,14 @@ from flax_projector.audio import Problem, load_audio
 from flax_projector.bad_rows import BadRowLog
 from flax_projector.batch_plan import epoch_members, epoch_plan, prepare
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
-from flax_projector.data import BatchIterator, BatchSource, Waveforms, take_problems, to_global
+from flax_projector.data import (
+    BatchIterator,
+    BatchSource,
+    Waveforms,
+    find_unreadable,
+    take_problems,
+    to_global,
+)
 from flax_projector.manifest import ManifestRow, read_manifest
 from flax_projector.prompt import AUDIO_TOKEN, make_prompt
 from flax_projector.sharding import make_mesh
@@ -125,6 +136,44 @@ def test_iterator_resumes_where_it_stood_whoever_reads(source, before, after):
         assert expected.keys() == actual.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+def is_running(pid: int) -> bool:
+    path = Path(f"/proc/{pid}/stat")
+    try:
+        return path.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_main_process_that_is_killed(source, tmp_path):
+    (tmp_path / "source").write_bytes(pickle.dumps(source(shuffle_seed=0, num_batches=100)))
+    script = (
+        "import multiprocessing, pickle, sys, time\n"
+        "from flax_projector.data import BatchIterator\n"
+        "if __name__ == '__main__':\n"
+        "    batches = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "    iterator = BatchIterator(batches, num_threads=1, num_workers=2)\n"
+        "    next(iterator)\n"
+        "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    (tmp_path / "read.py").write_text(script)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "read.py"), str(tmp_path / "source")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        workers = list(map(int, process.stdout.readline().split()))
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
 
 
 def test_resuming_on_other_rows_says_so(source, tmp_path, caplog):
@@ -292,6 +341,19 @@ def test_what_shows_when_a_clip_is_read_becomes_padding(
     (entry,) = map(json.loads, (tmp_path / "bad_rows.jsonl").read_text().splitlines())
     assert (entry["id"], entry["reason"]) == ("clip4", problem.name.lower())
     assert detail in entry["detail"]
+
+
+def test_clips_that_can_be_read_again_are_no_longer_bad(source):
+    batches = source()
+    paths = [str(u.row.audio) for u in batches.utterances]
+    for path in paths[:2]:
+        break_clip(path, "nan")
+    inputs = Waveforms(CONFIG.window_samples)
+    (first, second) = find_unreadable(batches.utterances, inputs, num_threads=2)
+    assert [first.key, second.key] == [u.row.key for u in batches.utterances[:2]]
+    assert first.reason == Problem.NOT_FINITE and f"{paths[0]} has samples" in first.detail
+    soundfile.write(paths[0], np.zeros(soundfile.info(paths[0]).frames), 16_000)
+    assert find_unreadable(batches.utterances, inputs, num_threads=2) == [second]
 
 
 def test_too_many_bad_clips_stop_the_run(source, tmp_path):

@@ -81,13 +81,42 @@ def test_kept_features_leave_out_the_same_clips(make_config):
     assert_within(np.array(kept, np.float32), live, 1e-5)
 
 
-def test_too_many_bad_clips_stop_a_run_before_it_trains(make_config):
+def make_source(config: TrainConfig):
+    """The training batches of a start, which lists its bad rows."""
+    loaded = runs.load_model(config, make_mesh(config.mesh))
+    return runs.make_train_source(loaded, config, runs.open_bad_rows(config))
+
+
+def test_too_many_bad_clips_stop_a_run_until_they_are_repaired(make_config):
     config = make_config()
-    Path(config.data.train[0]).with_name("3.wav").unlink()
-    with pytest.raises(ValueError, match=r"(?s)train: 1 of 13 rows are defective.*3.wav does not"):
-        train_tpu.main(config)
-    assert [e["id"] for e in bad_entries(config)] == ["clip3"]
+    clip = Path(config.data.train[0]).with_name("3.wav")
+    clip.rename(clip.with_suffix(".away"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"(?s)train: 1 of 13 rows .*clip3: .*3.wav does not"):
+            train_tpu.main(config)
+        assert [e["id"] for e in bad_entries(config)] == ["clip3"]
     assert not (Path(config.out) / "config.json").exists()
+    clip.with_suffix(".away").rename(clip)
+    make_source(config)
+    assert not bad_entries(config)
+
+
+@pytest.mark.parametrize("cache_features", [False, True])
+def test_clips_that_could_not_be_read_count_until_they_are_repaired(make_config, cache_features):
+    config = make_config(data={"max_bad_rate": 0.1, "cache_features": cache_features})
+    silence(config.data.train[0], 2, 5)
+    with pytest.raises(
+        ValueError, match=r"(?s)2 of 13 rows .*clip[25]: .* not finite\n.*clip[25]: "
+    ):
+        train_tpu.main(config)
+    with pytest.raises(ValueError, match=r"(?s)2 of 13 rows .*clip2: .* not finite\n.*clip5: "):
+        make_source(config)  # before it trains
+    whole = Path(make_speech(Path(config.out) / "again", 13)).with_name("5.wav")
+    Path(config.data.train[0]).with_name("5.wav").write_bytes(whole.read_bytes())
+    source = make_source(config)
+    assert [e["id"] for e in bad_entries(config)] == ["clip2"]
+    problems = [(i, row) for i in range(len(source)) for row in source[i]["problem"].nonzero()[0]]
+    assert {u.row.id for i, row in problems if (u := source.members(i)[row])} == {"clip2"}
 
 
 def test_a_batch_without_a_clip_gives_no_nan(make_config):
@@ -179,17 +208,17 @@ def test_a_killed_run_over_a_mixture_with_bad_clips_ends_with_the_same_bytes(
     assert sorted(e["id"] for e in bad_entries(killed)) == ["clip1", "clip8"]
 
 
-def save_data_set(folder: Path, count: int, seed: int) -> str:
+def save_data_set(folder: Path, count: int, seed: int, text: str = "text") -> str:
     manifest = Path(make_speech(folder / "wav", count, seed=seed))
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
     clips = [
         {"bytes": (manifest.parent / row["audio"]).read_bytes(), "path": row["audio"]}
         for row in rows
     ]
-    table = datasets.Dataset.from_dict({"audio": clips, "text": [row["text"] for row in rows]})
+    table = datasets.Dataset.from_dict({"audio": clips, text: [row["text"] for row in rows]})
     table = table.cast_column("audio", datasets.Audio(decode=False))
     datasets.DatasetDict({"train": table}).save_to_disk(str(folder / "set"))
-    return f"hf:{folder / 'set'}:train"
+    return f"hf:{folder / 'set'}:train:text={text}"
 
 
 def test_a_run_on_data_sets_and_manifests_never_imports_torch(tmp_path, make_config):
@@ -197,7 +226,7 @@ def test_a_run_on_data_sets_and_manifests_never_imports_torch(tmp_path, make_con
     data = {
         "train": train,
         "train_weights": (1.0, 2.0),
-        "eval": (save_data_set(tmp_path / "y", 3, seed=3),),
+        "eval": (save_data_set(tmp_path / "y", 3, seed=3, text="sentence"),),
         "hf_streaming": True,
         "num_workers": 1,
     }

@@ -3,10 +3,10 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import datasets
 import datasets.config
@@ -20,7 +20,7 @@ from flax_projector.config import DataConfig
 from flax_projector.hf_data import HFSource, parse_hf_source, read_hf
 from flax_projector.run import source_name
 
-COLUMNS: dict[str, Any] = {"hf_audio_column": "sound", "hf_text_column": "said"}
+COLUMNS = ":audio=sound:text=said"
 
 
 def make_clip(number: int, suffix: str = "flac") -> bytes:
@@ -65,15 +65,9 @@ def cache_of_datasets(tmp_path, monkeypatch):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", ["one", "several", "parquet", "sounds"])
 def test_rows_of_every_layout(folders, tmp_path, layout, streaming):
-    source = f"hf:{folders[layout]}:train"
-    audio = "audio" if layout == "sounds" else "sound"
-    config = DataConfig(
-        hf_audio_column=audio,
-        hf_text_column="said",
-        hf_id_column="speaker",
-        hf_streaming=streaming,
-    )
-    rows, bad = read_hf(source, config, tmp_path / "kept")
+    audio = "" if layout == "sounds" else ":audio=sound"
+    source = f"hf:{folders[layout]}:train{audio}:text=said:id=speaker"
+    rows, bad = read_hf(source, DataConfig(hf_streaming=streaming), tmp_path / "kept")
     assert [(row.id, row.text) for row in rows] == [(f"s{i}", f"word {i}") for i in range(5)]
     assert {row.source for row in rows} == {source}
     assert [(row.id, row.reason) for row in bad] == [
@@ -89,7 +83,7 @@ def test_rows_of_every_layout(folders, tmp_path, layout, streaming):
 
 
 def stream_config(**kwargs) -> DataConfig:
-    return DataConfig(**COLUMNS, hf_streaming=True, **kwargs)
+    return DataConfig(hf_streaming=True, **kwargs)
 
 
 @pytest.fixture
@@ -97,16 +91,16 @@ def opened(monkeypatch) -> list[int]:
     """Numbers of the rows that were taken from a stream."""
     taken, keep = [], hf_data._keep_row
 
-    def count(row, config, folder, number):
+    def count(row, hf, folder, number):
         taken.append(number)
-        return keep(row, config, folder, number)
+        return keep(row, hf, folder, number)
 
     monkeypatch.setattr(hf_data, "_keep_row", count)
     return taken
 
 
 def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
-    source, kept = f"hf:{folders['parquet']}:train", tmp_path / "kept"
+    source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
     first = read_hf(source, stream_config(hf_max_rows=3), kept)
     assert opened == [0, 1, 2] and [row.id for row in first[0]] == ["0", "1", "2"]
     assert read_hf(source, stream_config(hf_max_rows=3), kept) == first
@@ -126,35 +120,62 @@ def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
 
 
 def test_a_whole_stream_is_not_asked_for_again(folders, tmp_path, monkeypatch):
-    source, kept = f"hf:{folders['parquet']}:train", tmp_path / "kept"
+    source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
     whole = read_hf(source, stream_config(), kept)
     monkeypatch.setattr(hf_data, "_open", lambda *args, **kwargs: pytest.fail("opened"))
     assert read_hf(source, stream_config(), kept) == whole
 
 
-def test_an_interrupted_stream_continues(folders, tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(hf_data, "_SAVE_EVERY_ROWS", 2)
-    source, kept, keep = f"hf:{folders['parquet']}:train", tmp_path / "kept", hf_data._keep_row
+def start_and_kill(source: str, kept: Path, at_row: int, monkeypatch) -> None:
+    """Leaves in `kept` what is on disk when a process is killed at a row, without its buffers."""
+    keep = hf_data._keep_row
 
-    def break_off(row, config, folder, number):
-        if number == 5:
+    def break_off(row, hf, folder, number):
+        if number == at_row:
+            shutil.copytree(kept, kept.with_name("killed"))
             raise KeyboardInterrupt
-        return keep(row, config, folder, number)
+        return keep(row, hf, folder, number)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(hf_data, "_keep_row", break_off)
         read_hf(source, stream_config(), kept)
+    shutil.rmtree(kept)
+    kept.with_name("killed").rename(kept)
+
+
+def test_a_stream_that_is_killed_again_and_again_continues(folders, tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(hf_data, "_SAVE_EVERY_ROWS", 2)
+    source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
+    start_and_kill(source, kept, 5, monkeypatch)
     assert opened == [0, 1, 2, 3, 4]
-    rows, _ = read_hf(source, stream_config(), kept)
-    assert opened == [0, 1, 2, 3, 4, 4, 5, 6]  # row 4 was not yet saved
+    start_and_kill(source, kept, 5, monkeypatch)  # before it saves for the first time
+    assert opened == [0, 1, 2, 3, 4, 4]  # row 4 was not yet saved
+    (manifest,) = kept.glob("*/rows.jsonl")
+    with manifest.open("a") as file:
+        file.write('{"id": "4", "aud')  # a row that was not written whole
+    rows, bad = read_hf(source, stream_config(), kept)
+    assert opened == [0, 1, 2, 3, 4, 4, 4, 5, 6]
     whole, _ = read_hf(source, stream_config(), tmp_path / "elsewhere")
+    assert len(rows) + len(bad) == 7
     assert [(r.id, r.text, r.duration) for r in rows] == [(r.id, r.text, r.duration) for r in whole]
     for row, expected in zip(rows, whole, strict=True):
         assert Path(str(row.audio)).read_bytes() == Path(str(expected.audio)).read_bytes()
 
 
+@pytest.mark.parametrize("limit", [3, 0])
+def test_a_kept_stream_that_lost_rows_is_an_error(folders, tmp_path, limit):
+    source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
+    read_hf(source, stream_config(hf_max_rows=limit), kept)
+    (manifest,) = kept.glob("*/rows.jsonl")
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.raises(
+        ValueError, match=rf"rows.jsonl has 2 rows, not the {limit or 7} .*: delete"
+    ):
+        read_hf(source, stream_config(), kept)
+
+
 def test_several_hosts_do_not_stream(folders, tmp_path, monkeypatch):
-    source = f"hf:{folders['parquet']}:train"
+    source = f"hf:{folders['parquet']}:train{COLUMNS}"
     with monkeypatch.context() as patch:
         patch.setattr("jax.process_count", lambda: 2)
         with pytest.raises(ValueError, match="start once with one process"):
@@ -165,8 +186,8 @@ def test_several_hosts_do_not_stream(folders, tmp_path, monkeypatch):
 
 
 def test_a_row_limit_holds_at_random_access_too(folders, tmp_path):
-    config = DataConfig(**COLUMNS, hf_max_rows=3)
-    rows, bad = read_hf(f"hf:{folders['several']}:train", config, tmp_path)
+    config = DataConfig(hf_max_rows=3)
+    rows, bad = read_hf(f"hf:{folders['several']}:train{COLUMNS}", config, tmp_path)
     assert [row.id for row in rows] == ["0", "1", "2"] and not bad
 
 
@@ -177,6 +198,11 @@ def test_a_row_limit_holds_at_random_access_too(folders, tmp_path):
         ("hf:owner/name:en:train", HFSource("owner/name", "en", "train")),
         ("hf:owner/name:train[:100]", HFSource("owner/name", None, "train[:100]")),
         ("hf:/a/b:clean:test[10%:]", HFSource("/a/b", "clean", "test[10%:]")),
+        ("hf:/a=b:train:text=a b", HFSource("/a=b", None, "train", text="a b")),
+        (
+            "hf:owner/name:en:train[:9]:id=path:audio=sound:text=x=y",
+            HFSource("owner/name", "en", "train[:9]", "sound", "x=y", "path"),
+        ),
     ],
 )
 def test_names_of_data_sets(source, expected):
@@ -188,30 +214,36 @@ def test_names_under_which_sources_are_reported():
     assert source_name("gs://bucket/dev.jsonl") == source_name("a/b/dev.tsv") == "dev"
 
 
-@pytest.mark.parametrize("source", ["hf:owner/name", "hf:", "hf:a:b:c:d"])
+@pytest.mark.parametrize(
+    "source",
+    ["hf:owner/name", "hf:", "hf:a:b:c:d", "hf:a:text=x", "hf:a:train:txt=x", "hf:a:train:text="],
+)
 def test_a_malformed_name_says_what_to_write(source):
-    with pytest.raises(ValueError, match="write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
+    with pytest.raises(
+        ValueError, match=r"write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.*:text=COLU"
+    ):
         parse_hf_source(source)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_cannot_be_opened_says_why(folders, tmp_path, streaming):
-    config = DataConfig(**COLUMNS, hf_streaming=streaming)
+    config = DataConfig(hf_streaming=streaming)
     for source, message in [
         ("hf:no/such:train", "cannot be opened: .*hub that this machine can reach, or a folder"),
-        (f"hf:{folders['several']}:test", r"no split 'test' in \['train'\]"),
+        (f"hf:{folders['several']}:test{COLUMNS}", r"no split 'test' in \['train'\]"),
         (f"hf:{folders['parquet']}:test", "test"),
     ]:
         with pytest.raises(ValueError, match=r"(?s)" + message):
             read_hf(source, config, tmp_path)
-    with pytest.raises(ValueError, match=r"no column \['audio', 'text'\], but \['said', 's"):
-        read_hf(f"hf:{folders['several']}:train", DataConfig(hf_streaming=streaming), tmp_path)
+    message = r"no column \['audio', 'text'\], but \['said', 's.*:audio=COLUMN:text=COLUMN"
+    with pytest.raises(ValueError, match=message):
+        read_hf(f"hf:{folders['several']}:train", config, tmp_path)
 
 
 def test_without_datasets_the_error_names_the_extra(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'flax-projector\[hf\]'"):
-        read_hf(f"hf:{folders['one']}:train", DataConfig(**COLUMNS), tmp_path)
+        read_hf(f"hf:{folders['one']}:train", DataConfig(), tmp_path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -221,13 +253,12 @@ def test_reading_data_sets_never_imports_torch(folders, tmp_path, streaming):
         "from flax_projector.audio import load_audio\n"
         "from flax_projector.config import DataConfig\n"
         "from flax_projector.hf_data import read_hf\n"
-        f"config = DataConfig(hf_audio_column='sound', hf_text_column='said',"
-        f" hf_streaming={streaming})\n"
+        f"config = DataConfig(hf_streaming={streaming})\n"
         "rows, _ = read_hf(sys.argv[1], config, pathlib.Path(sys.argv[2]))\n"
         "assert len(load_audio(rows[0].audio)) == 1600\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    source = f"hf:{folders['several']}:train"
+    source = f"hf:{folders['several']}:train{COLUMNS}"
     result = subprocess.run(
         [sys.executable, "-c", script, source, str(tmp_path / "kept")],
         text=True,

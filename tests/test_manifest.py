@@ -9,7 +9,6 @@ import pytest
 import soundfile
 
 from flax_projector.audio import Problem, load_audio
-from flax_projector.bad_rows import BadRow, BadRowLog
 from flax_projector.manifest import read_manifest
 
 
@@ -73,6 +72,13 @@ def test_a_manifest_that_is_not_there_is_an_error(tmp_path):
             read_manifest(path)
 
 
+def test_a_manifest_that_cannot_be_read_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "latin.tsv").write_bytes("path\ttext\na.wav\tcaf\xe9\n".encode("latin-1"))
+    for name, reason in [("", "IsADirectoryError"), ("latin.tsv", "UnicodeDecodeError")]:
+        with pytest.raises(ValueError, match=f"manifest .*{name} cannot be read: {reason}.*\nName"):
+            read_manifest(tmp_path / name)
+
+
 def test_a_scheme_that_nothing_opens_is_an_error(write):
     row = {"audio": "nosuch://bucket/a.wav", "text": "x", "duration": 1}
     with pytest.raises(ValueError, match=r"nosuch://bucket/a.wav cannot be opened"):
@@ -134,55 +140,8 @@ def test_durations_are_read_once_unless_a_file_changes(write, tmp_path, monkeypa
     assert [row.duration for row in read_manifest(manifest, cache=cache)[0]] == [2.0, 1.5]
 
 
-def defects(count: int, reason: Problem = Problem.UNDECODABLE, first: int = 0) -> list[BadRow]:
-    return [BadRow(f"r{i}", "a.jsonl", reason, "why") for i in range(first, first + count)]
-
-
-def test_bad_rows_are_counted_by_reason_and_listed(tmp_path, caplog):
-    bad_rows = BadRowLog(tmp_path / "run" / "bad_rows.jsonl", max_rate=0.05)
-    listed = [*defects(2), *defects(3, Problem.TOO_LONG, first=2)]
-    bad_rows.start("train", listed, num_rows=100)
-    assert "train: 5 of 100 rows are left out: 3 too long, 2 undecodable" in caplog.text
-    bad_rows.add("train", defects(1, Problem.NOT_FINITE, first=50) * 2)
-    lines = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    assert [e["reason"] for e in entries] == ["undecodable"] * 2 + ["too_long"] * 3 + ["not_finite"]
-    assert entries[-1] == {
-        "set": "train",
-        "id": "r50",
-        "source": "a.jsonl",
-        "reason": "not_finite",
-        "detail": "why",
-        "text": "",
-    }
-
-
-@pytest.mark.parametrize("at_start", [True, False])
-def test_the_run_stops_only_above_the_share(tmp_path, at_start):
-    bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=0.03)
-    bad_rows.start("train", defects(3), num_rows=100)
-    bad_rows.start("dev", defects(3), num_rows=100)
-    with pytest.raises(ValueError, match=r"4 of 100 rows are defective.*max_bad_rate = 0.03"):
-        if at_start:
-            bad_rows.start("train", defects(4), num_rows=100)
-        else:
-            bad_rows.add("train", defects(2))  # known already
-            bad_rows.add("train", defects(1, first=3))
-
-
-def test_clips_beyond_the_limits_do_not_stop_a_run(tmp_path):
-    bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=0.0)
-    by_design = [*defects(5, Problem.TOO_LONG), *defects(5, Problem.TOO_MANY_LABELS, first=5)]
-    bad_rows.start("train", by_design, num_rows=10)
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 10
-
-
-def test_the_count_outlives_a_restart(tmp_path):
-    for first in range(4):
-        bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=0.03)
-        bad_rows.start("train", defects(1, Problem.TOO_LONG, first=90), num_rows=100)
-        if first < 3:
-            bad_rows.add("train", defects(1, first=first))
-    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 4
-    with pytest.raises(ValueError, match="4 of 100 rows are defective"):
-        bad_rows.add("train", defects(1, first=3))
+def test_a_transcript_may_hold_what_unicode_calls_line_ends(write):
+    text = "one\u2028two\x85three"
+    line = json.dumps({"audio": "0.wav", "text": text}, ensure_ascii=False) + "\r\n"
+    rows, bad = read_manifest(write(line))
+    assert not bad and [row.text for row in rows] == [text]

@@ -1,0 +1,128 @@
+"""The list of rows that cannot be used: what it holds, what it counts, when it stops a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flax_projector.audio import Problem
+from flax_projector.bad_rows import BadRow, BadRowLog
+
+
+def defects(count: int, reason: Problem = Problem.UNDECODABLE, first: int = 0) -> list[BadRow]:
+    return [BadRow(f"r{i}", "a.jsonl", reason, "why") for i in range(first, first + count)]
+
+
+def listed(path: Path) -> list[tuple[str, str]]:
+    entries = map(json.loads, path.read_bytes().splitlines())
+    return [(entry["set"], entry["id"]) for entry in entries]
+
+
+def test_bad_rows_are_counted_by_reason_and_listed(tmp_path, caplog):
+    bad_rows = BadRowLog(tmp_path / "run" / "bad_rows.jsonl", max_rate=0.05)
+    found = [*defects(2), *defects(3, Problem.TOO_LONG, first=2)]
+    bad_rows.start("train", found, num_rows=100)
+    assert "train: 5 of 100 rows are left out: 3 too long, 2 undecodable" in caplog.text
+    bad_rows.add("train", defects(1, Problem.NOT_FINITE, first=50) * 2)
+    lines = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [e["reason"] for e in entries] == ["undecodable"] * 2 + ["too_long"] * 3 + ["not_finite"]
+    assert entries[-1] == {
+        "set": "train",
+        "id": "r50",
+        "source": "a.jsonl",
+        "reason": "not_finite",
+        "detail": "why",
+        "text": "",
+    }
+
+
+def test_the_summary_of_a_run_has_every_set_and_reason():
+    bad_rows = BadRowLog(None, max_rate=0.05)
+    bad_rows.start("train", defects(2, Problem.TOO_LONG), num_rows=100)
+    bad_rows.start("dev", [], num_rows=20)
+    bad_rows.add("train", defects(1, first=2))
+    expected = "rows left out: train 3 of 100 (2 too long, 1 undecodable); dev 0 of 20"
+    assert bad_rows.summary() == expected
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_the_run_stops_only_above_the_share(tmp_path, at_start):
+    bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=0.03)
+    bad_rows.start("train", defects(3), num_rows=100)
+    bad_rows.start("dev", defects(3), num_rows=100)
+    message = (
+        r"(?s)train: 4 of 100 rows are defective.*max_bad_rate = 0.03 .*4 undecodable.*bad.jsonl"
+        r".*  a.jsonl, r0: why\n.*  a.jsonl, r3: why\nRepair .* or raise data.max_bad_rate"
+    )
+    with pytest.raises(ValueError, match=message):
+        if at_start:
+            bad_rows.start("train", defects(4), num_rows=100)
+        else:
+            bad_rows.add("train", defects(1, first=3))
+
+
+def test_clips_beyond_the_limits_do_not_stop_a_run(tmp_path):
+    bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=0.0)
+    by_design = [*defects(5, Problem.TOO_LONG), *defects(5, Problem.TOO_MANY_LABELS, first=5)]
+    bad_rows.start("train", by_design, num_rows=10)
+    assert len(listed(tmp_path / "bad.jsonl")) == 10
+
+
+def test_a_start_replaces_what_earlier_starts_found(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    for _ in range(3):
+        with pytest.raises(ValueError, match="1 of 1 rows are defective"):
+            BadRowLog(path, max_rate=0.0).start("train", defects(1), num_rows=1)
+    assert listed(path) == [("train", "r0")]
+    BadRowLog(path, max_rate=0.0).start("train", [], num_rows=1)
+    assert not path.exists()
+
+
+def test_what_an_earlier_start_could_not_read_counts_while_it_is_true(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    bad_rows = BadRowLog(path, max_rate=0.03)
+    bad_rows.start("train", defects(1, Problem.TOO_LONG, first=90), num_rows=100)
+    bad_rows.start("dev", [], num_rows=10)
+    bad_rows.add("train", defects(3))
+    bad_rows = BadRowLog(path, max_rate=0.03)
+    assert bad_rows.known("train") == {f"a.jsonl\tr{i}" for i in (90, 0, 1, 2)}
+    by_design = defects(1, Problem.TOO_LONG, first=90)
+    bad_rows.start("train", by_design, num_rows=100, unreadable=defects(2, first=1))
+    assert listed(path) == [("train", f"r{i}") for i in (90, 1, 2)]  # r0 was repaired
+    bad_rows.add("train", defects(2))
+    with pytest.raises(ValueError, match="4 of 100 rows are defective"):
+        bad_rows.add("train", defects(1, first=3))
+
+
+def test_sets_that_have_not_started_again_stay_listed(tmp_path):
+    bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=1.0)
+    for name in ("train", "dev"):
+        bad_rows.start(name, defects(1), num_rows=1)
+    BadRowLog(tmp_path / "bad.jsonl", max_rate=1.0).start("train", [], num_rows=1)
+    assert listed(tmp_path / "bad.jsonl") == [("dev", "r0")]
+
+
+def test_a_list_that_ends_within_a_line_is_read_up_to_it(tmp_path):
+    path, row = tmp_path / "bad.jsonl", BadRow("x", "a", Problem.UNREADABLE, "why", "one\u2028two")
+    bad_rows = BadRowLog(path, max_rate=1.0)
+    bad_rows.start("train", [row], num_rows=3)
+    bad_rows.add("train", defects(1))
+    path.write_bytes(path.read_bytes()[:-9])  # as a process leaves it that is killed
+    bad_rows = BadRowLog(path, max_rate=1.0)
+    assert bad_rows.known("train") == {row.key}
+    bad_rows.start("train", [row], num_rows=3)
+    assert listed(path) == [("train", "x")]
+
+
+def test_every_process_writes_what_only_it_can_know(tmp_path, monkeypatch):
+    for process in range(2):
+        monkeypatch.setattr("jax.process_index", lambda process=process: process)
+        for _ in range(2):
+            bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=1.0)
+            read = defects(process + 1, first=50 + 10 * process)
+            known = [row for row in read if row.key in bad_rows.known("train")]
+            bad_rows.start("train", defects(1), num_rows=100, unreadable=known)
+            bad_rows.add("train", read)
+    assert [row for _, row in listed(tmp_path / "bad.jsonl")] == ["r0", "r50"]
+    assert [row for _, row in listed(tmp_path / "bad.1.jsonl")] == ["r60", "r61"]
