@@ -34,12 +34,13 @@ class KVCache:
     """Keys and values of every layer, in a buffer of static length.
 
     Attributes:
-      k: [layers, B, C, K, d] rotated keys; without `layers` inside one.
-      v: [layers, B, C, K, d] values.
+      k: [layers, B, C, K, d] rotated keys; without `layers` inside one. Of numpy, if they are a
+        constant of what is compiled.
+      v: [layers, B, C, K, d] values, likewise.
     """
 
-    k: Float[Array, "*layers B C K d"]
-    v: Float[Array, "*layers B C K d"]
+    k: Float[Array | np.ndarray, "*layers B C K d"]
+    v: Float[Array | np.ndarray, "*layers B C K d"]
 
 
 Rotary = tuple[Float[Array, "#B T 1 d"], Float[Array, "#B T 1 d"]]

@@ -48,9 +48,10 @@ LLAMA = {
     ],
 )
 def test_a_field_that_is_no_number_is_an_error(name, value, expected):
-    fields = {"encoder_dim": 3, "llm_dim": 5, name: value}
+    config = ProjectorConfig(encoder_dim=3, llm_dim=5)
+    object.__setattr__(config, name, value)  # the types of `__init__` may be checked themselves
     with pytest.raises(ValueError) as error:
-        ProjectorConfig(**fields)
+        config.__post_init__()
     assert str(error.value) == f"ProjectorConfig.{name} = {value!r}: must be {expected}"
 
 
