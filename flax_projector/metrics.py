@@ -135,7 +135,9 @@ def samples(transcripts: Sequence[Transcript], count: int = 10) -> Sequence[Tran
     return transcripts[:: max(1, -(-len(transcripts) // count))]
 
 
-def require_finite(scalars: Mapping[str, float], *, step: int, utterance_ids: list[str]) -> None:
+def require_finite(
+    scalars: Mapping[str, float | np.ndarray], *, step: int, utterance_ids: list[str]
+) -> None:
     """Raises FloatingPointError, naming metric, step and utterances, unless all is finite."""
     for name, value in scalars.items():
         if not np.isfinite(value):

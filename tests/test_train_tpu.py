@@ -323,7 +323,9 @@ def test_training_never_imports_torch(tmp_path, tiny_towers):
 
 def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
     evaluate = train_tpu.make_evaluator
-    scores = iter([(0.9, 4), (0.2, 3), (0.2, 1), (0.7, 0), (0.2, 2)])  # of steps 0, 2, 4, 6, 8
+    scores = iter(
+        [(0.9, 4.0), (0.2, 3.0), (0.2, 1.0), (0.7, 0.5), (0.2, 2.0)]
+    )  # of steps 0, 2, 4, 6, 8
 
     def make_evaluator(*args):
         evaluator = evaluate(*args)
@@ -338,7 +340,7 @@ def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
     config = run(num_steps=8, eval_every_steps=2, keep_checkpoints=1)
     folder = Path(config.out)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"8"}
-    assert json.loads((folder / "best.json").read_text()) == {"step": 4, "wer": 0.2, "loss": 1}
+    assert json.loads((folder / "best.json").read_text()) == {"step": 4, "wer": 0.2, "loss": 1.0}
     best = api.to_torch(folder / "best", folder / "for-the-server")
     assert not api.verify(best, folder / "projector").is_same
     monkeypatch.undo()
