@@ -1,9 +1,9 @@
 """Conversion of a projector of 600 MB against reading and writing the same file.
 
 The yardstick is the safetensors library: `load_file`, then `save_file`. Every measurement is a
-process of its own, and they take turns. Files lie in memory (/dev/shm) unless --folder says
-otherwise. Prints JSON: medians in seconds without imports, until the task is done and until the
-disk has every byte, and the peak resident memory of the process, imports included.
+process of its own, and they take turns in changing order. Files lie in memory (/dev/shm) unless
+--folder says otherwise. Prints JSON: medians in seconds without imports, until the task is done and
+until the disk has every byte, and the peak resident memory of the process, imports included.
 
 Example:
 
@@ -124,9 +124,11 @@ def main() -> None:
         folder = Path(name)
         size = make_projector(folder / "hf")
         measured = {task: [] for task in RESULTS}
-        for _ in range(args.rounds + 1):
-            for task, result in RESULTS.items():
-                remove(folder / result)
+        tasks = list(RESULTS)
+        for number in range(args.rounds + 1):
+            first = number % len(tasks)  # each in every place: what came before it matters
+            for task in tasks[first:] + tasks[:first]:
+                remove(folder / RESULTS[task])
                 os.sync()  # neither this nor what was written last is done at this task's expense
                 measured[task].append(measure(__file__, "--task", task, "--folder", name))
 

@@ -41,7 +41,7 @@ class Checkpoint:
 
     Attributes:
       infos: shape and dtype of every tensor, in the order in which reading them costs least.
-      read: gives one tensor.
+      read: gives one tensor, possibly a view of the file or of another tensor.
       files: that are read, or folders of Orbax; none if the tensors are in memory.
     """
 
@@ -72,8 +72,8 @@ class Checkpoint:
         return replace(self, infos=infos, read=lambda name: self.read(old_names[name]))
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, tensor) in order; meanwhile two threads read the next two."""
-        return map_ahead(self.read, self.infos)
+        """Yields (name, tensor in C order) in order; two threads read the next two meanwhile."""
+        return map_ahead(lambda name: contiguous(self.read(name)), self.infos)
 
     @contextlib.contextmanager
     def with_progress(self, label: str) -> Iterator["Checkpoint"]:

@@ -167,7 +167,9 @@ def as_flax(plan: Plan, source: Checkpoint) -> Checkpoint:
 
     def read(path: str) -> np.ndarray:
         leaf = leaves[path]
-        return read_part(leaf, source, (slice(None),) * len(leaf.info.shape))
+        if leaf.rule.is_stacked:
+            return read_part(leaf, source, (slice(None),) * len(leaf.info.shape))
+        return leaf.rule.transform.forward(source.read(leaf.keys[0]))
 
     return Checkpoint(plan.params, read)
 
@@ -212,7 +214,7 @@ def read_part(leaf: LeafPlan, source: Checkpoint, index: tuple[slice, ...]) -> n
 
 
 def as_torch(plan: Plan, source: Checkpoint) -> Checkpoint:
-    """The torch side of Flax parameters: contiguous tensors by torch key, made when they are read.
+    """The torch side of Flax parameters: tensors by torch key, made when they are read.
 
     The layers of one leaf follow each other in `infos`; read in this order, each leaf is read once.
     """
@@ -227,7 +229,7 @@ def as_torch(plan: Plan, source: Checkpoint) -> Checkpoint:
                 part = read_leaf(leaf.path)[i]
         else:
             part = source.read(leaf.path)
-        return contiguous(leaf.rule.transform.inverse(part))
+        return leaf.rule.transform.inverse(part)
 
     return Checkpoint(plan.tensors, read)
 
@@ -282,9 +284,19 @@ def without_ignored(table: Table, keys: Iterable[str]) -> list[str]:
     return kept
 
 
+_BLOCK_BYTES = 16 << 20
+"""Tensors are compared in blocks that the cache holds, and whose memory is used again."""
+
+
 def is_same(a: np.ndarray, b: np.ndarray) -> bool:
     """Equality of dtype, shape and bytes: NaNs and signed zeros are told apart."""
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and np.array_equal(_bytes(a), _bytes(b))
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if a.ndim == 0 or a.size == 0:
+        return _bytes(a).tobytes() == _bytes(b).tobytes()
+    num_rows = max(1, _BLOCK_BYTES * len(a) // a.nbytes)
+    blocks = (slice(start, start + num_rows) for start in range(0, len(a), num_rows))
+    return all(np.array_equal(_bytes(a[block]), _bytes(b[block])) for block in blocks)
 
 
 def _expand(

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint import type_handlers
 
-from convert.checkpoint import Checkpoint, TensorInfo, map_ahead
+from convert.checkpoint import Checkpoint, TensorInfo, contiguous, map_ahead
 from convert.errors import Problem, raise_any
 from convert.hf_config import CONFIG
 from convert.paths import replacing
@@ -166,7 +166,9 @@ class _LeafHandler(type_handlers.NumpyHandler):
         # A conversion can be repeated: it need not wait until the disk has every byte.
         settings = tensorstore.Context.Spec({"file_io_sync": False})
         unsynced = tensorstore.Context(settings, infos[0].ts_context)
-        leaves = map_ahead(values[0].checkpoint.read, [value.path for value in values])
+        read = values[0].checkpoint.read
+        paths = [value.path for value in values]
+        leaves = map_ahead(lambda path: contiguous(read(path)), paths)
         writing = []
         for info, arg in zip(infos, args, strict=True):
             _, leaf = await asyncio.to_thread(next, leaves)  # while the last one is being written

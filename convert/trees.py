@@ -22,4 +22,5 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_tree(checkpoint: Checkpoint) -> dict[str, Any]:
     """Every leaf of a Flax checkpoint, as a module takes them: {"fc1": {"kernel": array}}."""
-    return unflatten({path: jnp.asarray(checkpoint.read(path)) for path in checkpoint.infos})
+    # Copied: an array on a CPU may share memory with a file that changes.
+    return unflatten({path: jnp.array(checkpoint.read(path)) for path in checkpoint.infos})
