@@ -10,6 +10,19 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from flax_projector.train_step import TrainState
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but it leaves the preemption service to `PreemptionGuard`.
+
+    At every save Orbax asks the service as well, with the step's number. The service says yes once,
+    at a number that it derives from the last one asked for: after Orbax the guard's, which counts
+    polls, may never be it, and the run would not stop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` checkpoints."""
     options = ocp.CheckpointManagerOptions(
@@ -18,7 +31,7 @@ def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
     )
     # Named here, so that metadata can be read before anything is restored.
     handlers = {"state": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    return _Manager(folder.absolute(), options=options, item_handlers=handlers)
 
 
 def save(

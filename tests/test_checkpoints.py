@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_projector.checkpoints import open_manager, restore, save
@@ -32,6 +33,17 @@ def saved(tmp_path):
         for step in (1, 2, 3):
             save(manager, step, make_state(), {"next_index": step})
     return tmp_path / "checkpoints"
+
+
+def test_saving_leaves_the_preemption_service_alone(tmp_path, monkeypatch):
+    """Its one answer is for the guard."""
+    polls = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", polls.append)
+    with open_manager(tmp_path / "checkpoints", keep=2) as manager:
+        save(manager, 1, make_state(), {"next_index": 1})
+        manager.wait_until_finished()
+        assert manager.latest_step() == 1
+    assert polls == []
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec("fsdp", "tensor")])

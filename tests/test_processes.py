@@ -79,7 +79,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> 
         tiny_config(tmp_path / name, tiny_towers, num_steps=20, eval_every_steps=5)
         for name in ("one", "two")
     )
-    two = dataclasses.replace(two, distributed=True)
+    two = dataclasses.replace(two, distributed=True, save_every_steps=1)
     config_path = tmp_path / "config.json"
     config_path.write_text(to_json(two))
 
