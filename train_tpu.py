@@ -68,7 +68,7 @@ from flax_projector.throughput import (
     summarize,
 )
 from flax_projector.train_step import (
-    Objective,
+    CTCClasses,
     TrainState,
     ctc_classes,
     init_state,
@@ -176,23 +176,23 @@ def log_parameters(loaded: LoadedModel, state: TrainState) -> None:
 
 
 def compile_steps(
-    objectives: list[Objective],
+    stages: list[CTCClasses | None],
     source: BatchSource,
     abstract: TrainState,
     loaded: LoadedModel,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
-) -> dict[tuple[Objective, Bucket], jax.stages.Compiled]:
+) -> dict[tuple[CTCClasses | None, Bucket], jax.stages.Compiled]:
     """The step of every stage and length, compiled before any is run: none compiles in the loop."""
     compiled, start = {}, time.monotonic()
-    for objective, (bucket, batch) in itertools.product(objectives, source.abstract_batches()):
+    for classes, (bucket, batch) in itertools.product(stages, source.abstract_batches()):
         step = jax.jit(
             functools.partial(
                 train_step,
                 model=loaded.model,
                 optimizer=optimizer,
                 seed=config.seed,
-                objective=objective,
+                classes=classes,
                 accumulation_steps=config.accumulation_steps,
             ),
             in_shardings=(
@@ -203,7 +203,7 @@ def compile_steps(
             out_shardings=(shardings_of(abstract), replicated(loaded.mesh)),
             donate_argnums=0,
         )
-        compiled[objective, bucket] = step.lower(abstract, *loaded.frozen, batch).compile()
+        compiled[classes, bucket] = step.lower(abstract, *loaded.frozen, batch).compile()
     log.info("compiled %d steps in %.0f s", len(compiled), time.monotonic() - start)
     return compiled
 
@@ -260,16 +260,14 @@ def main(config: TrainConfig) -> None:
         check_profile(config.profile_steps, config.num_steps - first)
 
         # --- compiled functions --------------------------------------------------------------
-        objective = warm_start = Objective()
-        if config.ctc.num_steps or config.ctc.aux_weight:
+        classes, stages = None, []
+        if first < config.ctc.num_steps:
             targets = [utterance.target for utterance in source.utterances]
             classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
-            warm_start = Objective(0.0, 1.0, classes)
-            if config.ctc.aux_weight:
-                objective = Objective(1.0, config.ctc.aux_weight, classes)
-        objectives = [warm_start] if first < config.ctc.num_steps else []
-        objectives += [objective] if first < config.num_steps else []
-        steps = compile_steps(objectives, source, abstract, loaded, optimizer, config)
+            stages.append(classes)
+        if first < config.num_steps:
+            stages.append(None)
+        steps = compile_steps(stages, source, abstract, loaded, optimizer, config)
         evaluator = make_evaluator(loaded, config, bad_rows)
         count_flops = make_flop_counter(
             (state.params, *loaded.frozen),
@@ -361,8 +359,8 @@ def main(config: TrainConfig) -> None:
                     rows = take_problems(next(iterator), source, step, bad_rows)
                     batch = to_global(rows, source)
                     waited += time.monotonic() - start
-                    current = warm_start if step < config.ctc.num_steps else objective
-                    run_step = steps[current, source.bucket(step)]
+                    stage = classes if step < config.ctc.num_steps else None
+                    run_step = steps[stage, source.bucket(step)]
                     with jax.transfer_guard("disallow"):
                         state, metrics = run_step(state, *loaded.frozen, batch)
                     if is_last:

@@ -419,8 +419,6 @@ class CTCConfig:
     """Peak learning rate of the warm start, which has a warm-up and a decay of its own."""
     blank: str = "<|endoftext|>"
     """Token whose embedding row is CTC's blank; no transcript may hold it."""
-    aux_weight: float = 0.0
-    """Weight of the CTC loss beside the LLM's after the warm start; 0 leaves it out."""
 
     def __post_init__(self) -> None:
         _require(
@@ -428,7 +426,6 @@ class CTCConfig:
             num_steps=_NOT_NEGATIVE,
             learning_rate=_ABOVE_ZERO,
             blank=_NOT_EMPTY,
-            aux_weight=_NOT_NEGATIVE,
         )
 
 

@@ -1,7 +1,6 @@
 """The state that is trained and the pure functions that move it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -17,8 +16,7 @@ from flax_projector.prompt import AUDIO_TOKEN
 from flax_projector.speech_llm import Params, SpeechLLM, rms
 
 Batch = dict[str, Array]
-
-LLM_LOSS, CTC_LOSS = "loss", "ctc_loss"  # as they are logged
+CTCClasses = tuple[int, ...]  # token ids; the first is the blank
 
 
 @flax.struct.dataclass
@@ -84,27 +82,6 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What a step minimises: a weighted sum of mean losses per label.
-
-    Attributes:
-      llm_weight: of the cross-entropy behind the LLM, "loss"; 0 leaves the LLM's layers out.
-      ctc_weight: of CTC against rows of the LLM's embedding, "ctc_loss"; 0 leaves it out.
-      classes: token ids of the CTC classes, from `ctc_classes`.
-    """
-
-    llm_weight: float = 1.0
-    ctc_weight: float = 0.0
-    classes: tuple[int, ...] = ()
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The losses that count, by name."""
-        weights = {LLM_LOSS: self.llm_weight, CTC_LOSS: self.ctc_weight}
-        return {name: weight for name, weight in weights.items() if weight}
-
-
 def batch_frames(
     model: SpeechLLM,
     encoder_params: Params,
@@ -120,17 +97,17 @@ def batch_frames(
     return frames[:, : batch["frame_valid"].shape[1]]
 
 
-def loss_sums(
+def summed_loss(
     model: SpeechLLM,
     projector_params: Params,
     encoder_params: Params,
     llm_params: Params,
     batch: Batch,
     *,
-    objective: Objective = Objective(),
+    classes: CTCClasses | None = None,
     key: Array | None = None,
-) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
-    """Losses of a batch, each summed over its labels (nats), and what is worth watching.
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The loss of a batch, summed over its labels (nats), and what is worth watching.
 
     Args:
       model: the modules.
@@ -138,12 +115,13 @@ def loss_sums(
       encoder_params: of the frozen encoder.
       llm_params: of the frozen LLM.
       batch: from `data.BatchSource`.
-      objective: which losses.
+      classes: from `ctc_classes`; the loss is CTC of the audio tokens against these rows of the
+        LLM's embedding, without its layers. None: cross-entropy behind the LLM.
       key: of dropout and SpecAugment; None for evaluation, which has neither.
 
     Returns:
-      The sums by name; and, where the LLM is run, "scale_ratio": the RMS of the audio tokens over
-      that of the text embeddings.
+      The sum; and, where the LLM is run, "scale_ratio": the RMS of the audio tokens over that of
+      the text embeddings.
     """
     dropout_key = augment_key = None
     if key is not None:
@@ -152,38 +130,31 @@ def loss_sums(
     audio = model.embed_audio(
         projector_params, frames, batch["frame_valid"], dropout_key=dropout_key
     )
-    sums = {}
-    metrics = {}
-    if objective.llm_weight:
-        inputs = model.merge(llm_params, batch["tokens"], audio)
-        logits = model.label_logits(llm_params, inputs, batch["label_positions"])
-        sums[LLM_LOSS] = cross_entropy(logits, batch["labels"], batch["label_valid"])
-        is_audio = batch["tokens"] == AUDIO_TOKEN
-        is_read = jnp.arange(inputs.shape[1]) < _num_tokens(batch)[:, None]  # not padding
-        scales = rms(inputs, is_audio), rms(inputs, is_read & ~is_audio)
-        metrics["scale_ratio"] = scales[0] / jnp.maximum(scales[1], 1e-9)
-    if objective.ctc_weight:
-        logits = model.embedding_logits(llm_params, audio, np.array(objective.classes))
-        sums[CTC_LOSS] = ctc(logits, *_ctc_targets(model, batch, objective))
-    return sums, metrics
+    if classes is not None:
+        logits = model.embedding_logits(llm_params, audio, np.array(classes))
+        return ctc(logits, *_ctc_targets(model, batch, classes)), {}
+    inputs = model.merge(llm_params, batch["tokens"], audio)
+    logits = model.label_logits(llm_params, inputs, batch["label_positions"])
+    is_audio = batch["tokens"] == AUDIO_TOKEN
+    is_read = jnp.arange(inputs.shape[1]) < _num_tokens(batch)[:, None]  # not padding
+    scales = rms(inputs, is_audio), rms(inputs, is_read & ~is_audio)
+    metrics = {"scale_ratio": scales[0] / jnp.maximum(scales[1], 1e-9)}
+    return cross_entropy(logits, batch["labels"], batch["label_valid"]), metrics
 
 
 def num_labels(
-    model: SpeechLLM, batch: Batch, objective: Objective = Objective()
-) -> dict[str, Float[Array, ""]]:
-    """How many labels each loss of `loss_sums` is summed over, by name."""
-    counts = {}
-    if objective.llm_weight:
-        counts[LLM_LOSS] = jnp.sum(batch["label_valid"], dtype=jnp.float32)
-    if objective.ctc_weight:
-        audio_valid, labels, is_spoken = _ctc_targets(model, batch, objective)
-        spelt = is_spoken & can_spell(audio_valid, labels, is_spoken)[:, None]
-        counts[CTC_LOSS] = jnp.sum(spelt, dtype=jnp.float32)
-    return counts
+    model: SpeechLLM, batch: Batch, classes: CTCClasses | None = None
+) -> Float[Array, ""]:
+    """How many labels `summed_loss` is summed over."""
+    if classes is None:
+        return jnp.sum(batch["label_valid"], dtype=jnp.float32)
+    audio_valid, labels, is_spoken = _ctc_targets(model, batch, classes)
+    is_spelt = is_spoken & can_spell(audio_valid, labels, is_spoken)[:, None]
+    return jnp.sum(is_spelt, dtype=jnp.float32)
 
 
 def _ctc_targets(
-    model: SpeechLLM, batch: Batch, objective: Objective
+    model: SpeechLLM, batch: Batch, classes: CTCClasses
 ) -> tuple[Bool[Array, "B A"], Int[Array, "B T"], Bool[Array, "B T"]]:
     """Which audio tokens are of real audio, the labels as classes, and which of them are spoken."""
     k = model.projector.config.projector_pool_stride
@@ -191,11 +162,11 @@ def _ctc_targets(
     # The end of turn, the last label of a row, is not spoken.
     is_spoken = batch["label_valid"] & jnp.roll(batch["label_valid"], -1, axis=1)
     is_spoken = is_spoken.at[:, -1].set(False)
-    labels = 1 + jnp.searchsorted(jnp.array(objective.classes[1:]), batch["labels"])
+    labels = 1 + jnp.searchsorted(jnp.array(classes[1:]), batch["labels"])
     return audio_valid, labels, is_spoken
 
 
-def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> tuple[int, ...]:
+def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> CTCClasses:
     """Token ids of the CTC classes: the blank, then the ids of all transcripts, ascending.
 
     Args:
@@ -253,7 +224,7 @@ def train_step(
     model: SpeechLLM,
     optimizer: optax.GradientTransformation,
     seed: int,
-    objective: Objective = Objective(),
+    classes: CTCClasses | None = None,
     accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update of the projector on the mean loss per label of the global batch.
@@ -269,28 +240,29 @@ def train_step(
       model: the modules.
       optimizer: of the state.
       seed: of dropout and SpecAugment.
-      objective: what is minimised.
+      classes: of CTC, which is then minimised; None for the LLM's cross-entropy.
       accumulation_steps: micro-batches; every device's rows must divide by it.
 
     Returns:
-      The new state and the losses by name with the number of labels of each ("num_labels" and
-      "num_ctc_labels"), "grad_norm", which is the one before clipping, and the metrics of
-      `loss_sums` and `batch_counts`.
+      The new state and "loss" with "num_labels", or "ctc_loss" with "num_ctc_labels"; "grad_norm",
+      which is the one before clipping; and the metrics of `summed_loss` and `batch_counts`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    counts = num_labels(model, batch, objective)
+    count = num_labels(model, batch, classes)
+    loss_name, count_name = (
+        ("loss", "num_labels") if classes is None else ("ctc_loss", "num_ctc_labels")
+    )
 
-    def weighted_loss(params: Params, micro_batch: Batch, index: Int[Array, ""]):
-        sums, metrics = loss_sums(
+    def mean_loss(params: Params, micro_batch: Batch, index: Int[Array, ""]):
+        total, metrics = summed_loss(
             *(model, params, encoder_params, llm_params, micro_batch),
-            objective=objective,
+            classes=classes,
             key=jax.random.fold_in(key, index),
         )
-        means = {name: total / jnp.maximum(counts[name], 1) for name, total in sums.items()}
-        total = sum(weight * means[name] for name, weight in objective.weights.items())
-        return total, means | metrics
+        mean = total / jnp.maximum(count, 1)
+        return mean, {loss_name: mean} | metrics
 
-    gradient = jax.grad(weighted_loss, has_aux=True)
+    gradient = jax.grad(mean_loss, has_aux=True)
     if accumulation_steps == 1:
         grads, metrics = gradient(state.params, batch, jnp.int32(0))
     else:
@@ -309,11 +281,9 @@ def train_step(
             metrics["scale_ratio"] /= accumulation_steps
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    names = {LLM_LOSS: "num_labels", CTC_LOSS: "num_ctc_labels"}
-    metrics |= {names[name]: count for name, count in counts.items()}
     k = model.projector.config.projector_pool_stride
-    metrics |= batch_counts(batch, k, model.prefix_len)
-    if not objective.llm_weight:
+    metrics |= {count_name: count} | batch_counts(batch, k, model.prefix_len)
+    if classes is not None:  # the LLM reads nothing
         del metrics["num_tokens"], metrics["padding_rate"]
     metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -336,5 +306,5 @@ def eval_step(
     model: SpeechLLM,
 ) -> dict[str, Float[Array, ""]]:
     """Summed loss and number of labels of one batch, without dropout."""
-    sums, _ = loss_sums(model, projector_params, encoder_params, llm_params, batch)
-    return {"loss_sum": sums[LLM_LOSS], "num_labels": num_labels(model, batch)[LLM_LOSS]}
+    total, _ = summed_loss(model, projector_params, encoder_params, llm_params, batch)
+    return {"loss_sum": total, "num_labels": num_labels(model, batch)}

@@ -16,7 +16,7 @@ from flax_projector.config import PRESETS, MeshConfig, ProjectorConfig
 from flax_projector.llama import abstract_decoder, make_cache
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, use_mesh
 from flax_projector.speech_llm import make_speech_llm
-from flax_projector.train_step import Objective, make_optimizer, make_schedule, train_step
+from flax_projector.train_step import make_optimizer, make_schedule, train_step
 from flax_projector.whisper import abstract_encoder
 from tests.test_model_sizes import published
 from train_tpu import abstract_train_state, shardings_of
@@ -114,16 +114,17 @@ def abstract_batch(mesh, batch_size: int, *, frames: int, length: int, text: int
     }
 
 
-STAGES = {
-    "llm": Objective(),
-    "ctc": Objective(0.0, 1.0, tuple(range(200))),
-    "both, in two parts": Objective(1.0, 0.3, tuple(range(200))),
+STAGES = {  # CTC classes, parts of the batch
+    "llm": (None, 1),
+    "llm, in two parts": (None, 2),
+    "ctc": (tuple(range(200)), 1),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)])
 def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
+    classes, num_parts = STAGES[stage]
     config = PRESETS["whisper-base-smollm2-135m"][1]
     mesh = make_mesh(mesh_config, tpu_devices("v5e:2x2"))
     dtype = jnp.dtype(config.dtype)
@@ -145,8 +146,8 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
         model=model,
         optimizer=optimizer,
         seed=0,
-        objective=STAGES[stage],
-        accumulation_steps=2 if "parts" in stage else 1,
+        classes=classes,
+        accumulation_steps=num_parts,
     )
     with use_mesh(mesh):
         compiled = (

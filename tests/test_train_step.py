@@ -29,14 +29,13 @@ from flax_projector.sharding import (
 )
 from flax_projector.speech_llm import encode_prefix, make_speech_llm
 from flax_projector.train_step import (
-    Objective,
     TrainState,
     batch_counts,
     ctc_classes,
     init_state,
-    loss_sums,
     make_optimizer,
     num_labels,
+    summed_loss,
     train_step,
 )
 from tests.parity import assert_relative_l2
@@ -83,9 +82,9 @@ def loss_of(model, params):
     """Batch -> (summed loss, metrics), compiled."""
 
     def loss(batch):
-        sums, metrics = loss_sums(model, params[0], params[1], params[2], batch)
+        total, metrics = summed_loss(model, params[0], params[1], params[2], batch)
         counts = batch_counts(batch, model.projector.config.projector_pool_stride)
-        return sums["loss"], metrics | counts | {"num_labels": num_labels(model, batch)["loss"]}
+        return total, metrics | counts | {"num_labels": num_labels(model, batch)}
 
     return jax.jit(loss)
 
@@ -146,8 +145,8 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(model, params, mesh_
 
         def value_and_grad(model):
             def loss(projector_params):
-                sums, _ = loss_sums(model, projector_params, params[1], params[2], batch)
-                return sums["loss"]
+                total, _ = summed_loss(model, projector_params, params[1], params[2], batch)
+                return total
 
             return jax.jit(jax.value_and_grad(loss))(params[0])
 
@@ -277,8 +276,7 @@ def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
     rows = zip(np.asarray(batch["labels"]), np.asarray(batch["label_valid"]), strict=True)
     targets = [labels[valid].tolist() for labels, valid in rows]
     classes = ctc_classes(targets, blank=60)
-    objective = Objective(0.0, 1.0, classes)
-    sums, _ = loss_sums(model, params[0], params[1], params[2], batch, objective=objective)
+    total, _ = summed_loss(model, params[0], params[1], params[2], batch, classes=classes)
 
     frames = model.encode(params[1], batch["samples"])[0][:, :FRAMES]
     audio = np.asarray(model.embed_audio(params[0], frames, batch["frame_valid"]))
@@ -297,9 +295,8 @@ def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
         if labels.shape[1] and torch.isfinite(loss):
             losses.append((float(loss), labels.shape[1]))
     assert len(losses) == 7
-    spelt = num_labels(model, batch, objective)["ctc_loss"]
-    assert float(spelt) == sum(count for _, count in losses)
-    assert_relative_l2(sums["ctc_loss"], sum(loss for loss, _ in losses), 1e-4)
+    assert float(num_labels(model, batch, classes)) == sum(count for _, count in losses)
+    assert_relative_l2(total, sum(loss for loss, _ in losses), 1e-4)
 
 
 def mesh_of(num_devices: int) -> Mesh:
@@ -324,19 +321,19 @@ CLASSES = (60, *range(60))
 
 
 @pytest.mark.consistency("ours in one part on one device")
-@pytest.mark.parametrize("objective", [Objective(), Objective(1.0, 0.3, CLASSES)], ids=str)
+@pytest.mark.parametrize("classes", [None, CLASSES], ids=["llm", "ctc"])
 @pytest.mark.parametrize(("num_devices", "accumulation_steps"), [(8, 1), (1, 4), (2, 4), (4, 2)])
 def test_parts_and_devices_do_not_change_the_gradients(
-    model, params, objective, num_devices, accumulation_steps
+    model, params, classes, num_devices, accumulation_steps
 ):
     """Rows have unequal numbers of labels: a mean of means would weigh them wrongly."""
     batch = make_batch(8)
-    expected, whole = gradients_and_losses(model, params, batch, objective=objective)
+    expected, whole = gradients_and_losses(model, params, batch, classes=classes)
     grads, metrics = gradients_and_losses(
         *(model, params, batch),
         num_devices=num_devices,
         accumulation_steps=accumulation_steps,
-        objective=objective,
+        classes=classes,
     )
     jax.tree.map(lambda got, want: assert_relative_l2(got, want, 1e-5), grads, expected)
     for name in set(whole) - {"scale_ratio"}:
@@ -357,23 +354,6 @@ def test_parts_take_their_rows_from_every_device(model, params):
         lowered = jax.jit(step, in_shardings=in_shardings).lower(state, *params[1:], batch)
         hlo = lowered.compile().as_text() or ""
     assert set(re.findall(r"= .*? (all-gather|all-to-all|collective-permute)", hlo)) == set()
-
-
-@pytest.mark.consistency("the losses one by one")
-def test_auxiliary_ctc_is_added_to_the_loss_of_the_llm(model, params):
-    batch = make_batch(8)
-    one_by_one = [
-        gradients_and_losses(model, params, batch, objective=objective)
-        for objective in (Objective(), Objective(0.0, 1.0, CLASSES))
-    ]
-    (llm, llm_metrics), (ctc, ctc_metrics) = one_by_one
-    both, metrics = gradients_and_losses(
-        model, params, batch, objective=Objective(1.0, 0.3, CLASSES)
-    )
-    expected = jax.tree.map(lambda a, b: a + 0.3 * b, llm, ctc)
-    jax.tree.map(lambda got, want: assert_relative_l2(got, want, 1e-5), both, expected)
-    np.testing.assert_allclose(metrics["loss"], llm_metrics["loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["ctc_loss"], ctc_metrics["ctc_loss"], rtol=1e-5)
 
 
 def test_counts_leave_padding_out(model, params):
@@ -406,8 +386,8 @@ def test_spec_augment_changes_with_the_step_and_never_in_evaluation(params):
     batch = make_batch(8)
 
     def loss(model, key):
-        sums, _ = jax.jit(functools.partial(loss_sums, model))(*params, batch, key=key)
-        return float(sums["loss"])
+        total, _ = jax.jit(functools.partial(summed_loss, model))(*params, batch, key=key)
+        return float(total)
 
     keys = [jax.random.key(i) for i in range(2)]
     first, again, other = (loss(augmented, key) for key in (keys[0], keys[0], keys[1]))

@@ -216,8 +216,8 @@ def test_non_finite_loss_stops_with_its_step_and_clips(run, monkeypatch):
     compile_steps, seen = train_tpu.compile_steps, []
     nan = jax.numpy.float32("nan")
 
-    def compile_broken(objectives, source, *args):
-        steps = compile_steps(objectives, source, *args)
+    def compile_broken(stages, source, *args):
+        steps = compile_steps(stages, source, *args)
 
         def break_third(run_step):
             def call(*args):
@@ -349,16 +349,15 @@ def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
     assert api.verify(best, of_four).is_same
 
 
-def test_accumulation_and_auxiliary_loss_train(run):
+def test_parts_of_a_batch_train_as_the_whole(run):
     whole, parts = (
         run(name=name, num_steps=4, mesh=MeshConfig(), accumulation_steps=steps, **more)
         for name, steps in (("whole", 1), ("parts", 2))
-        for more in [{"data": {"batch_size": 16}, "ctc": CTCConfig(0, aux_weight=0.3)}]
+        for more in [{"data": {"batch_size": 16}, "ctc": CTCConfig(2)}]
     )
     np.testing.assert_allclose(read_losses(parts), read_losses(whole), atol=1e-4)
     lines = (Path(parts.out) / "metrics.jsonl").read_text().splitlines()
     records = [r for r in map(json.loads, lines) if "grad_norm" in r]
-    assert all({"loss", "ctc_loss"} <= set(r) for r in records)
     hours = [r["audio_hours"] for r in records]
     assert hours == sorted(hours) and hours[0] > 0
 
