@@ -62,9 +62,9 @@ def draw(records: list[dict], path: Path) -> None:
             f"{100 * ys[-1]:.1f}%", (xs[-1], 100 * ys[-1]), (-38, -3), textcoords="offset points"
         )
     right.set(xlabel="step", ylabel="word error rate (%), evaluated at the dots", yscale="log")
-    for axes in (left, right):
+    for axes, place in ((left, "upper center"), (right, "lower left")):
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc=place)
     figure.savefig(path, dpi=120)
 
 
