@@ -1,54 +1,70 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up.
+# Two commands for a fresh machine: `make demo` and `make test`. Each sets up what it needs.
 #
-# A machine without a GPU saves 3 GB with PyTorch's CPU build: set PIP_EXTRA_INDEX_URL to the CPU
-# index that the install page of pytorch.org shows.
+# On a machine without a GPU, PyTorch's CPU build saves a download of 3 GB: set PIP_EXTRA_INDEX_URL
+# to the CPU index that the install page of pytorch.org shows.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 MODELS ?= models
 RUN ?= runs/demo
 
-# glibc would map the temporaries of every step anew, a page fault for each 4 KiB of them; here it keeps
-# them, and a training step on a CPU takes an eighth less.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install $(CONSTRAINTS:%=--constraint %)
+
+# Without this, glibc returns the memory of a step's temporaries to the system and gets it back page
+# by page in the next step. Keeping it saves an eighth of the time of a training step on a CPU.
 KEEP := 17179869184
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=$(KEEP):glibc.malloc.trim_threshold=$(KEEP):glibc.malloc.arena_max=1
 
-.PHONY: demo test test-slow parity bench models format clean
+.PHONY: demo test test-slow test-wheel lint parity bench models format clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(INSTALL) --editable '.[demo,test]'
 	touch $@
 
 models: $(VENV)/.installed
-	$(BIN)/python docs/demo/make_models.py --out $(MODELS)
+	$(BIN)/python examples/demo/make_models.py --out $(MODELS)
 
 # Trains on real speech, converts the result to PyTorch and compares the two.
 demo: models
 	$(BIN)/python train_tpu.py demo --out $(RUN) \
 	    --encoder $(MODELS)/whisper-base --llm $(MODELS)/smollm2-135m-instruct
 	$(BIN)/python -m convert to-torch $(RUN)/projector $(RUN)/pytorch --overwrite
-	$(BIN)/python docs/demo/pytorch_check.py --run $(RUN) --projector $(RUN)/pytorch \
-	    --manifest docs/demo/speech/heldout_unseen_voices.jsonl --out $(RUN)/parity.json
-	$(BIN)/python docs/demo/report.py --run $(RUN) --parity $(RUN)/parity.json --out $(RUN)/report
+	$(BIN)/python examples/demo/pytorch_check.py --run $(RUN) --projector $(RUN)/pytorch \
+	    --manifest examples/demo/speech/heldout_unseen_voices.jsonl --out $(RUN)/parity.json
+	$(BIN)/python examples/demo/report.py --run $(RUN) --parity $(RUN)/parity.json \
+	    --out $(RUN)/report
 
-test: $(VENV)/.installed
+# Most of the time goes into compiling small programs that run once: these need no optimised code.
+# `make parity` and `make test-slow` compile as users do.
+test: lint
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest \
+	    -n 2 --dist loadgroup --jaxtyping-packages=flax_projector,beartype.beartype
+
+# The checks of the code itself; pre-commit runs them too.
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --jaxtyping-packages=flax_projector,beartype.beartype
 
-# Real weights, and the compilers of TPUs and GPUs, which need neither: minutes, not seconds. The one
-# for GPUs lies apart, since JAX would look for a GPU wherever it finds it.
+# Real weights, the installed wheel, and the TPU and GPU compilers, which need no such device: takes
+# minutes instead of seconds. The GPU compiler goes into a folder of its own, because JAX looks for
+# a GPU wherever it finds one.
 test-slow: models
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[slow]'
-	test -d .gpu-compiler || $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	$(INSTALL) --editable '.[slow]'
+	test -d .gpu-compiler || $(INSTALL) \
 	    --no-deps --target .gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12
 	PYTHONPATH=.gpu-compiler FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) \
 	    $(BIN)/python -m pytest -m slow
 
-# Measured errors against PyTorch and transformers, from the tests that compare.
+# The wheel alone, installed outside the checkout; part of test-slow.
+test-wheel: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow tests/test_wheel.py
+
+# Measured errors against PyTorch and transformers, from the tests that compare with them.
 parity: models
 	FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) $(BIN)/python -m pytest \
 	    -m 'parity or consistency' --parity-table=docs/parity.md
@@ -67,5 +83,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The lower bounds of pyproject.toml as constraints:
+# `make test CONSTRAINTS=floors.txt VENV=.venv-floors` runs the tests with them.
+floors.txt: pyproject.toml constraints.txt .github/floors.py
+	$(PYTHON) .github/floors.py > $@
+
 clean:
-	rm -rf $(VENV) .gpu-compiler runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .gpu-compiler build dist floors.txt runs .pytest_cache .ruff_cache

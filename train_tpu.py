@@ -7,410 +7,224 @@ Examples:
   python train_tpu.py whisper-base-smollm2-135m --data.train clips.jsonl --mesh.fsdp 4 \\
       --init-projector converted/   # continue a PyTorch run, see `python -m convert to-flax`
 
-Starting the same command again continues the run. `python train_tpu.py demo --help` lists every
+Running the same command again continues the run. `python train_tpu.py demo --help` lists every
 option of a preset with its default.
 """
 
 import contextlib
 import functools
-import itertools
 import logging
 import sys
-import time
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from convert.load import load_projector
-from flax_projector import config as configs
-from flax_projector.audio import is_url
-from flax_projector.batch_plan import Bucket
-from flax_projector.checkpoints import open_manager, restore, save
-from flax_projector.config import PRESETS, TrainConfig
-from flax_projector.data import BatchIterator, BatchSource, take_problems, to_global
-from flax_projector.evaluate import Scores
-from flax_projector.files import write_atomically
-from flax_projector.metrics import (
-    MetricsWriter,
-    quiet_other_processes,
-    require_finite,
-    samples,
-    setup_logging,
-)
-from flax_projector.preemption import Preempted, PreemptionGuard
-from flax_projector.projector import abstract_projector, last_norm_name
-from flax_projector.run import (
-    LoadedModel,
-    load_model,
-    make_eval_sources,
-    make_evaluator,
-    make_train_source,
-    open_bad_rows,
-    read_best,
-    write_best,
-    write_projector,
-)
-from flax_projector.sharding import batch_sharding, make_mesh, replicated, strip_axes, use_mesh
-from flax_projector.throughput import (
-    check_profile,
-    compilations,
-    make_flop_counter,
-    profiled,
-    progress_postfix,
-    summarize,
-)
-from flax_projector.train_step import (
-    CTCClasses,
+from convert.load import load_projector_params
+from flax_projector.config import PRESETS, TrainConfig, to_json
+from flax_projector.data.bad_rows import BadRowLog
+from flax_projector.data.batches import Batches
+from flax_projector.data.reader import BatchIterator, read_batch
+from flax_projector.data.sources import check_sources
+from flax_projector.logs import lines_above_bars, quiet_other_processes, setup_logging
+from flax_projector.run import LoadedModel, load_model, write_projector
+from flax_projector.run_folder import RunFolder
+from flax_projector.sharding import make_mesh, use_mesh
+from flax_projector.training.best import Best
+from flax_projector.training.checkpoints import Saver, open_manager, restore
+from flax_projector.training.due import Due
+from flax_projector.training.held_out import HeldOut
+from flax_projector.training.metrics import MetricsWriter
+from flax_projector.training.objectives import CTCObjective, Stages, ctc_classes
+from flax_projector.training.preemption import Preempted, PreemptionGuard
+from flax_projector.training.state import (
     TrainState,
-    ctc_classes,
-    init_state,
+    abstract_state,
+    begin_anew,
+    begin_with,
     make_optimizer,
     make_schedule,
-    train_step,
 )
+from flax_projector.training.step_log import StepLog
+from flax_projector.training.throughput import (
+    check_profile,
+    compilations,
+    profiled,
+)
+from flax_projector.training.train_step import compile_steps
 
 log = logging.getLogger("train")
 
 
-def check_run_folder(config: TrainConfig) -> Path:
-    """The run folder, if it holds no run or this one.
-
-    Raises:
-      ValueError: if another run lies there.
-    """
-    if is_url(config.out):
-        raise ValueError(f"--out {config.out}: a run folder must be a local or mounted path")
-    folder = Path(config.out)
-    saved_path = folder / "config.json"
-    if saved_path.is_file():
-        if not config.resume:
-            raise ValueError(f"{folder} holds a run: choose another --out, or pass --resume")
-        saved = configs.from_json(saved_path.read_text())
-        refused, allowed = configs.changes(saved, config)
-        if refused:
-            listed = "\n  ".join(refused)
-            raise ValueError(
-                f"{folder} holds a run with another config:\n  {listed}\n"
-                "Choose another --out, or take these back."
-            )
-        for change in allowed:
-            log.info("the run goes on with %s", change)
-    return folder
+def log_devices(mesh: Mesh, config: TrainConfig) -> None:
+    """Logs the devices that the run uses."""
+    log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
+    if jax.default_backend() == "cpu" and config.dtype == "bfloat16":
+        log.warning("bfloat16 is many times slower than float32 on CPUs: pass --dtype float32")
 
 
-def save_config(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder this run's; called when everything is loaded, so that a start that failed
-    on a wrong path or manifest leaves no config behind."""
-    path = folder / "config.json"
-    if jax.process_index() == 0 and not path.is_file():
-        write_atomically(path, configs.to_json(config))
-
-
-def abstract_train_state(
-    config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Shapes, dtypes and shardings of everything that is trained: moments lie as their params."""
-    params = abstract_projector(config.projector, mesh=mesh)
-    state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
-    place = functools.partial(_with_sharding, sharding=replicated(mesh))
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda leaf, param: _with_sharding(leaf, param.sharding),
-        state.opt_state,
-        params,
-        transform_non_params=place,
-    )
-    return TrainState(place(state.step), params, opt_state)
-
-
-def _with_sharding(leaf, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def shardings_of(tree):
-    """The sharding of every leaf of a tree of arrays or ShapeDtypeStructs."""
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-
-def make_initial_state(
+def begin(
     config: TrainConfig,
     loaded: LoadedModel,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> TrainState:
-    """A fresh state, born in its shards: random, or around a given projector."""
-    init_rest = functools.partial(init_state, optimizer=optimizer)
+    """The initial state of a new run, from a given projector or a random one."""
     if config.init_projector:
-        params = load_projector(config.init_projector, config.projector, abstract.params)
-        return jax.jit(init_rest, out_shardings=shardings_of(abstract))(params)
-
-    def init(key):
-        frames = jnp.zeros((1, 1, config.projector.encoder_dim))
-        params = strip_axes(loaded.model.projector.init(key, frames)["params"])
-        last_norm = params[last_norm_name(config.projector)]
-        last_norm["scale"] = last_norm["scale"] * config.init_output_scale
-        return init_rest(params)
-
-    key = jax.random.key(config.seed)
-    return jax.jit(init, out_shardings=shardings_of(abstract))(key)
+        params = load_projector_params(config.init_projector, config.projector, abstract.params)
+        return begin_with(params, optimizer, abstract)
+    return begin_anew(
+        loaded.model.projector,
+        optimizer,
+        abstract,
+        seed=config.seed,
+        output_scale=config.init_output_scale,
+    )
 
 
-def log_parameters(loaded: LoadedModel, state: TrainState) -> None:
-    """What trains and what does not, with counts."""
-    parts = {
-        "encoder": (loaded.encoder_params, "frozen"),
-        "projector": (state.params, "trained"),
-        "llm": (loaded.llm_params, "frozen"),
-    }
-    for name, (params, role) in parts.items():
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        log.info("%-9s %13s parameters, %s", name, f"{count:,}", role)
+def make_stages(config: TrainConfig, loaded: LoadedModel, batches: Batches) -> Stages:
+    """The objectives of a run: CTC for its warm start, if it has one, then the LLM's."""
+    if not config.ctc.num_steps:
+        return Stages()
+    targets = [utterance.target for utterance in batches.utterances]
+    classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
+    objective = CTCObjective(classes, config.projector.projector_pool_stride)
+    return Stages(objective, config.ctc.num_steps)
 
 
-def compile_steps(
-    stages: list[CTCClasses | None],
-    source: BatchSource,
-    abstract: TrainState,
-    loaded: LoadedModel,
-    optimizer: optax.GradientTransformation,
-    config: TrainConfig,
-) -> dict[tuple[CTCClasses | None, Bucket], jax.stages.Compiled]:
-    """The step of every stage and length, compiled before any is run: none compiles in the loop."""
-    compiled, start = {}, time.monotonic()
-    for classes, (bucket, batch) in itertools.product(stages, source.abstract_batches()):
-        step = jax.jit(
-            functools.partial(
-                train_step,
-                model=loaded.model,
-                optimizer=optimizer,
-                seed=config.seed,
-                classes=classes,
-                accumulation_steps=config.accumulation_steps,
-            ),
-            in_shardings=(
-                shardings_of(abstract),
-                *map(shardings_of, loaded.frozen),
-                batch_sharding(loaded.mesh),
-            ),
-            out_shardings=(shardings_of(abstract), replicated(loaded.mesh)),
-            donate_argnums=0,
-        )
-        compiled[classes, bucket] = step.lower(abstract, *loaded.frozen, batch).compile()
-    log.info("compiled %d steps in %.0f s", len(compiled), time.monotonic() - start)
-    return compiled
-
-
-def main(config: TrainConfig) -> None:
-    """Runs a config to its last step, or until the process is told to stop."""
+def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
+    """Trains on all `devices` to the config's last step, or until the process is told to stop."""
     with contextlib.ExitStack() as stack:
         # --- processes, run folder, mesh -----------------------------------------------------
         if config.distributed:
             jax.distributed.initialize()
-        quiet_other_processes()
+        quiet_other_processes(jax.process_index())
         guard = stack.enter_context(PreemptionGuard().watching())
-        folder = check_run_folder(config)
-        mesh = make_mesh(config.mesh)
-        log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
+        folder = RunFolder.of(config)
+        folder.check(config)
+        check_sources(config)
+        mesh = make_mesh(config.mesh, devices)
+        log_devices(mesh, config)
         stack.enter_context(use_mesh(mesh))
         num_compiled = stack.enter_context(compilations())
-        if jax.default_backend() == "cpu" and config.dtype == "bfloat16":
-            log.warning("bfloat16 is many times slower than float32 on CPUs: pass --dtype float32")
 
         # --- frozen towers and data ----------------------------------------------------------
         loaded = load_model(config, mesh)
-        bad_rows = open_bad_rows(config)
-        source = make_train_source(loaded, config, bad_rows)
-        eval_sources = make_eval_sources(loaded, config, bad_rows)
+        bad_rows = BadRowLog(folder.bad_rows, max_rate=config.data.max_bad_rate)
+        maker = loaded.make_batch_maker(folder, bad_rows)
+        batches, held_out_sets = maker.train(), maker.eval()
         iterator = BatchIterator(
-            source, num_threads=config.data.num_threads, num_workers=config.data.num_workers
+            batches, num_threads=config.data.num_threads, num_workers=config.data.num_workers
         )
-        stack.callback(iterator.close)
+        stack.enter_context(contextlib.closing(iterator))
 
         # --- state ---------------------------------------------------------------------------
         # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
         schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
         optimizer = make_optimizer(config.optimizer, schedule)
-        abstract = abstract_train_state(config, optimizer, mesh)
-        manager = stack.enter_context(
-            open_manager(folder / "checkpoints", keep=config.keep_checkpoints)
-        )
-        audio_secs, best = 0.0, read_best(folder)
-        latest = manager.latest_step()
+        abstract = abstract_state(config.projector, optimizer, mesh)
+        manager = open_manager(folder.checkpoints, keep=config.keep_checkpoints)
+        stack.enter_context(manager)
+        latest, audio_secs = manager.latest_step(), 0.0
         if latest is not None:
             state, position = restore(manager, latest, abstract)
             iterator.set_state(position["iterator"])
             audio_secs = position["audio_secs"]
             log.info("resumed at step %d", latest)
         else:
-            state = make_initial_state(config, loaded, optimizer, abstract)
-        log_parameters(loaded, state)
-        first = int(state.step)
-        writer = stack.enter_context(
-            MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
-        )
-        save_config(folder, config)
-        check_profile(config.profile_steps, config.num_steps - first)
+            state = begin(config, loaded, optimizer, abstract)
+        loaded.log_parameters(state.params)
+        first = step = int(state.step)
 
         # --- compiled functions --------------------------------------------------------------
-        classes, stages = None, []
-        if first < config.ctc.num_steps:
-            targets = [utterance.target for utterance in source.utterances]
-            classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
-            stages.append(classes)
-        if first < config.num_steps:
-            stages.append(None)
-        steps = compile_steps(stages, source, abstract, loaded, optimizer, config)
-        evaluator = make_evaluator(loaded, config, bad_rows)
-        count_flops = make_flop_counter(
-            (state.params, *loaded.frozen),
-            loaded.model.llm.config,
-            window_frames=0 if config.data.cache_features else config.data.window_frames,
+        stages = make_stages(config, loaded, batches)
+        steps = compile_steps(
+            stages.objectives(first, config.num_steps),
+            batches.abstract_batches(),
+            abstract,
+            loaded.frozen,
+            optimizer,
+            loaded.model,
+            config,
         )
 
         # --- what happens between steps ------------------------------------------------------
-        pending, since, waited = [], time.monotonic(), 0.0
-        saved_step, saved_at = latest, time.monotonic()
-
-        def log_steps(step: int) -> None:
-            nonlocal pending, since, waited, audio_secs
-            if not pending:
-                return
-            measured = jax.device_get(pending)
-            for index, metrics in enumerate(measured, step - len(measured)):
-                ids = [u.row.id for u in source.members(index) if u is not None]
-                require_finite(metrics, step=index + 1, utterance_ids=ids)
-            scalars = summarize(
-                measured,
-                secs=time.monotonic() - since,
-                wait_secs=waited,
-                count_flops=count_flops,
-                devices=mesh.devices.flatten().tolist(),
-            )
-            audio_secs += scalars.pop("audio_secs")
-            scalars["audio_hours"] = audio_secs / 3600
-            scalars["learning_rate"] = float(np.asarray(schedule(step - 1)))
-            scalars["num_compiled"] = num_compiled()
-            writer.write(step, scalars)
-            progress.set_postfix(progress_postfix(scalars))
-            pending, since, waited = [], time.monotonic(), 0.0
-
-        def save_state(step: int) -> None:
-            nonlocal saved_step, saved_at
-            log_steps(step)  # the log of a checkpoint's steps is complete
-            if step != saved_step:
-                position = {"iterator": iterator.get_state(), "audio_secs": audio_secs}
-                save(manager, step, state, position)
-                saved_step, saved_at = step, time.monotonic()
-
-        def evaluate(step: int) -> None:
-            nonlocal best, since
-            wers, losses = [], []
-            for name, eval_source in eval_sources.items():
-                params = (state.params, *loaded.frozen)
-                scores = evaluator(params, eval_source, name=name, check=guard.check)
-                wers.append(scores.wer)
-                losses.append(scores.loss)
-                writer.write(
-                    step, {f"eval/{name}/loss": scores.loss, f"eval/{name}/wer": scores.wer}
-                )
-                writer.write_transcripts(step, name, scores.transcripts)
-                log_scores(step, name, scores)
-            log.info("%d programs compiled so far", num_compiled())
-            if wers and step:
-                now = {"step": step, "wer": float(np.mean(wers)), "loss": float(np.mean(losses))}
-                if (now["wer"], now["loss"]) < (best["wer"], best["loss"]):
-                    best = now
-                    write_projector(folder / "best", state.params, config, mesh)
-                    write_best(folder, best)
-            since = time.monotonic()
-
-        def is_eval_step(step: int) -> bool:
-            every = config.eval_every_steps
-            is_due = every > 0 and step % every == 0 and step > config.ctc.num_steps
-            return step in (0, config.num_steps) or is_due
+        writer = stack.enter_context(
+            MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
+        )
+        if jax.process_index() == 0:
+            folder.claim(config)  # no user input can fail from here on
+        step_log = StepLog(
+            writer,
+            batches,
+            first_step=first,
+            num_steps=config.num_steps,
+            audio_secs=audio_secs,
+            schedule=schedule,
+            count_flops=loaded.make_flop_counter(state.params),
+            num_compiled=num_compiled,
+        )
+        stack.enter_context(contextlib.closing(step_log))
+        write = functools.partial(write_projector, config=config, mesh=mesh)
+        best = Best(folder, write)
+        evaluator = loaded.make_evaluator(bad_rows)
+        held_out = HeldOut(evaluator, held_out_sets, loaded.frozen, writer, best, num_compiled)
+        saver = Saver(manager, iterator, step_log, every_mins=config.save_every_mins)
+        due = Due(config)
+        check_profile(config.profile_steps, config.num_steps - first)
+        guard.protect(manager.wait_until_finished)
 
         # --- loop ----------------------------------------------------------------------------
-        guard.protect(manager.wait_until_finished)
-        progress = stack.enter_context(
-            tqdm(
-                total=config.num_steps,
-                initial=first,
-                desc="train",
-                unit="step",
-                disable=jax.process_index() > 0,
-            )
-        )
-        step = first
         try:
-            if is_eval_step(first):  # after a restart too: the evaluation may have been interrupted
-                evaluate(first)
+            if due.evaluate(first):  # even after a restart, since it may have been interrupted
+                held_out.evaluate(first, state.params, check=guard.check)
             while step < config.num_steps:
                 guard.check()
-                with profiled(step - first, config.profile_steps, folder / "profile") as is_last:
-                    start = time.monotonic()
-                    rows = take_problems(next(iterator), source, step, bad_rows)
-                    batch = to_global(rows, source)
-                    waited += time.monotonic() - start
-                    stage = classes if step < config.ctc.num_steps else None
-                    run_step = steps[stage, source.bucket(step)]
+                with profiled(step - first, config.profile_steps, folder.profile) as is_last:
+                    with step_log.waiting():
+                        batch = read_batch(iterator, batches, bad_rows)
+                    run_step = steps[stages.objective(step), batches.bucket(step)]
                     with jax.transfer_guard("disallow"):
                         state, metrics = run_step(state, *loaded.frozen, batch)
                     if is_last:
                         jax.block_until_ready(metrics)
-                pending.append(metrics)
                 step += 1
-                progress.update()
-                is_due = step % config.save_every_steps == 0 or is_eval_step(step)
-                if step % config.log_every_steps == 0 or step == config.ctc.num_steps:
-                    log_steps(step)
-                    is_late = time.monotonic() - saved_at > 60 * config.save_every_mins
-                    is_due |= bool(multihost_utils.broadcast_one_to_all(is_late))
-                if is_due:
-                    save_state(step)
-                if is_eval_step(step):
-                    evaluate(step)
+                step_log.add(metrics)
+                if due.log(step):
+                    step_log.flush(step)
+                if due.save(step) or (due.log(step) and saver.is_late()):
+                    saver.save(step, state)
+                if due.evaluate(step):
+                    with step_log.paused():
+                        held_out.evaluate(step, state.params, check=guard.check)
         except Preempted:
-            save_state(step)
+            saver.save(step, state)
             manager.wait_until_finished()
-            log.info("stopped at step %d, which is saved: the same command goes on", step)
+            log.info("stopped at step %d, which is saved: the same command continues", step)
             return
 
         # --- result --------------------------------------------------------------------------
         manager.wait_until_finished()
-        write_projector(folder / "projector", state.params, config, mesh)
+        write(folder.projector, state.params)
         log.info("%s", bad_rows.summary())
-        log.info("projector saved in %s", folder / "projector")
-        if best["step"] not in (None, step):
-            log.info(
-                "the lowest word error rate was that of step %d: %.1f%%, in %s",
-                *(best["step"], 100 * best["wer"], folder / "best"),
-            )
+        log.info("projector saved in %s", folder.projector)
+        best.report(step)
 
 
-def log_scores(step: int, name: str, scores: Scores) -> None:
-    """Scores of an evaluation, with ten of its transcripts."""
-    log.info(
-        "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
-        *(step, name, 100 * scores.wer, scores.loss, len(scores.transcripts)),
-    )
-    for transcript in samples(scores.transcripts):
-        log.info("  said %r, heard %r", transcript.reference, transcript.hypothesis)
+def read_config(args: Sequence[str] | None = None) -> TrainConfig:
+    """The config that a command line describes: a preset with options that override it."""
+    return tyro.extras.overridable_config_cli(PRESETS, description=__doc__, args=args)
 
 
-def cli() -> None:
-    """Reads the command line, and runs; bad input ends in one line."""
+def cli(args: Sequence[str] | None = None) -> None:
+    """Runs what the command line says; invalid input ends with a one-line error."""
     setup_logging()
-    config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
-    log.info("config:\n%s", configs.to_json(config))
-    with logging_redirect_tqdm():
+    config = read_config(args)
+    log.info("config:\n%s", to_json(config))
+    with lines_above_bars():
         try:
             main(config)
         except (ValueError, FloatingPointError) as error:

@@ -1,9 +1,9 @@
-"""Conversion of a projector of 600 MB against reading and writing the same file.
+"""Measures converting a 600 MB projector against reading and writing the same file.
 
-The yardstick is the safetensors library: `load_file`, then `save_file`. Every measurement is a
-process of its own, and they take turns in changing order. Files lie in memory (/dev/shm) unless
---folder says otherwise. Prints JSON: medians in seconds without imports, until the task is done and
-until the disk has every byte, and the peak resident memory of the process, imports included.
+The baseline is the safetensors library: `load_file`, then `save_file`. Each measurement runs in its
+own process, and the tasks take turns, in an order that changes. Files are in memory (/dev/shm),
+unless --folder names another place. Prints JSON: median seconds, without imports, until the task is
+done and until every byte is on the disk, and the peak resident memory of the process, with imports.
 
 Example:
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from own_process import measure, peak_mib
 
-RESULTS = {  # of each task, in the order in which one needs another's
+RESULTS = {  # task: what it writes; a task may read the output of an earlier one
     "plain copy": "copy.safetensors",
     "to-flax": "flax",
     "to-flax --no-verify": "flax-unverified",
@@ -33,7 +33,7 @@ RESULTS = {  # of each task, in the order in which one needs another's
 
 
 def make_projector(folder: Path) -> int:
-    """Writes a random f32 projector of 600 MB as an HF folder; returns the bytes of its file."""
+    """Writes a random 600 MB f32 projector as an HF folder; returns the size of its file."""
     import numpy as np
 
     from convert import engine
@@ -59,7 +59,7 @@ def make_projector(folder: Path) -> int:
 
 
 def run(task: str, folder: Path) -> dict[str, float]:
-    """Does one task in this process."""
+    """Runs one task in this process and measures it."""
     name, _, option = task.partition(" --")
     dst = folder / RESULTS[task]
     is_verified = option != "no-verify"
@@ -74,7 +74,7 @@ def run(task: str, folder: Path) -> dict[str, float]:
         from convert import to_flax, to_torch
 
         jax.config.update("jax_platforms", "cpu")
-        jax.devices()  # started before the clock
+        jax.devices()  # starts JAX before the clock
 
         def work():
             if name == "to-flax":
@@ -107,15 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of all tasks, one after the other")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; each runs every task once")
     memory = Path("/dev/shm")
     parser.add_argument(
         "--folder",
         type=Path,
         default=memory if memory.is_dir() else None,
-        help="where to work (default: %(default)s)",
+        help="working folder (default: %(default)s)",
     )
-    parser.add_argument("--task", choices=RESULTS, help=argparse.SUPPRESS)  # one, in --folder
+    parser.add_argument("--task", choices=RESULTS, help=argparse.SUPPRESS)  # runs it in --folder
     args = parser.parse_args()
     if args.task:
         json.dump(run(args.task, args.folder), sys.stdout)
@@ -126,10 +126,10 @@ def main() -> None:
         measured = {task: [] for task in RESULTS}
         tasks = list(RESULTS)
         for number in range(args.rounds + 1):
-            first = number % len(tasks)  # each in every place: what came before it matters
+            first = number % len(tasks)  # each runs in every position: what ran before it matters
             for task in tasks[first:] + tasks[:first]:
                 remove(folder / RESULTS[task])
-                os.sync()  # neither this nor what was written last is done at this task's expense
+                os.sync()  # earlier writes must not count towards this task
                 measured[task].append(measure(__file__, "--task", task, "--folder", name))
 
     def median(task: str, name: str) -> float:

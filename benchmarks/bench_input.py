@@ -1,9 +1,9 @@
-"""The input pipeline alone: how much audio it decodes, resamples and batches.
+"""Measures how much audio the input pipeline decodes, resamples and batches.
 
-Clips of 12 seconds in the formats that corpora come in go through `BatchSource` and
-`BatchIterator`, to numpy batches as the training loop takes them. The yardstick is soundfile and
-soxr on the same files, without batches, in one thread; both take turns. Prints JSON: hours of audio
-per second of wall clock and per second of CPU time (of a core), and the ratio of CPU times.
+Reads 12-second clips in the usual audio formats with `Batches` and `BatchIterator`, into NumPy
+batches as the training loop takes them. The baseline reads the same files with soundfile and soxr
+alone, in one thread and without batches. The two take turns. Prints JSON: hours of audio per second
+of wall-clock time and per second of CPU time, and the ratio of the CPU times.
 
 Example:
 
@@ -27,13 +27,15 @@ import soundfile
 import soxr
 from tokenizers import Tokenizer
 
-from flax_projector.batch_plan import Utterance
-from flax_projector.config import SAMPLE_RATE, DataConfig, MeshConfig
-from flax_projector.data import BatchIterator, BatchSource, Waveforms
-from flax_projector.manifest import ManifestRow
+from flax_projector.config import DataConfig, MeshConfig
+from flax_projector.data.batch_plan import Utterance
+from flax_projector.data.batches import Batches
+from flax_projector.data.inputs import Waveforms
+from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.reader import BatchIterator
+from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
 from flax_projector.prompt import Prompt
 from flax_projector.sharding import make_mesh
-from flax_projector.whisper import num_encoder_frames
 
 FORMATS = {  # suffix, sample rate, channels
     "wav, 16 kHz": ("wav", 16_000, 1),
@@ -48,7 +50,7 @@ PROMPT = Prompt(cast(Tokenizer, None), before_audio=(3,), after_audio=(4,), end_
 
 
 def write_clips(folder: Path, suffix: str, rate: int, channels: int) -> list[Path]:
-    """Noise that rises and falls as speech does, so that a codec has work to do."""
+    """Writes clips of noise that rises and falls as speech does, to give a codec real work."""
     rng = np.random.default_rng(0)
     loudness = 0.1 * (1 + np.sin(np.arange(SECS * rate) * (2 * np.pi * 3 / rate)))
     paths = [folder / f"{i}.{suffix}" for i in range(CLIPS)]
@@ -60,13 +62,13 @@ def write_clips(folder: Path, suffix: str, rate: int, channels: int) -> list[Pat
 
 
 def read_batches(paths: list[Path], num_threads: int) -> None:
-    """Ours: one epoch of batches."""
+    """Reads one epoch of batches with our pipeline."""
     max_frames = num_encoder_frames(SECS * SAMPLE_RATE) + 1
     utterances = [
         Utterance(ManifestRow(p.name, p, "", float(SECS)), max_frames, (5, PROMPT.end_of_turn))
         for p in paths
     ]
-    source = BatchSource(
+    batches = Batches(
         utterances,
         inputs=Waveforms(DATA.window_samples),
         prompt=PROMPT,
@@ -75,28 +77,28 @@ def read_batches(paths: list[Path], num_threads: int) -> None:
         mesh=make_mesh(MeshConfig()),
         batch_size=BATCH,
     )
-    with contextlib.closing(BatchIterator(source, num_threads=num_threads)) as batches:
-        for batch in batches:
-            if batch["problem"].any():
+    with contextlib.closing(BatchIterator(batches, num_threads=num_threads)) as iterator:
+        for batch in iterator:
+            if batch.bad:
                 raise RuntimeError("a clip could not be read")
 
 
 def read_plainly(paths: list[Path]) -> None:
-    """The libraries alone."""
+    """Reads the clips with the libraries alone."""
     for path in paths:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
 
 
 def seconds(function: Callable[[], None]) -> tuple[float, float]:
-    """Wall-clock and CPU time of a call."""
+    """Returns the wall-clock time and the CPU time of a call."""
     start, cpu_start = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def measure(paths: list[Path], num_threads: int, rounds: int) -> dict[str, float]:
-    """Medians of both ways to read the clips."""
+    """Returns the medians of both ways to read the clips."""
     ways = (lambda: read_batches(paths, num_threads), lambda: read_plainly(paths))
     times = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]  # the first warms up
     ours, plain = zip(*times, strict=True)
@@ -115,8 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of each format")
-    parser.add_argument("--threads", type=int, default=DATA.num_threads, help="of the pipeline")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per format")
+    parser.add_argument(
+        "--threads", type=int, default=DATA.num_threads, help="threads of the pipeline"
+    )
     args = parser.parse_args()
     results = {}
     for name, (suffix, rate, channels) in FORMATS.items():

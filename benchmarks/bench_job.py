@@ -1,13 +1,16 @@
-"""Seconds of speech trained per second: a job with its padding, in JAX and in PyTorch.
+"""Measures seconds of speech trained per second, padding included, in JAX and in PyTorch.
 
-Ours trains batches of similar lengths in a few buckets; audio tokens of padding never enter the
-LLM, the prompt's beginning is computed once, and logits are taken at the labels. PyTorch's loop
-does as tiny-audio's: every clip is padded to 30 seconds, its 375 audio tokens all enter the LLM,
-and logits are taken everywhere. Towers and projector are those of bench_train_step.py, with random
-weights; speech is noise, in memory. Two sets of lengths: the demo's clips, and clips like those of
-read books below 15 seconds (mean 12). Ours runs with the encoder on windows of 30 s, on windows of
-15 s, and with kept frames, which a frozen encoder allows. All take turns on the same clips. Prints
-JSON: seconds of speech per second over all rounds, and ours divided by PyTorch's.
+Ours groups clips of similar length into a few buckets. Audio tokens of padding never enter the LLM,
+the start of the prompt is computed once, and logits are computed at the labels only. The PyTorch
+loop does what tiny-audio does: it pads every clip to 30 seconds, feeds all 375 audio tokens to the
+LLM, and computes logits at every position.
+
+Towers and projector are those of bench_train_step.py, with random weights; the clips are noise in
+memory. There are two sets of lengths: those of the demo's clips, and those of clips from read books
+up to 15 seconds (mean 12). Ours runs three times: with an encoder window of 30 s, with one of 15 s,
+and with encoder frames that were computed before, which a frozen encoder allows. All take turns on
+the same clips. Prints JSON: seconds of speech per second over all rounds, and ours divided by
+PyTorch's.
 
 Example:
 
@@ -30,14 +33,16 @@ import torch.nn.functional as F
 from bench_train_step import CONFIG, OPTIMIZER, JaxStep, TorchStep
 from tokenizers import Tokenizer
 
-from flax_projector.batch_plan import Bucket, Utterance
-from flax_projector.config import SAMPLE_RATE, SAMPLES_PER_FRAME, DataConfig, MeshConfig
-from flax_projector.data import BatchSource
-from flax_projector.manifest import ManifestRow
+from flax_projector.batch import Bucket
+from flax_projector.config import DataConfig, MeshConfig
+from flax_projector.data.batch_plan import Utterance
+from flax_projector.data.batches import Batches
+from flax_projector.data.manifest import ManifestRow
+from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
 from flax_projector.prompt import Prompt
 from flax_projector.sharding import make_mesh
 
-MANIFEST = Path(__file__).parents[1] / "docs/demo/speech/train.jsonl"
+MANIFEST = Path(__file__).parents[1] / "examples/demo/speech/train.jsonl"
 BATCH = 8
 LABELS_PER_SEC = 3.5  # tokens of read English
 UNUSED = cast(Tokenizer, None)  # token ids are random here
@@ -45,27 +50,32 @@ PROMPT = Prompt(UNUSED, before_audio=tuple(range(24)), after_audio=tuple(range(5
 
 
 def demo_lengths() -> np.ndarray:
-    """Seconds of the demo's training clips."""
+    """Returns the lengths of the demo's training clips in seconds."""
     rows = map(json.loads, MANIFEST.read_text().splitlines())
     return np.array([row["duration"] for row in rows])
 
 
 def read_speech_lengths() -> np.ndarray:
-    """Seconds of 600 clips: most near 15, mean 12."""
+    """Returns the lengths of 600 clips in seconds: most are near 15, the mean is 12."""
     return 15 * np.random.default_rng(0).beta(4, 1, 600)
 
 
-SETS = {  # lengths, and the buckets of ours
+SETS = {  # lengths, and the buckets that ours uses
     "demo, 2 to 4 s": (demo_lengths, (2.1, 2.5, 4.0)),
     "read speech, mean 12 s": (read_speech_lengths, (8.0, 10.0, 12.0, 13.0, 14.0, 15.0)),
 }
 
 
 class Noise:
-    """Clips of noise, as `data.Inputs`."""
+    """Clips of noise, as `data.inputs.Inputs`."""
 
     def __init__(self, window_secs: float, *, is_kept: bool):
-        """Args: window_secs, of the encoder; is_kept, encoder frames instead of waveforms."""
+        """Draws the noise.
+
+        Args:
+          window_secs: window of the encoder.
+          is_kept: gives encoder frames instead of waveforms.
+        """
         self.name = "frames" if is_kept else "samples"
         rng = np.random.default_rng(0)
         num_samples = round(window_secs * SAMPLE_RATE)
@@ -74,20 +84,20 @@ class Noise:
         self._array = 0.1 * rng.standard_normal(shape, np.float32)
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
-        """Static shape of one clip."""
+        """Returns the static shape of one clip."""
         if self.name == "frames":
             return (bucket.num_frames, CONFIG.encoder_dim)
         return self._array.shape
 
     def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
-        """The clip, and its number of encoder frames."""
+        """Returns the clip and its number of encoder frames."""
         num_frames = utterance.max_frames - 1
         length = num_frames if self.name == "frames" else num_frames * SAMPLES_PER_FRAME
         return self._array[:length], num_frames
 
 
 def make_utterances(lengths: np.ndarray) -> list[Utterance]:
-    """Utterances of these seconds with random labels."""
+    """Makes utterances of these lengths in seconds, with random labels."""
     rng = np.random.default_rng(1)
     utterances = []
     for i, secs in enumerate(lengths):
@@ -99,10 +109,10 @@ def make_utterances(lengths: np.ndarray) -> list[Utterance]:
 
 
 class PaddingLoop(TorchStep):
-    """Every clip padded to 30 s, and logits at every position."""
+    """Trains as tiny-audio does: every clip padded to 30 s, and logits at every position."""
 
     def train(self, samples: np.ndarray, targets: list[tuple[int, ...]]) -> float:
-        """One update on waveforms [B, 30 s] and labels; returns the loss."""
+        """Does one update on waveforms [B, 30 s] and labels; returns the loss."""
         mel = self.features(
             list(samples), sampling_rate=SAMPLE_RATE, return_tensors="pt"
         ).input_features
@@ -129,9 +139,9 @@ class PaddingLoop(TorchStep):
         return loss.item()
 
 
-def make_source(utterances: list[Utterance], bucket_secs: Any, inputs: Noise) -> BatchSource:
-    """An epoch of the utterances in our batches."""
-    return BatchSource(
+def make_batches(utterances: list[Utterance], bucket_secs: Any, inputs: Noise) -> Batches:
+    """Makes an epoch of our batches."""
+    return Batches(
         utterances,
         inputs=inputs,
         prompt=PROMPT,
@@ -144,14 +154,14 @@ def make_source(utterances: list[Utterance], bucket_secs: Any, inputs: Noise) ->
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall-clock time of a call."""
+    """Returns the wall-clock time of a call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def measure(lengths: np.ndarray, bucket_secs: Any, theirs: PaddingLoop, rounds: int) -> Any:
-    """Seconds of speech per second of every way to train, on batches spread over an epoch."""
+    """Returns the speed of every way to train, on batches spread over an epoch."""
     utterances = make_utterances(lengths)
     ours = JaxStep(theirs, PROMPT.before_audio)
     ways = {
@@ -159,16 +169,16 @@ def measure(lengths: np.ndarray, bucket_secs: Any, theirs: PaddingLoop, rounds: 
         "flax, window of 15 s": Noise(15, is_kept=False),
         "flax, kept frames": Noise(30, is_kept=True),
     }
-    sources = {way: make_source(utterances, bucket_secs, noise) for way, noise in ways.items()}
-    any_source = next(iter(sources.values()))
+    batches = {way: make_batches(utterances, bucket_secs, noise) for way, noise in ways.items()}
+    any_batches = next(iter(batches.values()))
     noise = Noise(30, is_kept=False)
     spent = dict.fromkeys([*ways, "torch"], 0.0)
     speech = 0.0
-    for index in np.linspace(0, len(any_source) - 1, rounds).astype(int):
-        members = [u for u in any_source.members(index) if u is not None]
+    for index in np.linspace(0, len(any_batches) - 1, rounds).astype(int):
+        members = [u for u in any_batches.members(index) if u is not None]
         speech += sum(u.row.duration for u in members)
-        for way, source in sources.items():
-            batch = {name: x for name, x in source[index].items() if name != "problem"}
+        for way in ways:
+            batch, _ = batches[way][index]
             ours(batch)  # compiled, if its lengths are new
             spent[way] += seconds(functools.partial(ours, batch))
         samples = np.zeros((len(members), 30 * SAMPLE_RATE), np.float32)
@@ -189,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="batches of each set")
+    parser.add_argument("--rounds", type=int, default=3, help="batches per set")
     args = parser.parse_args()
     theirs = PaddingLoop()
     results = {

@@ -1,14 +1,19 @@
-"""Loading the towers into the shards of 8 devices, against reading the files whole.
+"""Measures loading the towers into shards on 8 devices against reading the whole files.
 
-Loads whisper-base's encoder and SmolLM2-135M as f32 onto 8 fake CPU devices in a mesh of data=2,
-fsdp=2, tensor=2, where every value lies on two devices at least. The yardstick is `load_file` of
-the safetensors library, which gives the tensors as they are in the file, those of Whisper's decoder
-too. Every measurement is a process of its own, and they take turns.
+Loads the encoder of whisper-base and SmolLM2-135M as f32 onto 8 fake CPU devices, in a mesh of
+data=2, fsdp=2, tensor=2, where every value is on at least two devices. The baseline is `load_file`
+of the safetensors library, which returns the tensors as they are in the file, including those of
+Whisper's decoder. Each measurement runs in its own process, and the tasks take turns.
 
-Prints JSON: median seconds without imports, whether torch was imported, and MiB, the most of all
-rounds: the arrays on all devices, replicas counted; their buffers, of which a CPU device may share
-one with another; the resident memory after imports and at its peak; and the overhead, which is the
-peak without imports and buffers, beside its limit: the largest stacked parameter + 500 MB.
+Prints JSON: the median time in seconds, without imports; whether torch was imported; and, in MiB,
+the maximum over all rounds of:
+
+  arrays    the arrays on all devices, counting replicas
+  buffers   the buffers that hold them; CPU devices may share one
+  imports   resident memory after the imports
+  peak      resident memory at its peak
+  overhead  peak without imports and buffers
+  limit     limit of the overhead: the largest stacked parameter + 500 MB
 
 Example:
 
@@ -30,7 +35,7 @@ FLAGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_
 
 
 def load_tower(folder: Path) -> dict[str, float]:
-    """Loads a model into its shards in this process."""
+    """Loads a model into its shards in this process, and measures it."""
     import jax
 
     from convert import load
@@ -65,7 +70,7 @@ def load_tower(folder: Path) -> dict[str, float]:
 
 
 def load_file(folder: Path) -> dict[str, float]:
-    """Reads the file in this process."""
+    """Reads the file in this process, and measures it."""
     from safetensors import numpy
 
     imports = peak_mib()
@@ -80,8 +85,8 @@ TASKS = {"load_tower": load_tower, "load_file": load_file}
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of the rounds of one task: the median of the seconds, the worst of all else."""
-    secs = statistics.median(r["secs"] for r in rounds[1:])  # the first fills the caches
+    """Returns the median of the seconds of one task, and the maximum of everything else."""
+    secs = statistics.median(r["secs"] for r in rounds[1:])  # the first round fills caches
     worst = {name: max(r[name] for r in rounds) for name in rounds[0] if name != "secs"}
     return {"secs": round(secs, 3)} | {
         name: value if isinstance(value, bool) else round(value) for name, value in worst.items()
@@ -92,11 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of all tasks, one after the other")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; each runs every task once")
     parser.add_argument(
-        "--models", type=Path, default=Path("models"), help="where both lie (default: %(default)s)"
+        "--models",
+        type=Path,
+        default=Path("models"),
+        help="folder of both models (default: %(default)s)",
     )
-    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)  # one, of one folder
+    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)  # runs it on one model
     args = parser.parse_args()
     if args.task:
         json.dump(TASKS[args.task](args.models), sys.stdout)

@@ -1,6 +1,6 @@
-"""The projector in Flax against the projector in PyTorch: same sizes, f32, forward and backward.
+"""Measures the projector in Flax against the one in PyTorch: same sizes, f32, forward and backward.
 
-Both run in this process and take turns, so that a noisy machine slows them alike. Prints JSON:
+Both run in this process and take turns, so that a busy machine slows both equally. Prints JSON:
 medians in seconds, and ours divided by PyTorch's.
 
 Example:
@@ -19,7 +19,7 @@ from side_by_side import Pair, compare, flax_params
 from convert.models import PROJECTOR
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from flax_projector.config import ProjectorConfig
-from flax_projector.projector import ResidualAudioProjector
+from flax_projector.models.projector import ResidualAudioProjector
 
 # whisper-large-v3-turbo to SmolLM3-3B, 30 s
 CONFIG = ProjectorConfig(encoder_dim=1280, llm_dim=2048, projector_hidden_dim=8192)
@@ -27,7 +27,7 @@ BATCH, FRAMES = 4, 1500
 
 
 def make_pairs() -> dict[str, Pair]:
-    """Forward alone, and with the gradients of all parameters."""
+    """Makes two pairs: forward alone, and with the gradients of all parameters."""
     torch.manual_seed(0)
     module = TorchProjector(CONFIG).eval()
     params = flax_params(PROJECTOR, CONFIG, module)
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=11, help="of both, one after the other")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds; each runs both once")
     compare("projector", make_pairs(), rounds=parser.parse_args().rounds)
 
 

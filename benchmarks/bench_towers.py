@@ -1,8 +1,9 @@
-"""Both frozen towers in Flax against Hugging Face's in PyTorch: same sizes, f32.
+"""Measures both frozen towers in Flax against Hugging Face's in PyTorch: same sizes, f32.
 
-The encoder of whisper-base on two windows of 30 s; SmolLM2-135M forward on 2 x 415 embeddings, with
-logits of the last 40, and backward to the embeddings. Weights are random. Both run in this process
-and take turns. Prints JSON: medians in seconds, and ours divided by PyTorch's.
+Runs the encoder of whisper-base on two windows of 30 s, and SmolLM2-135M forward on 2 x 415
+embeddings, with logits for the last 40, and backward to the embeddings. Weights are random. Both
+frameworks run in this process and take turns. Prints JSON: medians in seconds, and ours divided by
+PyTorch's.
 
 Example:
 
@@ -20,8 +21,8 @@ import transformers
 from side_by_side import Pair, compare, flax_params
 
 from convert.models import LLAMA, WHISPER_ENCODER
-from flax_projector.llama import LlamaDecoder
-from flax_projector.whisper import WhisperEncoder
+from flax_projector.models.llama import LlamaDecoder
+from flax_projector.models.whisper import WhisperEncoder
 
 WHISPER_BASE = transformers.WhisperConfig(
     d_model=512,
@@ -51,7 +52,7 @@ def encoder_pair() -> Pair:
     params = flax_params(WHISPER_ENCODER, config, model)
     mel = np.random.default_rng(0).normal(size=(BATCH, 80, 3000)).astype(np.float32)
     jax_mel, torch_mel = jnp.asarray(mel), torch.from_numpy(mel)
-    encode = jax.jit(lambda params, mel: WhisperEncoder(config).apply({"params": params}, mel)[0])
+    encode = jax.jit(lambda params, mel: WhisperEncoder(config).apply({"params": params}, mel))
 
     def torch_encode():
         with torch.no_grad():
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="of both, one after the other")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds; each runs both once")
     pairs = {"encoder": encoder_pair(), "decoder forward and backward": decoder_pair()}
     compare("towers", pairs, rounds=parser.parse_args().rounds)
 

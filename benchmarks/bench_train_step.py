@@ -1,10 +1,11 @@
-"""One training step in JAX against the same step in PyTorch: real sizes, f32.
+"""Measures a training step in JAX against the same step in PyTorch, at real sizes in f32.
 
-From waveforms to the update: whisper-base's encoder on two windows of 30 s, the projector (k = 4:
-375 audio tokens each), SmolLM2-135M on them and 40 text tokens, cross-entropy, the projector's
-gradients, clipping, AdamW. PyTorch's side is transformers' models with their fused attention
-(`sdpa`), and takes logits at the labels only, as ours does. Weights are random. Both run in this
-process and take turns. Prints JSON: medians in seconds, and ours divided by PyTorch's.
+The step goes from waveforms to the update: the encoder of whisper-base on two windows of 30 s, the
+projector (k = 4: 375 audio tokens per window), SmolLM2-135M on these and 40 text tokens,
+cross-entropy, the gradients of the projector, clipping, and AdamW. The PyTorch side uses the models
+of transformers with their fused attention (`sdpa`) and computes logits at the labels only, as ours
+does. Weights are random. Both run in this process and take turns. Prints JSON: medians in seconds,
+and ours divided by PyTorch's.
 
 Example:
 
@@ -28,11 +29,13 @@ from side_by_side import compare, flax_params
 
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
-from flax_projector.config import SAMPLE_RATE, MeshConfig, OptimizerConfig, ProjectorConfig
-from flax_projector.prompt import AUDIO_TOKEN
+from flax_projector.batch import AUDIO_TOKEN, Batch
+from flax_projector.config import MeshConfig, OptimizerConfig, ProjectorConfig
+from flax_projector.lengths import SAMPLE_RATE
+from flax_projector.models.speech_llm import encode_prefix, make_speech_llm
 from flax_projector.sharding import make_mesh
-from flax_projector.speech_llm import encode_prefix, make_speech_llm
-from flax_projector.train_step import init_state, make_optimizer, train_step
+from flax_projector.training.state import init_state, make_optimizer
+from flax_projector.training.train_step import train_step
 
 CONFIG = ProjectorConfig(encoder_dim=512, llm_dim=576)
 OPTIMIZER = OptimizerConfig()
@@ -40,23 +43,25 @@ BATCH, WINDOW_SECS, FRAMES, AUDIO, TEXT, LABELS = 2, 30, 1500, 375, 40, 24
 LENGTH = AUDIO + TEXT
 
 
-def make_batch() -> dict[str, np.ndarray]:
-    """Noise that fills the window; the audio tokens come first, the labels last."""
+def make_batch() -> Batch:
+    """Makes noise that fills the window. The audio tokens come first, the labels last."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, SMOLLM2_135M.vocab_size, (BATCH, LENGTH), dtype=np.int32)
     labels = tokens[:, -LABELS:]
+    samples = 0.1 * rng.standard_normal((BATCH, WINDOW_SECS * SAMPLE_RATE)).astype(np.float32)
     positions = np.broadcast_to(
         np.arange(LENGTH - LABELS - 1, LENGTH - 1, dtype=np.int32), labels.shape
     )
-    return {
-        "samples": 0.1 * rng.standard_normal((BATCH, WINDOW_SECS * SAMPLE_RATE)).astype(np.float32),
-        "frame_valid": np.ones((BATCH, FRAMES), bool),
-        "tokens": np.where(np.arange(LENGTH) < AUDIO, AUDIO_TOKEN, tokens),
-        "prompt_len": np.full(BATCH, LENGTH - LABELS, np.int32),
-        "label_positions": positions,
-        "labels": labels,
-        "label_valid": np.ones(labels.shape, bool),
-    }
+    return Batch(
+        num_frames=np.full(BATCH, FRAMES, np.int32),
+        tokens=np.where(np.arange(LENGTH) < AUDIO, AUDIO_TOKEN, tokens),
+        prompt_len=np.full(BATCH, LENGTH - LABELS, np.int32),
+        label_positions=positions,
+        labels=labels,
+        label_valid=np.ones(labels.shape, bool),
+        samples=samples,
+        max_frames=FRAMES,
+    )
 
 
 class TorchStep:
@@ -80,18 +85,18 @@ class TorchStep:
             weight_decay=OPTIMIZER.weight_decay,
         )
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> float:
-        """One update; returns the loss."""
+    def __call__(self, batch: Batch) -> float:
+        """Does one update; returns the loss."""
         mel = self.features(
-            list(batch["samples"]), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+            list(batch.samples), sampling_rate=SAMPLE_RATE, return_tensors="pt"
         ).input_features
         with torch.no_grad():
             frames = self.encoder(mel).last_hidden_state
         audio = self.projector(frames)
-        text = self.llm.get_input_embeddings()(torch.from_numpy(batch["tokens"][:, AUDIO:]))
+        text = self.llm.get_input_embeddings()(torch.from_numpy(batch.tokens[:, AUDIO:]))
         inputs = torch.cat([audio, text], dim=1)
         logits = self.llm(inputs_embeds=inputs, logits_to_keep=LABELS + 1, use_cache=False).logits
-        labels = torch.from_numpy(batch["labels"]).long()
+        labels = torch.from_numpy(batch.labels).long()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -101,10 +106,15 @@ class TorchStep:
 
 
 class JaxStep:
-    """Ours, around the weights of a `TorchStep`."""
+    """Our step, with the weights of a `TorchStep`."""
 
     def __init__(self, twin: TorchStep, prefix: Sequence[int] = ()):
-        """Args: twin, with the weights; prefix, token ids that every sequence begins with."""
+        """Converts the weights.
+
+        Args:
+          twin: the step in PyTorch that has the weights.
+          prefix: token ids that every sequence starts with.
+        """
         whisper = WHISPER_ENCODER.parse_config(WHISPER_BASE.to_dict(), "the benchmark")
         llama = LLAMA.parse_config(SMOLLM2_135M.to_dict(), "the benchmark")
         model = make_speech_llm(whisper, CONFIG, llama, dtype=jnp.float32, remat="products")
@@ -119,14 +129,14 @@ class JaxStep:
         step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
         self.step = jax.jit(step, donate_argnums=0)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> float:
-        """One update; returns the loss."""
+    def __call__(self, batch: Batch) -> float:
+        """Does one update; returns the loss."""
         self.state, metrics = self.step(self.state, *self.frozen, batch)
         return float(metrics["loss"])
 
 
 def make_pair() -> tuple[Callable[[], float], Callable[[], float]]:
-    """Both steps on the same batch and, at first, the same parameters."""
+    """Makes both steps, on the same batch and with the same initial parameters."""
     batch = make_batch()
     theirs = TorchStep()
     ours = JaxStep(theirs)
@@ -137,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="of both, one after the other")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds; each runs both once")
     args = parser.parse_args()
     pair = make_pair()
     ours, theirs = (function() for function in pair)

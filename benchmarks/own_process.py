@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: one script calls itself for each."""
+"""Runs each measurement in its own process: a script calls itself."""
 
 import json
 import os
@@ -11,17 +11,17 @@ from typing import Any
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Returns the peak resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(script: str, *options: str | Path, env: Mapping[str, str] | None = None) -> Any:
-    """Runs a script, which prints one JSON value; returns it.
+    """Runs a script that prints one JSON value, and returns the value.
 
     Args:
-      script: its path.
-      options: of the command line.
-      env: variables that are added to this process's.
+      script: path of the script.
+      options: its command-line options.
+      env: environment variables, in addition to those of this process.
     """
     output = subprocess.run(
         [sys.executable, script, *map(str, options)],

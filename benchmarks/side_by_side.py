@@ -1,4 +1,4 @@
-"""Ours and PyTorch's of the same weights, timed in turns, so that noise slows both alike."""
+"""Times our code and PyTorch's in turns, so that a busy machine slows both equally."""
 
 import json
 import os
@@ -16,27 +16,27 @@ from convert.models import ModelKind
 from convert.trees import read_tree
 
 Pair = tuple[Callable[[], object], Callable[[], object]]
-"""Ours and PyTorch's; each runs once and waits for its result."""
+"""Our function and PyTorch's; each runs once and waits for its result."""
 
 
 def flax_params(kind: ModelKind, config: Any, module: torch.nn.Module) -> dict[str, Any]:
-    """The parameters of a PyTorch module, as ours of this config takes them."""
-    source = in_memory({name: x.detach().numpy() for name, x in module.state_dict().items()})
-    plan = engine.plan_to_flax(kind.table, source.infos, kind.leaves(config))
-    return read_tree(engine.as_flax(plan, source))
+    """Returns a PyTorch module's parameters as our module with this config takes them."""
+    checkpoint = in_memory({name: x.detach().numpy() for name, x in module.state_dict().items()})
+    plan = engine.plan_to_flax(kind.table, checkpoint.infos, kind.leaves(config))
+    return read_tree(engine.as_flax(plan, checkpoint))
 
 
 def compare(benchmark: str, pairs: Mapping[str, Pair], *, rounds: int) -> None:
-    """Prints JSON: for each pair the medians in seconds, and ours divided by PyTorch's.
+    """Times each pair; prints the medians in seconds, and ours divided by PyTorch's, as JSON.
 
     Args:
-      benchmark: its name.
-      pairs: what is compared.
-      rounds: of both functions, one after the other.
+      benchmark: name of the benchmark.
+      pairs: what to compare, by name.
+      rounds: how many times to run both functions, one after the other.
     """
     results = {}
     for name, pair in pairs.items():
-        for function in pair:  # compilation and warm-up
+        for function in pair:  # compiles and warms up
             function()
         times = [[_seconds(function) for function in pair] for _ in range(rounds)]
         ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))

@@ -1,4 +1,4 @@
-"""The commands as functions."""
+"""The public functions: the commands, and loading a projector."""
 
 import logging
 import re
@@ -7,18 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from convert import engine
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo
 from convert.compare import Comparison, compare
+from convert.extras import import_torch
 from convert.flax_files import FLAX_NAMES, fill_flax
 from convert.hf_config import CONFIG, architecture, with_dtype
 from convert.load import resolve_model
-from convert.models import ModelKind, config_text_of, detect
+from convert.models import PROJECTOR, ModelKind, config_text_of, detect
 from convert.paths import replacing
+from convert.plan import Plan
+from convert.round_trip import check_round_trip
 from convert.rules import Ignore
-from convert.sources import Source, has_steps, open_source
+from convert.stored import StoredModel, has_steps, open_stored
 from convert.torch_files import TORCH_SUFFIXES, WEIGHTS, write_safetensors, write_torch
+from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
+from flax_projector.models.projector import ResidualAudioProjector
 
 _log = logging.getLogger(__name__)
 
@@ -26,17 +33,17 @@ _Writer = Callable[[Path, Checkpoint, str], None]
 
 _HF_NAMES = frozenset({CONFIG, WEIGHTS})
 _FILES = {".safetensors": write_safetensors, **dict.fromkeys(TORCH_SUFFIXES, write_torch)}
-"""What `to_torch` writes instead of a folder, by suffix."""
+"""Writers of `to_torch` for single files, by suffix."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the headers of a checkpoint tell.
+    """What the headers of a checkpoint show.
 
     Attributes:
-      architecture: what its config.json calls it, "llama (LlamaForCausalLM)"; without one, what
-        its tensors' names tell; "unknown" if nothing does.
-      kind: what it holds; None if that is not supported.
+      architecture: the model's name in its config.json, "llama (LlamaForCausalLM)"; without one,
+        the name that its tensors suggest; "unknown" if nothing does.
+      kind: the model; None if it is not supported.
       config: dataclass of the config.json; None if there is none, or no `kind`.
       problem: why it cannot be converted as it is; None if it can.
       infos: shape and dtype of every tensor by torch key, or of every leaf by flax path.
@@ -63,27 +70,28 @@ def to_flax(
     """Converts a PyTorch checkpoint into a Flax folder (config.json and params/).
 
     Args:
-      src: any PyTorch form that `open_source` knows, or a model's id on the Hugging Face hub.
+      src: any PyTorch form that `open_stored` reads, or the id of a model on the Hugging Face hub.
       dst: the new folder.
       step: which `checkpoint-N` of a Trainer folder; None takes the latest.
-      given: fields of `ProjectorConfig` for a projector whose config.json lacks them, or is absent.
-      ignore: patterns of tensors that no model here has a place for, "*" stands for anything. They
-        are logged and left out: converting back does not bring them back.
-      dtype: casts first ("float32", "float16", "bfloat16"); None keeps every bit.
-      overwrite: replaces what an earlier conversion wrote.
-      verify: reads the result, converts it back and compares every byte.
+      given: fields of `ProjectorConfig` for a projector whose config.json lacks them, or that has
+        no config.json.
+      ignore: patterns of tensors that the model has no place for; "*" matches anything. They are
+        logged and left out, and converting back does not restore them.
+      dtype: cast to this dtype first ("float32", "float16", "bfloat16"); None keeps every bit.
+      overwrite: replace what an earlier conversion wrote.
+      verify: read the result, convert it back and compare every byte.
 
     Returns:
       `dst`.
 
     Raises:
-      ValueError: if the source is damaged or cannot be expressed; then nothing is written.
+      ValueError: if the checkpoint is damaged or cannot be converted; nothing is written then.
     """
-    source = open_source(_find(src), step=step)
-    if source.side == "flax":
-        raise ValueError(f"{src} is of Flax already: `to-torch` converts it back")
-    source = replace(source, checkpoint=_without(source.checkpoint, ignore))
-    return _convert(source, Path(dst), given=given, dtype=dtype, overwrite=overwrite, verify=verify)
+    stored = open_stored(_find(src), step=step)
+    if stored.side == "flax":
+        raise ValueError(f"{src} is a Flax checkpoint already: `to-torch` converts it back")
+    stored = replace(stored, checkpoint=_without(stored.checkpoint, ignore))
+    return _convert(stored, Path(dst), given=given, dtype=dtype, overwrite=overwrite, verify=verify)
 
 
 def to_torch(
@@ -100,49 +108,49 @@ def to_torch(
 
     Args:
       src: a folder that `to_flax` or a training run wrote, or the folder of a run.
-      dst: the new folder; or a file, to write the weights alone: `.safetensors`, or `.pt`, `.pth`
-        or `.bin` for `torch.load`.
+      dst: the new folder; or a file, for the weights alone: `.safetensors`, or `.pt`, `.pth` or
+        `.bin` for `torch.load`.
       step: which checkpoint of a run; None takes the latest.
-      prefix: of the keys; None writes what the PyTorch model of upstream has, "projector.".
-      dtype: casts first ("float32", "float16", "bfloat16"); None keeps every bit.
-      overwrite: replaces what an earlier conversion wrote.
-      verify: reads the result, converts it back and compares every byte.
+      prefix: of the keys; None writes the one of tiny-audio's model, "projector.".
+      dtype: cast to this dtype first ("float32", "float16", "bfloat16"); None keeps every bit.
+      overwrite: replace what an earlier conversion wrote.
+      verify: read the result, convert it back and compare every byte.
 
     Returns:
       `dst`.
 
     Raises:
-      ValueError: if the source is damaged or cannot be expressed; then nothing is written.
+      ValueError: if the checkpoint is damaged or cannot be converted; nothing is written then.
     """
-    source = open_source(src, step=step)
-    if source.side == "torch":
-        raise ValueError(f"{src} is of PyTorch already: `to-flax` converts it")
+    stored = open_stored(src, step=step)
+    if stored.side == "torch":
+        raise ValueError(f"{src} is a PyTorch checkpoint already: `to-flax` converts it")
     return _convert(
-        source, Path(dst), prefix=prefix, dtype=dtype, overwrite=overwrite, verify=verify
+        stored, Path(dst), prefix=prefix, dtype=dtype, overwrite=overwrite, verify=verify
     )
 
 
 def inspect(path: str | Path, *, step: int | None = None) -> Summary:
-    """Reads the headers of a checkpoint of either side, and plans its conversion.
+    """Reads the headers of a checkpoint, and plans its conversion.
 
     Args:
-      path: any form that `open_source` knows, or a model's id on the Hugging Face hub.
+      path: any form that `open_stored` reads, or the id of a model on the Hugging Face hub.
       step: which checkpoint of a Trainer folder or a run; None takes the latest.
 
     Raises:
-      ValueError: if it is no checkpoint, or damaged.
+      ValueError: if it is not a checkpoint, or damaged.
     """
-    source = open_source(_find(path), step=step)
-    text, infos = source.config_text, source.checkpoint.infos
+    stored = open_stored(_find(path), step=step)
+    text, infos = stored.config_text, stored.checkpoint.infos
     name = architecture(text) if text is not None else "unknown"
     try:
-        kind = detect(source)
+        kind = detect(stored)
         config = kind.parse_text(text, CONFIG) if text is not None else None
     except ValueError as error:
         return Summary(name, None, None, str(error), infos)
     try:
-        text = config_text_of(source, kind, {})
-        _plan(source, kind, kind.parse_text(text, CONFIG))
+        text = config_text_of(stored, kind, {})
+        _plan(stored, kind, kind.parse_text(text, CONFIG))
         problem = None
     except ValueError as error:
         problem = str(error)
@@ -156,50 +164,89 @@ def verify(
     step: int | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """Compares two checkpoints of either side: tensors and configs, and outputs of projectors.
+    """Compares two checkpoints: their tensors and configs, and the outputs of projectors.
 
     Args:
-      a: any form that `open_source` knows, or a model's id on the Hugging Face hub; a projector is
-        run in PyTorch.
+      a: any form that `open_stored` reads, or the id of a model on the Hugging Face hub. A
+        projector is run in PyTorch, which must be installed.
       b: likewise; a projector is run in Flax.
-      step: which checkpoint of a Trainer folder or a run; of both, if both have steps.
-      given: fields of `ProjectorConfig` that no config.json says.
+      step: which checkpoint of a Trainer folder or a run; of both, if both have several.
+      given: fields of `ProjectorConfig` that no config.json contains.
 
     Raises:
-      ValueError: if one of them is no model, or they are different models.
+      ValueError: if one of them is not a model, or they are different models.
     """
     paths = [_find(a), _find(b)]
     steps = [step if has_steps(path) else None for path in paths]
     if step is not None and steps == [None, None]:
         raise ValueError(
-            f"neither {a} nor {b} has a step {step}: they are no folders of checkpoint-N, and no "
-            "training runs"
+            f"there is no step {step}: neither {a} nor {b} is a folder of checkpoint-N or a "
+            "training run"
         )
-    one, two = (open_source(path, step=s) for path, s in zip(paths, steps, strict=True))
+    one, two = (open_stored(path, step=s) for path, s in zip(paths, steps, strict=True))
     return compare(one, two, given or {})
 
 
+def load_projector(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    given: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = "float32",
+) -> tuple[ResidualAudioProjector, dict[str, Any]]:
+    """Loads a projector, ready to use on its own.
+
+      projector, params = load_projector("converted")
+      tokens = projector.apply({"params": params}, frames)  # [B, S, E] -> [B, A, D]
+
+    Args:
+      path: a projector in any form that `open_stored` reads, of PyTorch or of Flax, or its id on
+        the Hugging Face hub.
+      step: which checkpoint of a Trainer folder or a run; None takes the latest.
+      given: fields of `ProjectorConfig` for a projector whose config.json lacks them, or that has
+        no config.json.
+      dtype: of the computation. The parameters keep the dtype that they are stored in.
+
+    Returns:
+      The module, and its parameters as a nested dict of arrays.
+
+    Raises:
+      ValueError: if the checkpoint is damaged, holds another model, or fields have to be given.
+    """
+    stored = open_stored(_find(path), step=step)
+    kind = detect(stored)
+    if kind is not PROJECTOR:
+        raise ValueError(f"{path} is a {kind.name}, not a projector")
+    text = config_text_of(stored, kind, given or {})
+    config: ProjectorConfig = kind.parse_text(text, str(stored.path))
+    plan = _plan(stored, kind, config)
+    leaves = stored.checkpoint
+    if stored.side == "torch":
+        leaves = engine.as_flax(plan, leaves)
+    return ResidualAudioProjector(config, dtype), read_tree(leaves)
+
+
 def _find(path: str | Path) -> Path:
-    """The path itself; or where a model of the hub lies, if that is what it names."""
+    """The path itself; or where a model of the hub was downloaded to, if it is a hub id."""
     if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
         return Path(path)
     return resolve_model(str(path))
 
 
 def _without(checkpoint: Checkpoint, patterns: Collection[str]) -> Checkpoint:
-    """The checkpoint without the tensors that the user leaves out."""
+    """The checkpoint without the tensors that match the user's patterns."""
     kept = checkpoint.infos.keys()
     for pattern in patterns:
         ignored = sorted(filter(Ignore(pattern, "--ignore").matches, checkpoint.infos))
         if not ignored:
-            raise ValueError(f"--ignore {pattern!r} matches no tensor: `inspect` lists them")
-        _log.info("left out, since you ignore %s: %s", pattern, ", ".join(ignored))
+            raise ValueError(f"--ignore {pattern!r} matches no tensor: `inspect` lists them all")
+        _log.info("left out by --ignore %s: %s", pattern, ", ".join(ignored))
         kept -= set(ignored)
     return checkpoint.only(kept)
 
 
 def _convert(
-    source: Source,
+    stored: StoredModel,
     dst: Path,
     *,
     given: Mapping[str, Any] | None = None,
@@ -208,28 +255,28 @@ def _convert(
     overwrite: bool,
     verify: bool,
 ) -> Path:
-    """Writes what the source is on the other side; converts that back and compares."""
-    _check_apart(source, dst)
-    names, write = _form(dst, source.side)
-    kind = detect(source)
-    text = config_text_of(source, kind, given or {})
+    """Writes a model for the other framework; reads it, converts it back and compares."""
+    _check_apart(stored, dst)
+    names, write = _output_form(dst, stored.side)
+    kind = detect(stored)
+    text = config_text_of(stored, kind, given or {})
     if dtype is not None:
-        source, text = _cast(source, dtype), with_dtype(text, dtype)
-    config = kind.parse_text(text, str(source.path))
-    if source.side == "torch":
-        prefix = kind.table.prefix_of(source.checkpoint.infos)  # comes back
+        stored, text = _cast(stored, dtype), with_dtype(text, dtype)
+    config = kind.parse_text(text, str(stored.path))
+    if stored.side == "torch":
+        prefix = kind.table.prefix_of(stored.checkpoint.infos)  # the round trip restores it
     else:
         _warn_of_epsilon(config)
-    plan = _plan(source, kind, config, prefix)
+    plan = _plan(stored, kind, config, prefix)
     with replacing(dst, names=names, overwrite=overwrite) as part:
-        with _other_side(plan, source).with_progress("converting") as shown:
+        with _other_side(plan, stored).with_progress("converting") as shown:
             write(part, shown, text)
         if verify:
-            written = open_source(part)
+            written = open_stored(part)
             back = _other_side(_plan(written, kind, config, prefix), written)
-            before = source.checkpoint.only(plan.tensors if source.side == "torch" else plan.params)
+            before = stored.checkpoint.only(plan.tensors if stored.side == "torch" else plan.params)
             with back.with_progress("verifying") as shown:
-                engine.check_round_trip(before, shown)
+                check_round_trip(before, shown)
             _log.info(
                 "verified: %d tensors, %d bytes came back identical",
                 len(before.infos),
@@ -238,23 +285,33 @@ def _convert(
     return dst
 
 
-def _check_apart(source: Source, dst: Path) -> None:
-    """Checks that writing the destination changes no file that the source is read from."""
+def _check_apart(stored: StoredModel, dst: Path) -> None:
+    """Checks that writing the destination changes no file that the model is read from."""
     place = dst.resolve()
-    for file in source.checkpoint.files:
-        for real in (file.parent.resolve() / file.name, file.resolve()):  # a link, and its file
+    for file in stored.checkpoint.files:
+        for real in (file.parent.resolve() / file.name, file.resolve()):  # a link, and its target
             if real.is_relative_to(place) or place.is_relative_to(real):
-                raise ValueError(f"{dst} overlaps with the source, {file}: choose another place")
+                raise ValueError(
+                    f"{dst} overlaps with {file}, which is being converted: choose another "
+                    "destination"
+                )
 
 
-def _form(dst: Path, side: str) -> tuple[Collection[str], _Writer]:
-    """What a finished destination holds, nothing if it is a file; and what writes it."""
+def _output_form(dst: Path, side: str) -> tuple[Collection[str], _Writer]:
+    """The names in a finished destination, none if it is a file; and the function that writes it.
+
+    Args:
+      dst: the destination.
+      side: of what is converted.
+    """
     if side == "flax" and dst.suffix in _FILES:
+        if dst.suffix in TORCH_SUFFIXES:
+            import_torch(f"writing {dst}")  # fails now, before any work
         write_file = _FILES[dst.suffix]
         return (), lambda file, tensors, _: write_file(file, tensors)
     is_like_a_file = re.match(r"\.[a-z]", dst.suffix, re.IGNORECASE)  # unlike "smollm2-1.7b"
     if is_like_a_file and not dst.is_dir():
-        or_file = f", or a file of {', '.join(_FILES)}" if side == "flax" else ""
+        or_file = f", or a file ending in {', '.join(_FILES)}" if side == "flax" else ""
         raise ValueError(
             f"{dst} ends in {dst.suffix}, expected a folder, whose name has no suffix{or_file}"
         )
@@ -267,37 +324,38 @@ def _fill_hf(folder: Path, tensors: Checkpoint, text: str) -> None:
     (folder / CONFIG).write_text(text, "utf-8")
 
 
-def _plan(source: Source, kind: ModelKind, config: Any, prefix: str | None = None) -> engine.Plan:
-    """The conversion to the other side; `prefix` is that of torch keys, if they are to be made."""
-    infos, leaves = source.checkpoint.infos, kind.leaves(config)
-    if source.side == "torch":
-        return engine.plan_to_flax(kind.table, infos, leaves)
-    return engine.plan_to_torch(kind.table, infos, leaves, prefix=prefix)
+def _plan(stored: StoredModel, kind: ModelKind, config: Any, prefix: str | None = None) -> Plan:
+    """The conversion to the other framework; `prefix` is that of the torch keys to be written."""
+    infos, target = stored.checkpoint.infos, kind.leaves(config)
+    if stored.side == "torch":
+        return engine.plan_to_flax(kind.table, infos, target)
+    return engine.plan_to_torch(kind.table, infos, target, prefix=prefix)
 
 
-def _other_side(plan: engine.Plan, source: Source) -> Checkpoint:
-    view = engine.as_flax if source.side == "torch" else engine.as_torch
-    return view(plan, source.checkpoint)
+def _other_side(plan: Plan, stored: StoredModel) -> Checkpoint:
+    view = engine.as_flax if stored.side == "torch" else engine.as_torch
+    return view(plan, stored.checkpoint)
 
 
-def _cast(source: Source, dtype: str) -> Source:
-    """The source in another dtype, with a word in the log if that changes anything."""
+def _cast(stored: StoredModel, dtype: str) -> StoredModel:
+    """The model in another dtype; logs it if that changes anything."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(sorted(DTYPES))}")
-    others = {str(info.dtype) for info in source.checkpoint.infos.values()} - {dtype}
+    others = {str(info.dtype) for info in stored.checkpoint.infos.values()} - {dtype}
     if not others:
-        return source
+        return stored
     _log.info("casting %s to %s: not bit for bit", ", ".join(sorted(others)), dtype)
-    return replace(source, checkpoint=source.checkpoint.cast(DTYPES[dtype]))
+    return replace(stored, checkpoint=stored.checkpoint.cast(DTYPES[dtype]))
 
 
 def _warn_of_epsilon(config: Any) -> None:
-    """Says what upstream does not read: the one field of a projector that it keeps in its code."""
+    """Warns of the one field of a projector that tiny-audio has in its code, not in its config."""
     upstream = ProjectorConfig.rms_norm_eps
     if isinstance(config, ProjectorConfig) and config.rms_norm_eps != upstream:
         _log.warning(
-            "WARNING: rms_norm_eps is %g, but tiny-audio never reads it and computes with %g, to "
-            "other outputs. Write the value into its LlamaRMSNorm(..., eps=...), or run "
-            "convert/torch_projector.py, which reads it from config.json",
-            *(config.rms_norm_eps, upstream),
+            "WARNING: rms_norm_eps is %g, but tiny-audio does not read it: it always uses %g, and "
+            "will compute other outputs. Write the value into its LlamaRMSNorm(..., eps=...), or "
+            "use convert/torch_projector.py, which reads it from config.json",
+            config.rms_norm_eps,
+            upstream,
         )

@@ -1,6 +1,7 @@
-"""A checkpoint as conversions see it: headers first, then one tensor at a time."""
+"""A checkpoint as conversions see it: all headers first, then one tensor at a time."""
 
 import contextlib
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -11,7 +12,10 @@ from typing import NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
+
+from flax_projector.logs import progress_bar
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -19,12 +23,11 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-
 _Result = TypeVar("_Result")
 
 
 class TensorInfo(NamedTuple):
-    """What a file's header tells about a tensor."""
+    """Shape and dtype of a tensor, as the header of its file states them."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -37,12 +40,12 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors that are read one by one, from a file or made of another checkpoint.
+    """Named tensors that are read one at a time, from files or from another checkpoint.
 
     Attributes:
-      infos: shape and dtype of every tensor, in the order in which reading them costs least.
-      read: gives one tensor, possibly a view of the file or of another tensor.
-      files: that are read, or folders of Orbax; none if the tensors are in memory.
+      infos: shape and dtype of every tensor, in the order that is cheapest to read.
+      read: returns one tensor, possibly a view of the file or of another tensor.
+      files: the files or Orbax folders that are read; empty if the tensors are in memory.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -51,7 +54,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors, in bytes."""
+        """Size of all tensors together, in bytes."""
         return sum(info.nbytes for info in self.infos.values())
 
     def cast(self, dtype: np.dtype) -> "Checkpoint":
@@ -63,22 +66,23 @@ class Checkpoint:
         return replace(self, infos=infos, read=lambda name: _cast(name, self.read(name), dtype))
 
     def only(self, names: Collection[str]) -> "Checkpoint":
-        """Without the tensors that are not among `names`."""
+        """Only the tensors with these names."""
         return replace(self, infos={n: info for n, info in self.infos.items() if n in names})
 
     def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
-        """The tensors under new names: {new: old}."""
+        """The same tensors under new names: {new: old}."""
         infos = {new: self.infos[old] for new, old in old_names.items()}
         return replace(self, infos=infos, read=lambda name: self.read(old_names[name]))
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, tensor in C order) in order; two threads read the next two meanwhile."""
+        """Yields (name, tensor in C order) in order, while two threads read the next two."""
         return map_ahead(lambda name: contiguous(self.read(name)), self.infos)
 
     @contextlib.contextmanager
     def with_progress(self, label: str) -> Iterator["Checkpoint"]:
-        """The same tensors; a bar shows what has been read."""
-        with progress_bar(label, self.nbytes) as progress:
+        """The same tensors; a progress bar shows how much of them has been read."""
+        size = self.nbytes
+        with progress_bar(_log, label, total=size, unit="B", unit_scale=True) as progress:
 
             def read(name: str) -> np.ndarray:
                 array = self.read(name)
@@ -91,12 +95,7 @@ class Checkpoint:
 def map_ahead(
     function: Callable[[str], _Result], names: Iterable[str]
 ) -> Iterator[tuple[str, _Result]]:
-    """Yields (name, function(name)) in order; meanwhile two threads work on the next two.
-
-    Args:
-      function: of one name.
-      names: of tensors.
-    """
+    """Yields (name, function(name)) in order, while two threads work on the next two."""
     with ThreadPoolExecutor(2) as workers:
         upcoming = deque()
         for name in names:
@@ -108,38 +107,26 @@ def map_ahead(
             yield first, result.result()
 
 
-def progress_bar(label: str, num_bytes: int, *, is_quiet: bool = False) -> tqdm:
-    """A bar on stderr, if that is a terminal; its `update` takes the bytes that are done.
-
-    Args:
-      label: in front of the bar.
-      num_bytes: of everything.
-      is_quiet: shows nothing, as on every process but the first.
-    """
-    disable = True if is_quiet else None  # None: tqdm asks whether stderr is a terminal
-    return tqdm(total=num_bytes, desc=label, unit="B", unit_scale=True, disable=disable)
-
-
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # said below; and NaNs stay NaNs
+    with np.errstate(over="ignore", invalid="ignore"):  # reported below; NaNs stay NaNs
         cast = array.astype(dtype)
     overflows = np.isinf(cast) & np.isfinite(array)
     if overflows.any():
         raise ValueError(
-            f"tensor {name} holds {array[overflows][0]:g}, but {dtype} ends at "
+            f"tensor {name} holds {array[overflows][0]:g}, but the largest {dtype} is "
             f"{ml_dtypes.finfo(dtype).max:g}: choose another dtype"
         )
     return cast
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> Checkpoint:
-    """Arrays that are there already."""
+    """A checkpoint of arrays that are in memory already."""
     infos = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
     return Checkpoint(infos, arrays.__getitem__)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order: itself, or a copy."""
+    """The array itself if it is in C order, otherwise a copy that is."""
     if array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, array.dtype)
@@ -150,7 +137,8 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 def copy_into(out: np.ndarray, array: np.ndarray) -> None:
     """Copies an array into a contiguous one of the same shape and dtype.
 
-    A transposed matrix is copied in strips of a cache line, five times as fast as numpy does it.
+    A transposed matrix is copied in strips as wide as a cache line, which is five times as fast as
+    numpy's own copy.
     """
     if array.ndim < 2 or array.strides[-1] == array.itemsize:
         np.copyto(out, array, casting="no")

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are the same model: names, dtypes, bytes, configs and outputs."""
+"""Decides whether two checkpoints hold the same model: tensors, configs and outputs."""
 
 import dataclasses
 import logging
@@ -13,18 +13,20 @@ import numpy as np
 
 from convert import engine
 from convert.checkpoint import Checkpoint, TensorInfo
+from convert.extras import import_torch
 from convert.hf_config import Json
 from convert.models import PROJECTOR, ModelKind, config_text_of, detect
-from convert.sources import Source
+from convert.round_trip import is_same
+from convert.stored import StoredModel
 from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
-from flax_projector.projector import ResidualAudioProjector
+from flax_projector.models.projector import ResidualAudioProjector
 
 _log = logging.getLogger(__name__)
 
 MAX_OUTPUT_ERROR = 1e-5
-"""Largest difference of the two frameworks' outputs that counts as equal, relative to their RMS;
-rounding in f32 leaves about 2e-6."""
+"""The largest difference between the two frameworks' outputs that counts as equal, relative to
+their RMS; f32 rounding alone causes about 2e-6."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class TensorPair:
 
     Attributes:
       name: torch key without prefix.
-      a: shape and dtype in the first; None if it is not there.
-      b: in the second.
-      is_same: equal in dtype, shape and every byte.
-      max_abs_error: largest difference of two values; None if shapes differ, nan if a value is.
+      a: shape and dtype in the first checkpoint; None if it is not there.
+      b: shape and dtype in the second.
+      is_same: whether dtype, shape and every byte are equal.
+      max_abs_error: largest difference between two values; None if the shapes differ, nan if a
+        value is nan.
     """
 
     name: str
@@ -52,11 +55,11 @@ class Comparison:
 
     Attributes:
       kind: the model.
-      tensors: every tensor of either.
+      tensors: every tensor of either checkpoint.
       config: fields that differ and change the outputs: name -> (first, second).
-      output_error: largest difference of PyTorch's output of the first and Flax's of the second,
-        relative to their RMS; None if they were not run: they are no projectors, or shapes or
-        configs differ.
+      output_error: largest difference between the output of the first in PyTorch and that of the
+        second in Flax, relative to their RMS; None if they were not run, because they are not
+        projectors, or their shapes or configs differ.
     """
 
     kind: ModelKind
@@ -66,41 +69,41 @@ class Comparison:
 
     @property
     def outputs_agree(self) -> bool:
-        """Whether the frameworks' outputs differ by rounding at most, if they were run."""
+        """Whether the outputs differ by no more than rounding; True if they were not run."""
         return self.output_error is None or self.output_error <= MAX_OUTPUT_ERROR
 
     @property
     def is_same(self) -> bool:
-        """Whether both are the same model."""
+        """Whether both hold the same model."""
         are_same = all(pair.is_same for pair in self.tensors)
         return are_same and not self.config and self.outputs_agree
 
 
-def compare(a: Source, b: Source, given: Json) -> Comparison:
-    """Compares two checkpoints of either side.
+def compare(a: StoredModel, b: StoredModel, given: Json) -> Comparison:
+    """Compares two checkpoints.
 
-    Projectors of the same shapes and config are run too: the first in PyTorch and the second in
-    Flax, both in f32 on the same random input.
+    Projectors with the same shapes and config are run as well: the first in PyTorch and the second
+    in Flax, both in f32 on the same random input.
 
     Args:
       a: the first.
-      b: the second; one that has no config.json is taken to have the other's.
-      given: fields of the config that neither says.
+      b: the second. If one of the two has no config.json, the other's is used for both.
+      given: fields of the config that neither contains.
 
     Raises:
-      ValueError: if one is no model that can be converted, they hold different models, or Flax
-        parameters do not fit their own config.
+      ValueError: if one cannot be converted, if they are different kinds of models, if Flax
+        parameters do not fit their own config, or if projectors have to be run without torch.
     """
     kind, other_kind = detect(a), detect(b)
     if kind is not other_kind:
-        raise ValueError(f"{a.path} is a {kind.name}, {b.path} a {other_kind.name}")
+        raise ValueError(f"{a.path} is a {kind.name}, but {b.path} is a {other_kind.name}")
     a, b = (
         dataclasses.replace(one, config_text=one.config_text or other.config_text)
         for one, other in ((a, b), (b, a))
     )
     configs = [kind.parse_text(config_text_of(s, kind, given), str(s.path)) for s in (a, b)]
     one, two = (
-        _torch_side(kind, source, config) for source, config in zip((a, b), configs, strict=True)
+        _torch_side(kind, stored, config) for stored, config in zip((a, b), configs, strict=True)
     )
     names = sorted(one.infos.keys() | two.infos.keys())
     with one.with_progress("comparing") as shown:
@@ -112,22 +115,20 @@ def compare(a: Source, b: Source, given: Json) -> Comparison:
     return Comparison(kind, tensors, differences, error)
 
 
-def _torch_side(kind: ModelKind, source: Source, config: Any) -> Checkpoint:
-    """Tensors by torch key without prefix; what the table leaves out is left out."""
-    if source.side == "flax":
-        plan = engine.plan_to_torch(
-            kind.table, source.checkpoint.infos, kind.leaves(config), prefix=""
-        )
-        return engine.as_torch(plan, source.checkpoint)
-    read = source.checkpoint.read
-    keys = set(engine.without_ignored(kind.table, source.checkpoint.infos))
+def _torch_side(kind: ModelKind, stored: StoredModel, config: Any) -> Checkpoint:
+    """Tensors by torch key without prefix, and without those that the table ignores."""
+    infos, read = stored.checkpoint.infos, stored.checkpoint.read
+    if stored.side == "flax":
+        plan = engine.plan_to_torch(kind.table, infos, kind.leaves(config), prefix="")
+        return engine.as_torch(plan, stored.checkpoint)
+    keys = set(engine.without_ignored(kind.table, infos))
     prefix = kind.table.prefix_of(keys)
     for tied in kind.table.tied:
         twin = prefix + tied.twin
-        if {tied.key, twin} <= keys and engine.is_same(read(tied.key), read(twin)):
-            keys.remove(tied.key)  # the other side need not have it
-            _log.info("%s: left out %s, a copy of %s", source.path, tied.key, twin)
-    return source.checkpoint.renamed({key.removeprefix(prefix): key for key in sorted(keys)})
+        if {tied.key, twin} <= keys and is_same(read(tied.key), read(twin)):
+            keys.remove(tied.key)  # the other checkpoint may do without it
+            _log.info("%s: left out %s, a copy of %s", stored.path, tied.key, twin)
+    return stored.checkpoint.renamed({key.removeprefix(prefix): key for key in sorted(keys)})
 
 
 def _compare_tensor(name: str, one: Checkpoint, two: Checkpoint) -> TensorPair:
@@ -135,7 +136,7 @@ def _compare_tensor(name: str, one: Checkpoint, two: Checkpoint) -> TensorPair:
     if a is None or b is None or a.shape != b.shape:
         return TensorPair(name, a, b, False, None)
     x, y = one.read(name), two.read(name)
-    if engine.is_same(x, y):
+    if is_same(x, y):
         return TensorPair(name, a, b, True, 0.0)
     with np.errstate(invalid="ignore"):  # inf - inf
         error = np.abs(x.astype(np.float64) - y.astype(np.float64)).max()
@@ -150,9 +151,9 @@ def _config_differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _output_error(config: ProjectorConfig, one: Checkpoint, two: Checkpoint) -> float:
-    """Largest difference of PyTorch's output of `one` and Flax's of `two`, relative to their RMS.
+    """Largest difference between `one` run in PyTorch and `two` run in Flax, relative to their RMS.
 
-    The input is [2, 5k + 1, E], so that the tail is padded. Infinities and NaNs must be at the same
+    The input is [2, 5k + 1, E], so that the tail is padded. Infinities and NaNs must be in the same
     places.
     """
     e, k = config.encoder_dim, config.projector_pool_stride
@@ -167,7 +168,7 @@ def _output_error(config: ProjectorConfig, one: Checkpoint, two: Checkpoint) -> 
 
 
 def _run_torch(config: ProjectorConfig, tensors: Checkpoint, frames: np.ndarray) -> np.ndarray:
-    import torch  # converting does not need it
+    torch = import_torch("comparing the outputs of two projectors")
 
     from convert.torch_projector import ResidualAudioProjector as TorchProjector
 
@@ -176,9 +177,9 @@ def _run_torch(config: ProjectorConfig, tensors: Checkpoint, frames: np.ndarray)
 
 
 def _run_flax(config: ProjectorConfig, tensors: Checkpoint, frames: np.ndarray) -> np.ndarray:
-    source = tensors.cast(np.dtype(np.float32))
-    plan = engine.plan_to_flax(PROJECTOR.table, source.infos, PROJECTOR.leaves(config))
-    params = read_tree(engine.as_flax(plan, source))
+    wide = tensors.cast(np.dtype(np.float32))
+    plan = engine.plan_to_flax(PROJECTOR.table, wide.infos, PROJECTOR.leaves(config))
+    params = read_tree(engine.as_flax(plan, wide))
     with jax.default_matmul_precision("highest"):
         y = ResidualAudioProjector(config).apply({"params": params}, jnp.asarray(frames))
     return np.asarray(y)

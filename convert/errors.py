@@ -1,4 +1,4 @@
-"""The one error of conversions: a list of problems, complete and sorted."""
+"""The error that conversions raise: a complete, sorted list of problems."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Problem(NamedTuple):
 
 
 class ConversionError(ValueError):
-    """Everything that keeps something from being converted, in one message.
+    """Everything that prevents a conversion, in one message.
 
     Attributes:
       problems: without repeats, sorted.

@@ -1,4 +1,4 @@
-"""Flax checkpoints on disk: DIR/config.json beside DIR/params/, an Orbax checkpoint."""
+"""Reads and writes Flax folders: a config.json, and params/ with an Orbax checkpoint."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from convert.trees import flatten, unflatten
 
 _PARAMS = "params"
 FLAX_NAMES = frozenset({CONFIG, _PARAMS})
-"""What a Flax folder holds."""
+"""The files of a Flax folder."""
 _MARKER = "_CHECKPOINT_METADATA"  # in every finished Orbax checkpoint
 _CHUNK_BYTES = 16 << 20
-"""Leaves are stored in chunks of this size at most: a process that needs a shard of a leaf reads
-little more than that, and a buffer of this size is reused where a larger one would be mapped anew,
-page by page."""
+"""Leaves are stored in chunks of at most this size. A process that needs a shard of a leaf then
+reads little more than the shard, and buffers of this size are reused, where larger ones would be
+allocated anew, page by page."""
 _MAPPED = tensorstore.Context.Spec({"file_io_mode": {"mode": "memmap"}})
-"""Files are mapped: what is read of them is copied once, not twice."""
+"""Files are mapped into memory, so that what is read is copied once, not twice."""
 
 
 def is_flax_folder(path: str | Path) -> bool:
@@ -35,20 +35,20 @@ def is_flax_folder(path: str | Path) -> bool:
 
 
 def open_flax(src: str | Path) -> Checkpoint:
-    """Opens a folder that `write_flax` wrote without reading its leaves.
+    """Opens a folder that `write_flax` wrote, without reading its leaves.
 
     Raises:
-      ValueError: if it is none, or not complete.
+      ValueError: if it is not such a folder, or not complete.
     """
     return open_orbax(_params_of(src))
 
 
 def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
-    """Opens an Orbax checkpoint of a tree.
+    """Opens an Orbax checkpoint of a tree, without reading its leaves.
 
     Args:
       path: the folder that Orbax wrote.
-      subtree: only the leaves below this path, "params/" for example, and named without it.
+      subtree: a path such as "params/"; only the leaves below it are opened, named without it.
     """
     handler: Any = ocp.PyTreeCheckpointHandler()
     try:
@@ -59,12 +59,12 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
             if p.startswith(subtree)
         }
         infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
-    except Exception as error:  # damaged files make Orbax raise anything
+    except Exception as error:  # on damaged files Orbax raises all kinds of errors
         raise ValueError(f"{path} is not a complete Orbax checkpoint: {error!r}") from error
 
     is_ocdbt = type_handlers.is_ocdbt_checkpoint(path)
     mapped = tensorstore.Context(_MAPPED, type_handlers.get_ts_context(use_ocdbt=is_ocdbt))
-    reader = type_handlers.NumpyHandler()  # gives whole arrays, whatever devices saved their shards
+    reader = type_handlers.NumpyHandler()  # returns whole arrays, however they were sharded
 
     def read(leaf: str) -> np.ndarray:
         info = type_handlers.ParamInfo(
@@ -84,7 +84,7 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
 
 
 def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
-    """Reads the parameters of a folder straight into their shards.
+    """Reads the parameters of a Flax folder straight into their shards.
 
     Args:
       src: the folder.
@@ -92,7 +92,7 @@ def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
 
     Raises:
       ConversionError: if names, shapes or dtypes differ from `abstract`. Orbax itself would cast.
-      ValueError: if it is no converted checkpoint, or files are missing or cut off.
+      ValueError: if it is not a Flax folder, or files are missing or cut off.
     """
     _check_same(Path(src), open_flax(src).infos, flatten(abstract))
     args = ocp.args.StandardRestore(abstract)
@@ -102,14 +102,14 @@ def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
 def write_flax(
     dst: str | Path, checkpoint: Checkpoint, config_text: str, *, overwrite: bool = False
 ) -> None:
-    """Writes a folder that appears when it is complete.
+    """Writes a Flax folder, which appears when it is complete.
 
-    Only the calling process takes part: with several, call it on the first.
+    Involves only the calling process: if there are several, call it in the first.
 
     Args:
       dst: the folder.
-      checkpoint: every leaf by flax path, each wholly on this host.
-      config_text: of the config.json.
+      checkpoint: every leaf by flax path, each of them complete on this host.
+      config_text: the config.json.
       overwrite: replaces a folder that an earlier conversion wrote.
     """
     with replacing(Path(dst), names=FLAX_NAMES, overwrite=overwrite) as part:
@@ -117,19 +117,19 @@ def write_flax(
 
 
 def fill_flax(folder: Path, checkpoint: Checkpoint, config_text: str) -> None:
-    """Writes what `write_flax` writes into a new folder, one leaf at a time.
+    """Writes the content of a Flax folder, one leaf at a time.
 
     Args:
-      folder: absolute, as Orbax wants it.
-      checkpoint: every leaf by flax path, each wholly on this host.
-      config_text: of the config.json.
+      folder: to be made; an absolute path, which Orbax requires.
+      checkpoint: every leaf by flax path, each of them complete on this host.
+      config_text: the config.json.
     """
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix="write_flax"
     )
     handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False,  # weights hardly shrink, and it takes half of the time
+        use_compression=False,  # would double the time, and weights hardly shrink
         multiprocessing_options=alone,
         type_handler_registry=type_handlers.create_type_handler_registry(
             (_Leaf, _LeafHandler(deepcopy_host_arrays=False)),
@@ -145,7 +145,7 @@ def fill_flax(folder: Path, checkpoint: Checkpoint, config_text: str) -> None:
 
 
 class _Leaf:
-    """A leaf that is not there yet."""
+    """A leaf that is read when it is written."""
 
     def __init__(self, checkpoint: Checkpoint, path: str) -> None:
         self.shape, self.dtype = checkpoint.infos[path]
@@ -154,7 +154,7 @@ class _Leaf:
 
 
 class _LeafHandler(type_handlers.NumpyHandler):
-    """Writes one leaf as a numpy array while it reads the next ones, and holds no others."""
+    """Writes one leaf as a numpy array while it reads the next ones; holds no others."""
 
     async def serialize(
         self,
@@ -163,7 +163,7 @@ class _LeafHandler(type_handlers.NumpyHandler):
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list:
         args = args or [ocp.SaveArgs()] * len(values)
-        # A conversion can be repeated: it need not wait until the disk has every byte.
+        # No need to wait until every byte is on the disk: a conversion can be repeated.
         settings = tensorstore.Context.Spec({"file_io_sync": False})
         unsynced = tensorstore.Context(settings, infos[0].ts_context)
         read = values[0].checkpoint.read
@@ -171,7 +171,7 @@ class _LeafHandler(type_handlers.NumpyHandler):
         leaves = map_ahead(lambda path: contiguous(read(path)), paths)
         writing = []
         for info, arg in zip(infos, args, strict=True):
-            _, leaf = await asyncio.to_thread(next, leaves)  # while the last one is being written
+            _, leaf = await asyncio.to_thread(next, leaves)  # while the previous one is written
             await _wait(writing)
             info = info.replace(ts_context=unsynced)
             writing = await super().serialize([leaf], [info], [arg])
@@ -187,7 +187,7 @@ async def _wait(writing: Sequence[Any]) -> None:
 
 def _params_of(src: str | Path) -> Path:
     if not is_flax_folder(src):
-        raise ValueError(f"{src} is not a converted checkpoint: expected {CONFIG} and {_PARAMS}/")
+        raise ValueError(f"{src} is not a Flax folder: expected {CONFIG} and {_PARAMS}/ in it")
     return Path(src).resolve() / _PARAMS
 
 
@@ -205,7 +205,7 @@ def _check_same(src: Path, infos: Mapping[str, TensorInfo], wanted: Mapping[str,
 
     pairs = {path: (infos.get(path), wanted.get(path)) for path in infos.keys() | wanted.keys()}
     raise_any(
-        f"{src} does not hold the parameters that are asked for",
+        f"{src} does not hold the requested parameters",
         [
             Problem("leaf", path, f"got {describe(got)}, expected {describe(want)}")
             for path, (got, want) in pairs.items()

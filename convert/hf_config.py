@@ -1,7 +1,7 @@
-"""config.json <-> our dataclasses.
+"""The config.json of Hugging Face, read into config dataclasses and written from them.
 
-What our modules cannot express is an error that names the field, never a default: the right weights
-under another activation are wrong.
+A value that our modules cannot express is an error that names the field. It is never replaced by a
+default: the right weights with another activation are a wrong model.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from convert.errors import ConversionError, Problem, raise_any
 from flax_projector.config import (
-    SAMPLE_RATE,
     Llama3RopeScaling,
     LlamaConfig,
     ProjectorConfig,
     TrainConfig,
     WhisperConfig,
 )
+from flax_projector.lengths import SAMPLE_RATE
 
 CONFIG = "config.json"
 
@@ -34,8 +34,8 @@ class _Only:
     """The values of a field that our modules can express.
 
     Attributes:
-      values: the first is what Hugging Face means when the field is absent.
-      is_required: whether the field must be there.
+      values: the first is Hugging Face's default.
+      is_required: whether the field must be present.
     """
 
     values: tuple[Any, ...]
@@ -64,7 +64,7 @@ _LLAMA_ONLY = {
     "quantization_config": _Only((None,)),
 }
 LLAMA_FAMILY = _LLAMA_ONLY["model_type"].values
-_LLAMA_TYPES = {  # of the fields that `parse_llama` computes with; the dataclass checks the others
+_LLAMA_TYPES = {  # of the fields that `parse_llama` reads itself; the dataclass checks the others
     "model_type": str,
     "hidden_size": int,
     "num_hidden_layers": int,
@@ -84,7 +84,7 @@ _JSON_NAMES = {
     list: "a list",
     dict: "an object",
 }
-_LLAMA_DEFAULTS = {  # of transformers, for what is absent
+_LLAMA_DEFAULTS = {  # of transformers, for absent fields
     "llama": {},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
@@ -95,7 +95,7 @@ _LLAMA_DEFAULTS = {  # of transformers, for what is absent
 def parse_projector(data: Json, where: str = CONFIG) -> ProjectorConfig:
     """Reads the projector's part of a tiny-audio config.
 
-    Upstream keeps the norms' epsilon in its code; `rms_norm_eps` is read if someone wrote it down.
+    tiny-audio has the norms' epsilon in its code, so `rms_norm_eps` may be absent.
     """
     return _parse(
         ProjectorConfig,
@@ -115,8 +115,8 @@ def parse_whisper(data: Json, where: str = CONFIG) -> WhisperConfig:
 def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     """Reads the config of a decoder of the Llama family: Llama, Qwen2, Qwen3 or SmolLM3.
 
-    transformers 5 keeps everything about rotary positions in `rope_parameters`, older ones in
-    `rope_theta` and `rope_scaling`. What is absent is what transformers takes it to be.
+    transformers 5 keeps everything about rotary positions in `rope_parameters`, earlier versions in
+    `rope_theta` and `rope_scaling`. Absent fields get the defaults of transformers.
     """
     title = _title(LlamaConfig, where)
     raise_any(title, _wrong_types(data, _LLAMA_TYPES))
@@ -154,17 +154,17 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     others = [kind for kind in data.get("layer_types") or () if kind != "full_attention"]
     flat["layer_types"] = others[0] if others else "full_attention"
     if family != "llama" and not data.get("use_sliding_window"):
-        flat["sliding_window"] = None  # written down, but not used
+        flat["sliding_window"] = None  # present, but not used
 
     bias = bool(data.get("attention_bias"))
-    is_qwen2 = family == "qwen2"  # fixed in its code
+    is_qwen2 = family == "qwen2"  # its code always has these biases
     flat |= {"qkv_bias": is_qwen2 or bias, "o_bias": bias and not is_qwen2}
     flat["qk_norm"] = family == "qwen3"
     return _parse(LlamaConfig, flat, _LLAMA_ONLY, where, may_be_null={"rope_scaling"})
 
 
 def _layers_without_rope(data: Json, title: str) -> tuple[int, ...]:
-    """Of SmolLM3: marked with 0, or every fourth if nothing is said."""
+    """The layers of SmolLM3 that are marked with 0; every fourth if there are no marks."""
     layers = range(data.get("num_hidden_layers") or 0)
     marks = data.get("no_rope_layers")
     if marks is None:
@@ -183,7 +183,7 @@ def _layers_without_rope(data: Json, title: str) -> tuple[int, ...]:
 
 
 def _wrong_types(data: Json, types: Mapping[str, type]) -> list[Problem]:
-    """Fields that are there, not null, and of another type of JSON."""
+    """Fields that are present, not null, and of another JSON type."""
     return [
         Problem("type", name, f"= {data[name]!r}, expected {_JSON_NAMES[kind]}")
         for name, kind in types.items()
@@ -197,10 +197,11 @@ def _set_absent(data: dict[str, Any], name: str, value: Any) -> None:
 
 
 def projector_config_dict(config: ProjectorConfig, *, dtype: str) -> dict[str, Any]:
-    """A config.json for a projector alone, with upstream's field names.
+    """A config.json for a projector alone, with tiny-audio's field names.
 
     Args:
-      config: of the projector. Its `rms_norm_eps` is written although upstream does not read it.
+      config: of the projector. Its `rms_norm_eps` is written, although tiny-audio does not read
+        it.
       dtype: of the projector's weights.
     """
     return {
@@ -214,7 +215,7 @@ def projector_config_dict(config: ProjectorConfig, *, dtype: str) -> dict[str, A
 
 
 def run_config_dict(config: TrainConfig) -> dict[str, Any]:
-    """A config.json for the projector of a training run: f32, with its towers and its prompt."""
+    """A config.json for the projector of a training run, with the run's towers and prompt."""
     return {
         **projector_config_dict(config.projector, dtype="float32"),
         "audio_model_id": config.encoder,
@@ -225,7 +226,7 @@ def run_config_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def config_file(path: str | Path) -> Path:
-    """Where the config.json of a folder, or of a file in it, would be."""
+    """The place of the config.json that belongs to a folder, or to a file in it."""
     path = Path(path)
     return (path if path.is_dir() else path.parent) / CONFIG
 
@@ -245,12 +246,12 @@ def read_config_text(path: str | Path) -> str:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not is_object:
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{file} does not hold a JSON object")
     return text
 
 
 def architecture(text: str) -> str:
-    """What a config.json calls its model: "llama (LlamaForCausalLM)", or "unknown"."""
+    """The name of the model in a config.json: "llama (LlamaForCausalLM)", or "unknown"."""
     data = json.loads(text)
     model_type, classes = data.get("model_type") or "unknown", data.get("architectures")
     names = ", ".join(map(str, classes)) if isinstance(classes, list) else ""
@@ -258,30 +259,30 @@ def architecture(text: str) -> str:
 
 
 def config_text(config: Json | str) -> str:
-    """A config.json: a text as it is, a dict in the form that Hugging Face writes."""
+    """The text of a config.json: as it is, or a dict in the form that Hugging Face writes."""
     if isinstance(config, str):
         return config
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def with_dtype(text: str, dtype: str) -> str:
-    """The text of a config.json whose weights now have `dtype`; unchanged if they already had."""
+    """The text of a config.json, for weights that were cast to `dtype`; unchanged if it says so."""
     data = json.loads(text)
     changes = {name: dtype for name in _DTYPE_FIELDS if data.get(name) not in (None, dtype)}
     return config_text({**data, **changes}) if changes else text
 
 
 def with_fields(text: str, given: Json, where: str) -> str:
-    """The text of a config.json with fields that it lacks; unchanged if it lacks none.
+    """The text of a config.json, with the given fields added; unchanged if it has them all.
 
     Raises:
-      ConversionError: if it says something else about one of them.
+      ConversionError: if it has another value for one of them.
     """
     data = json.loads(text)
     raise_any(
-        f"{where} says something else",
+        f"{where} has other values than the given ones",
         [
-            Problem("contradiction", name, f"it says {data[name]!r}, you say {value!r}")
+            Problem("conflict", name, f"is {data[name]!r} there, but {value!r} was given")
             for name, value in given.items()
             if data.get(name) not in (None, value)
         ],
@@ -299,7 +300,7 @@ def _parse(
     may_be_null: Collection[str] = (),
     may_be_absent: Collection[str] = (),
 ) -> _Config:
-    """Makes a dataclass from the fields that bear its names, after checking the others."""
+    """Makes a dataclass from the fields that it knows, after checking the others."""
     names = {field.name for field in fields(cls)}
     missing = names - data.keys() - set(may_be_absent)
     missing |= {name for name, rule in only.items() if rule.is_required} - data.keys()
@@ -327,7 +328,7 @@ def _make(cls: type[_Made], values: Json, where: str) -> _Made:
 
 
 def _title(cls: type, where: str) -> str:
-    return f"{where} does not describe a model that {cls.__name__} can express"
+    return f"{where} cannot be read as a {cls.__name__}"
 
 
 def _listed(values: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The config of a projector that comes without one: what its shapes tell, and what they do not."""
+"""Infers the config of a projector that has no config.json, as far as its shapes show it."""
 
 import re
 from collections.abc import Mapping
@@ -8,21 +8,22 @@ from convert.checkpoint import TensorInfo
 from convert.errors import Problem, raise_any
 from convert.hf_config import Json, projector_config_dict
 from flax_projector.config import ProjectorConfig
+from flax_projector.config.fields import option
 
 
 def infer_projector(infos: Mapping[str, TensorInfo], given: Json, where: str) -> dict[str, Any]:
-    """What the config.json of a bare projector would be.
+    """The config.json that belongs to the weights of a projector.
 
-    Shapes give the LLM's width, the hidden width and the depth. They do not give the norms'
-    epsilon, the dropout rate, and which factor of `input_proj`'s inputs is the pool stride.
+    Shapes show the LLM's width, the hidden width and the depth. They do not show the norms'
+    epsilon, the dropout rate, or which factor of `input_proj`'s inputs is the pool stride.
 
     Args:
       infos: of every tensor, by torch key without prefix.
-      given: fields of `ProjectorConfig` that the user says.
+      given: fields of `ProjectorConfig` that the user gives.
       where: the file, for messages.
 
     Raises:
-      ConversionError: listing what is left to say, with the options that say it.
+      ConversionError: listing the fields that have to be given, and their options.
     """
     try:
         llm_dim, num_inputs = infos["input_proj.weight"].shape
@@ -39,22 +40,27 @@ def infer_projector(infos: Mapping[str, TensorInfo], given: Json, where: str) ->
         **given,
     }
     problems = [
-        Problem("unknown", name, f"shapes do not tell {what}: pass --{name.replace('_', '-')}")
+        Problem("unknown", name, f"{what}: pass {option(name)}")
         for name, what in (
             ("rms_norm_eps", "the epsilon of the norms (1e-6 in tiny-audio)"),
-            ("projector_dropout", "the dropout rate of training (0 if you only run it)"),
+            ("projector_dropout", "the dropout rate of training (0 if it is only run)"),
         )
         if name not in given
     ]
     factors = ("encoder_dim", "projector_pool_stride")
     known = [name for name in factors if name in given]
     if not known:
-        text = f"x projector_pool_stride is {num_inputs}: pass one of the two, --encoder-dim or "
-        problems.append(Problem("unknown", "encoder_dim", f"{text}--projector-pool-stride"))
+        options = " or ".join(option(name) for name in factors)
+        text = f"x projector_pool_stride = {num_inputs}: pass one of them, {options}"
+        problems.append(Problem("unknown", "encoder_dim", text))
     elif given[known[0]] < 1 or num_inputs % given[known[0]]:
         text = f"= {given[known[0]]} does not divide the {num_inputs} inputs of input_proj"
         problems.append(Problem("wrong", known[0], text))
-    raise_any(f"{where} has no config.json", problems)
+    raise_any(
+        f"{where} has no config.json: pass what its shapes do not show, as options or, in Python, "
+        "as `given`",
+        problems,
+    )
     for name, other in (factors, factors[::-1]):
         if name not in fields:
             fields[name] = num_inputs // fields[other]

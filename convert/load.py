@@ -1,4 +1,4 @@
-"""Weights for training: from a folder or the hub into sharded device arrays, without torch."""
+"""Loads weights for training, from a folder or the hub into sharded device arrays."""
 
 import functools
 import logging
@@ -12,13 +12,14 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from convert import engine
-from convert.checkpoint import TensorInfo, progress_bar
+from convert.checkpoint import TensorInfo
 from convert.errors import Problem, raise_any
 from convert.flax_files import is_flax_folder, load_params
 from convert.models import PROJECTOR, ModelKind
-from convert.sources import Source, open_source
+from convert.stored import StoredModel, open_stored
 from convert.trees import flatten, unflatten
 from flax_projector.config import ProjectorConfig
+from flax_projector.logs import progress_bar
 
 _log = logging.getLogger(__name__)
 
@@ -27,10 +28,10 @@ _NOT_HUB_FILES = ["*.fp32*"]  # some models come with a second copy of their wei
 
 
 def resolve_model(path_or_hub_id: str) -> Path:
-    """The folder of a model: itself, or downloaded from the Hugging Face hub (and then cached).
+    """The folder of a model: a path as it is, or a download from the Hugging Face hub (cached).
 
     Raises:
-      ValueError: if there is no such folder and the hub does not give the model, or not in
+      ValueError: if there is no such folder, and the model cannot be downloaded or has no
         safetensors.
     """
     folder = Path(path_or_hub_id).expanduser()
@@ -44,20 +45,20 @@ def resolve_model(path_or_hub_id: str) -> Path:
         )
     except (HTTPError, HFValidationError, OSError) as error:  # a timeout is an HTTPError
         advice = (
-            "HF_HUB_OFFLINE forbids downloading: unset it, or"
+            "HF_HUB_OFFLINE forbids downloads: unset it, or"
             if constants.HF_HUB_OFFLINE
-            else "Check the name; if it needs a login, run `hf auth login`; without network,"
+            else "Check the name; if it needs a login, run `hf auth login`; without a network,"
         )
         raise ValueError(
-            f"{path_or_hub_id!r} is neither a folder here nor a model that the hub gave "
-            f"({type(error).__name__}). {advice} copy the model's folder from a machine that has "
-            "it and pass its path"
+            f"{path_or_hub_id!r} is not a folder, and could not be downloaded from the hub "
+            f"({type(error).__name__}). {advice} copy the model's folder from another machine and "
+            "pass its path"
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise ValueError(
-            f"{path_or_hub_id!r} has no .safetensors on the hub, only other weights, such as .bin, "
-            f"which are not downloaded. Run `hf download {path_or_hub_id} --local-dir FOLDER` and "
-            "`python -m convert to-flax FOLDER OUT`"
+            f"{path_or_hub_id!r} has no .safetensors on the hub, only weights in other formats, "
+            f"which are not downloaded. Run `hf download {path_or_hub_id} --local-dir FOLDER`, "
+            "then `flax-projector-convert to-flax FOLDER CONVERTED`"
         )
     return folder
 
@@ -65,38 +66,38 @@ def resolve_model(path_or_hub_id: str) -> Path:
 def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -> dict:
     """Loads a model leaf by leaf, straight into its shards.
 
-    A process copies only the bytes of its own shards out of the file, each once. Beside the arrays,
-    host memory holds its shards of one leaf (all layers of one kernel), never the model.
+    A process copies only the bytes of its own shards out of the file, each of them once. Besides
+    the arrays, host memory holds the shards of a single leaf (all layers of one kernel).
 
     Args:
-      kind: what the folder holds.
-      path: an HF folder, a safetensors file, or a folder that `python -m convert` wrote.
+      kind: the model in the folder.
+      path: an HF folder, a safetensors file, or a folder that `to_flax` wrote.
       abstract: nested dict of ShapeDtypeStructs with shardings.
 
     Returns:
-      Nested dict of arrays in the shapes, dtypes and shardings of `abstract`. Other dtypes are
-      cast, and the log says so.
+      Nested dict of arrays with the shapes, dtypes and shardings of `abstract`. Other dtypes are
+      cast, which is logged.
 
     Raises:
       ConversionError: if the checkpoint does not have exactly these leaves.
     """
-    return _load(kind, open_source(path), abstract)
+    return _load(kind, open_stored(path), abstract)
 
 
-def _load(kind: ModelKind, source: Source, abstract: Mapping[str, Any]) -> dict:
-    if is_flax_folder(source.path):
-        return _load_flax(source, abstract)
-    target, checkpoint = flatten(abstract), source.checkpoint
-    if source.side == "flax":  # the state of a run: a projector, small enough to be read whole
-        _log_casts(source.path, checkpoint.infos, target)
+def _load(kind: ModelKind, stored: StoredModel, abstract: Mapping[str, Any]) -> dict:
+    if is_flax_folder(stored.path):
+        return _load_flax(stored, abstract)
+    target, checkpoint = flatten(abstract), stored.checkpoint
+    if stored.side == "flax":  # the state of a run: a projector, small enough to be read whole
+        _log_casts(stored.path, checkpoint.infos, target)
         return unflatten({p: _place(checkpoint.read(p).__getitem__, x) for p, x in target.items()})
 
     plan = engine.plan_to_flax(kind.table, checkpoint.infos, target)
     engine.check_copies(plan, checkpoint)
-    _log_casts(source.path, plan.params, target)
-    num_bytes, is_quiet = sum(leaf.info.nbytes for leaf in plan.leaves), jax.process_index() > 0
+    _log_casts(stored.path, plan.params, target)
+    size, label = sum(leaf.info.nbytes for leaf in plan.leaves), f"loading {kind.name}"
     arrays = {}
-    with progress_bar(f"loading {kind.name}", num_bytes, is_quiet=is_quiet) as progress:
+    with progress_bar(_log, label, total=size, unit="B", unit_scale=True) as progress:
         for leaf in plan.leaves:
             read_part = functools.partial(engine.read_part, leaf, checkpoint)
             arrays[leaf.path] = _place(read_part, target[leaf.path])
@@ -104,37 +105,39 @@ def _load(kind: ModelKind, source: Source, abstract: Mapping[str, Any]) -> dict:
     return unflatten(arrays)
 
 
-def load_projector(path: str | Path, config: ProjectorConfig, abstract: Mapping[str, Any]) -> dict:
-    """Loads a projector, whichever form it has, into the run that wants to go on with it.
+def load_projector_params(
+    path: str | Path, config: ProjectorConfig, abstract: Mapping[str, Any]
+) -> dict:
+    """Loads the parameters of a projector into their shards, for a run that continues with them.
 
     Args:
-      path: anything that `python -m convert` reads.
+      path: any form of checkpoint that `open_stored` reads.
       config: of the run.
       abstract: nested dict of ShapeDtypeStructs with shardings, of the same config.
 
     Raises:
-      ConversionError: if the checkpoint does not have exactly these leaves, or its config.json says
-        that it computes something else.
+      ConversionError: if the checkpoint does not have exactly these leaves, or if it computes
+        something else according to its config.json.
     """
-    source = open_source(path)
-    if source.config_text is not None:
-        theirs = PROJECTOR.parse_text(source.config_text, str(path))
+    stored = open_stored(path)
+    if stored.config_text is not None:
+        theirs = PROJECTOR.parse_text(stored.config_text, str(path))
         raise_any(
-            f"{path} is another projector than the run's",
+            f"{path} is not the projector that the run is configured for",
             [
-                Problem("config", name, f"the checkpoint has {a!r}, the run {b!r}")
+                Problem("config", name, f"the checkpoint has {a!r}, the run has {b!r}")
                 for name, (a, b) in theirs.differences(config).items()
             ],
         )
-    return _load(PROJECTOR, source, abstract)
+    return _load(PROJECTOR, stored, abstract)
 
 
 def _place(
     read_part: Callable[[tuple[slice, ...]], np.ndarray], like: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    """Puts this host's parts of a leaf on its devices; each part is read once.
+    """Puts this host's parts of a leaf on its devices, reading each part once.
 
-    It waits until they are there: other leaves read meanwhile would pile up on the host.
+    Waits for the transfer: otherwise the leaves that are read next would pile up in host memory.
     """
     parts: dict[str, np.ndarray] = {}
 
@@ -148,28 +151,28 @@ def _place(
     return jax.block_until_ready(array)
 
 
-def _load_flax(source: Source, abstract: Mapping[str, Any]) -> dict:
-    target, infos = flatten(abstract), source.checkpoint.infos
-    _log_casts(source.path, infos, target)
-    stored = {  # as on disk: Orbax would cast without a word
+def _load_flax(stored: StoredModel, abstract: Mapping[str, Any]) -> dict:
+    target, infos = flatten(abstract), stored.checkpoint.infos
+    _log_casts(stored.path, infos, target)
+    on_disk = {  # in the stored dtypes: Orbax would cast silently
         p: jax.ShapeDtypeStruct(
             leaf.shape, infos[p].dtype if p in infos else leaf.dtype, sharding=leaf.sharding
         )
         for p, leaf in target.items()
     }
-    params = load_params(source.path, unflatten(stored))
+    params = load_params(stored.path, unflatten(on_disk))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, dict(abstract))
 
 
 def _log_casts(
     path: str | Path,
-    source: Mapping[str, TensorInfo],
+    infos: Mapping[str, TensorInfo],
     target: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
     casts = {
-        f"{source[p].dtype} -> {np.dtype(leaf.dtype)}"
+        f"{infos[p].dtype} -> {np.dtype(leaf.dtype)}"
         for p, leaf in target.items()
-        if p in source and source[p].dtype != leaf.dtype
+        if p in infos and infos[p].dtype != leaf.dtype
     }
     if casts:
         _log.info("%s: casting %s", path, ", ".join(sorted(casts)))

@@ -1,5 +1,6 @@
-"""The models that can be converted: a table, a config and a module each."""
+"""The models that can be converted, each with a table, a config and a module."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,24 +14,25 @@ from convert.checkpoint import TensorInfo
 from convert.errors import ConversionError, Problem
 from convert.infer import infer_projector
 from convert.rules import Table
-from convert.sources import Source
+from convert.stored import StoredModel
 from convert.trees import flatten
-from flax_projector.llama import abstract_decoder
-from flax_projector.projector import abstract_projector
-from flax_projector.whisper import abstract_encoder
+from flax_projector.models.llama import abstract_decoder
+from flax_projector.models.projector import abstract_projector
+from flax_projector.models.whisper import abstract_encoder
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """All that conversion knows about one model.
+    """Everything that the converter knows about one model.
 
     Attributes:
-      model_types: that its config.json may have.
+      model_types: the values that `model_type` may have in its config.json.
       table: names and transforms.
-      parse_config: config.json, and what to call it in messages, -> dataclass.
-      abstract_params: dataclass -> nested dict of ShapeDtypeStructs; takes `param_dtype`, `mesh`.
-      infer_config: shapes without prefix, what the user says, and what to call the file -> what the
-        config.json would be; None if shapes do not tell enough.
+      parse_config: makes the dataclass from a config.json and the name of it for messages.
+      abstract_params: makes a nested dict of ShapeDtypeStructs from the dataclass; also takes
+        `param_dtype` and `mesh`.
+      infer_config: makes a config.json from headers by torch key without prefix, the fields that
+        the user gives, and a name for messages; None if shapes do not show enough.
     """
 
     model_types: tuple[str, ...]
@@ -41,7 +43,7 @@ class ModelKind:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The model's name, for messages."""
         return self.table.name
 
     def read_config(self, path: str | Path) -> Any:
@@ -54,7 +56,12 @@ class ModelKind:
 
     def leaves(self, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Every leaf of the model, by flax path."""
-        return flatten(self.abstract_params(config))
+        return dict(_leaves(self.abstract_params, config))
+
+
+@functools.lru_cache(maxsize=8)  # a conversion asks several times, and tracing a module is slow
+def _leaves(abstract_params: Callable[..., dict], config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return flatten(abstract_params(config))
 
 
 PROJECTOR = ModelKind(
@@ -68,49 +75,51 @@ LLAMA = ModelKind(hf_config.LLAMA_FAMILY, tables.LLAMA, hf_config.parse_llama, a
 KINDS = (PROJECTOR, WHISPER_ENCODER, LLAMA)
 
 
-def detect(source: Source) -> ModelKind:
-    """Finds out which model it is: by its config.json, or by the names of its tensors.
+def detect(stored: StoredModel) -> ModelKind:
+    """Finds out which model it is, by its config.json or else by the names of its tensors.
 
     Raises:
       ConversionError: if it is none of `KINDS`.
     """
     known = ", ".join(f"{kind.name} ({' or '.join(kind.model_types)})" for kind in KINDS)
-    if source.config_text is not None:
-        model_type = json.loads(source.config_text).get("model_type")
+    if stored.config_text is not None:
+        model_type = json.loads(stored.config_text).get("model_type")
         found = [kind for kind in KINDS if model_type in kind.model_types]
         problem = Problem("unsupported", "model_type", f"= {model_type!r}, supported: {known}")
     else:
-        keys = source.checkpoint.infos
+        keys = stored.checkpoint.infos
         matches = {kind: kind.table.num_known(keys, kind.table.prefix_of(keys)) for kind in KINDS}
         found = [kind for kind, count in matches.items() if count == max(matches.values()) > 0]
-        text = f"of the {len(keys)} tensors do not tell which model it is, supported: {known}"
+        text = f"of the {len(keys)} tensors fit no single model, supported: {known}"
         problem = Problem("unknown", "names", text)
     if len(found) != 1:
-        raise ConversionError(f"{source.path} is no model that can be converted", [problem])
+        raise ConversionError(f"{stored.path} is not a model that can be converted", [problem])
     return found[0]
 
 
-def config_text_of(source: Source, kind: ModelKind, given: hf_config.Json) -> str:
-    """The config.json of a source: its own with what the user adds, or inferred from shapes.
+def config_text_of(stored: StoredModel, kind: ModelKind, given: hf_config.Json) -> str:
+    """The model's config.json, completed with the given fields; or one inferred from its shapes.
 
     Args:
-      source: of which model.
-      kind: that `detect` found.
-      given: fields that the user says.
+      stored: the model.
+      kind: the result of `detect`.
+      given: fields that the user gives.
 
     Raises:
-      ValueError: if it contradicts `given`, or if there is none and shapes do not tell enough.
+      ValueError: if it contradicts `given`, or if there is none and shapes do not show enough.
     """
-    where = str(source.path)
+    where = str(stored.path)
     if kind.infer_config is None and given:
-        raise ValueError(f"{where} is a {kind.name}: {', '.join(given)} belong to projectors")
-    if source.config_text is not None:
-        return hf_config.with_fields(source.config_text, given, where)
+        names = ", ".join(given)
+        raise ValueError(f"{where} is a {kind.name}, but only projectors have {names}")
+    if stored.config_text is not None:
+        return hf_config.with_fields(stored.config_text, given, where)
     if kind.infer_config is None:
         raise ValueError(
-            f"{hf_config.config_file(where)} does not exist: shapes alone do not describe a "
-            f"{kind.name}, put its config.json there"
+            f"{hf_config.config_file(where)} does not exist: a {kind.name} cannot be converted "
+            "without its config.json, put it there"
         )
-    prefix = kind.table.prefix_of(source.checkpoint.infos)
-    bare = {key.removeprefix(prefix): info for key, info in source.checkpoint.infos.items()}
+    infos = stored.checkpoint.infos
+    prefix = kind.table.prefix_of(infos)
+    bare = {key.removeprefix(prefix): info for key, info in infos.items()}
     return hf_config.config_text(kind.infer_config(bare, given, where))

@@ -1,4 +1,4 @@
-"""Destinations that appear complete or not at all."""
+"""Output files and folders that appear complete or not at all."""
 
 import contextlib
 import glob
@@ -13,17 +13,17 @@ from pathlib import Path
 def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Iterator[Path]:
     """Gives a path to write to, and moves it to `dst` when the block succeeds.
 
-    If the block fails, what was written is removed and `dst` is as it was. What a process leaves
-    behind that is killed, the next one removes that writes to the same `dst`.
+    If the block fails, everything that it wrote is removed and `dst` stays as it was. If the
+    process is killed, the next one that writes to the same `dst` removes what was left behind.
 
     Args:
-      dst: what appears. If it is a link, what it points to is replaced.
-      names: what a finished folder holds; empty for a file.
-      overwrite: replaces what an earlier call wrote: a file, or a folder that holds `names` alone.
+      dst: the destination. If it is a link, the target of the link is replaced.
+      names: the files and folders in a finished folder; empty if `dst` is to be a file.
+      overwrite: replace what an earlier call wrote: a file, or a folder with exactly these names.
 
     Raises:
-      ValueError: if `dst` exists and `overwrite` is false, or is anything else: that is never
-        deleted.
+      ValueError: if `dst` exists and `overwrite` is false, or if something else is there, which is
+        never deleted.
     """
     dst = dst.resolve()
     for left in dst.parent.glob(f".{glob.escape(dst.name)}.*.part"):
@@ -48,24 +48,26 @@ def _check_destination(dst: Path, names: Collection[str], overwrite: bool) -> No
     if not overwrite:
         raise ValueError(f"{dst} exists: choose another destination or pass --overwrite")
     is_folder = dst.is_dir()
-    held = {path.name for path in dst.iterdir()} if is_folder else set()
-    if is_folder == bool(names) and held in (set(), set(names)):
+    found = {path.name for path in dst.iterdir()} if is_folder else set()
+    if is_folder == bool(names) and found in (set(), set(names)):
         return
-    found = f"a folder with {', '.join(sorted(held)) or 'nothing'} in it" if is_folder else "a file"
+    actual = (
+        f"a folder with {', '.join(sorted(found)) or 'nothing'} in it" if is_folder else "a file"
+    )
     expected = f"a folder with {', '.join(sorted(names))} in it" if names else "a file"
     raise ValueError(
-        f"{dst} will not be overwritten: it is {found}, and an earlier conversion would have left "
+        f"{dst} will not be overwritten: it is {actual}, but an earlier conversion would have left "
         f"{expected}. Choose another destination"
     )
 
 
 def _moved_aside(staging: Path, dst: Path) -> Path:
-    """Where a folder lies while another takes its place."""
+    """Where a folder is kept while another takes its place."""
     return staging / f"{dst.name}.old"
 
 
 def _discard(staging: Path, dst: Path) -> None:
-    """Removes a staging folder; a folder that was moved aside and not replaced comes back."""
+    """Removes a staging folder; first moves back a folder in it that has not been replaced."""
     old = _moved_aside(staging, dst)
     if old.exists() and not dst.exists():
         old.rename(dst)
@@ -77,9 +79,9 @@ def _is_of_another(pid: int) -> bool:
     if pid == os.getpid():
         return False
     try:
-        os.kill(pid, 0)  # sends nothing
+        os.kill(pid, 0)  # only checks that it exists
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it is another user's
+        pass  # it belongs to another user
     return True

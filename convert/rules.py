@@ -1,4 +1,4 @@
-"""What a table is made of: names, and transforms that move elements without changing them."""
+"""What a mapping consists of: names, and transforms that move elements and change none."""
 
 import fnmatch
 import functools
@@ -13,10 +13,10 @@ _NUMBER = r"(0|[1-9]\d*)"  # no leading zeros: "01" would not come back as it wa
 
 @dataclass(frozen=True)
 class Transform:
-    """A permutation of axes, from torch to Flax; a bijection, so every value survives.
+    """A permutation of axes, from torch to Flax. It is a bijection, so no value is lost.
 
     Attributes:
-      name: how tables and messages call it.
+      name: for messages.
       axes: Flax axis j is torch axis axes[j]; None leaves any tensor as it is.
     """
 
@@ -54,7 +54,7 @@ IDENTITY = Transform("identity")
 
 
 def permute(*axes: int) -> Transform:
-    """Flax axis j is torch axis axes[j]."""
+    """The transform whose Flax axis j is torch axis axes[j]."""
     if sorted(axes) != list(range(len(axes))):
         raise ValueError(f"permute{axes} is not a permutation of 0..{len(axes) - 1}")
     return Transform(f"permute{axes}", axes)
@@ -73,9 +73,9 @@ class Rule:
       torch: template of the torch key.
       flax: template of the flax path. With "{i}" in both templates every layer has its own leaf;
         with "{i}" in `torch` only, the layers are stacked on axis 0 of one leaf.
-      transform: of each tensor, before stacking.
-      at_root: the key stands beside the prefix instead of under it.
-      hint: which fields of the config its shape comes from, for messages.
+      transform: applied to each tensor, before stacking.
+      at_root: whether the key has no prefix, even if the others have one.
+      hint: the fields of the config that determine its shape, for messages.
     """
 
     torch: str
@@ -87,21 +87,21 @@ class Rule:
     def __post_init__(self) -> None:
         if self.torch.count("{i}") > 1 or self.flax.count("{i}") > self.torch.count("{i}"):
             raise ValueError(
-                f"rule {self.torch!r} -> {self.flax!r}: at most one {{i}} in each template, and "
-                "none on the Flax side alone"
+                f"rule {self.torch!r} -> {self.flax!r}: expected at most one {{i}} in each "
+                "template, and none on the Flax side alone"
             )
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the leaf holds all layers on its axis 0."""
+        """Whether the leaf holds all layers, along its axis 0."""
         return "{i}" in self.torch and "{i}" not in self.flax
 
     def torch_keys(self, path: str, shape: tuple[int, ...]) -> tuple[str, ...] | None:
-        """Keys, without prefix and in layer order, whose tensors make the leaf at `path`.
+        """The keys whose tensors make up the leaf at `path`, without prefix and in layer order.
 
         Args:
           path: flax path of the leaf.
-          shape: of the leaf; a stacked one has its number of layers in front.
+          shape: of the leaf; that of a stacked leaf begins with the number of layers.
 
         Returns:
           None if the rule is not for this path.
@@ -113,16 +113,16 @@ class Rule:
         return tuple(self.torch.replace("{i}", str(i)) for i in layers)
 
     def tensor_shape(self, leaf_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of each torch tensor that makes a leaf of this shape."""
+        """Shape of each of the torch tensors that make up a leaf of this shape."""
         return self.transform.inverse_shape(leaf_shape[1:] if self.is_stacked else leaf_shape)
 
     def layer_of(self, key: str) -> str | None:
-        """Layer number in a torch key without prefix; "" if it has none, None if not its key."""
+        """The layer number in a torch key without prefix: "" if there is none, None if no match."""
         return _match(self.torch, key)
 
 
 def _match(template: str, name: str) -> str | None:
-    """The number that stands for "{i}" ("" without one), or None if the whole name differs."""
+    """The number in place of "{i}" ("" without one); None unless the whole name matches."""
     found = _pattern(template).fullmatch(name)
     return None if found is None else "".join(found.groups())
 
@@ -134,11 +134,11 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Tied:
-    """A torch key that may repeat another tensor when the model has no leaf of its own for it.
+    """A torch key that may be a copy of another tensor, if the model has no leaf for it.
 
     Attributes:
-      key: the repetition, at the root.
-      twin: the tensor it must equal, byte for byte; without prefix.
+      key: of the copy, without any prefix in the checkpoint.
+      twin: key of the tensor that it must equal byte for byte, to which the prefix is added.
     """
 
     key: str
@@ -150,8 +150,8 @@ class Ignore:
     """Torch keys that are left out on purpose.
 
     Attributes:
-      pattern: of whole keys with their prefix; "*" stands for anything.
-      reason: why nothing is lost by it.
+      pattern: matches whole keys with their prefix; "*" matches anything.
+      reason: why nothing is lost.
     """
 
     pattern: str
@@ -164,14 +164,14 @@ class Ignore:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything that is known about the names of one model.
+    """The mapping of one model.
 
     Attributes:
       name: of the model, for messages.
-      prefixes: what torch keys may begin with; the first one is written.
+      prefixes: that torch keys may have; the first one is written.
       rules: one row per kind of tensor.
       ignore: keys that are left out, with the reason.
-      tied: keys that may repeat another tensor.
+      tied: keys that may be copies of another tensor.
     """
 
     name: str
@@ -181,12 +181,12 @@ class Table:
     tied: tuple[Tied, ...] = ()
 
     def prefix_of(self, keys: Iterable[str]) -> str:
-        """The prefix that explains most of these torch keys; the first one if none does."""
+        """The prefix with which most of these torch keys are known; the first one if none is."""
         keys = list(keys)
         return max(self.prefixes, key=lambda prefix: self.num_known(keys, prefix))
 
     def num_known(self, keys: Iterable[str], prefix: str) -> int:
-        """How many of these torch keys have a row when the model's prefix is this one."""
+        """How many of these torch keys have a row, if this is the prefix of the model."""
         bare = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
         rules = [rule for rule in self.rules if not rule.at_root]
         return sum(any(rule.layer_of(key) is not None for rule in rules) for key in bare)

@@ -1,4 +1,8 @@
-"""PyTorch checkpoints on disk: headers first, then one tensor at a time."""
+"""Reads and writes PyTorch checkpoints: safetensors without torch, files of `torch.save` with it.
+
+Files of `torch.save` are read with `torch.load(weights_only=True)`, a restricted unpickler: it
+rebuilds tensors and plain containers, and refuses everything else instead of running it.
+"""
 
 import json
 import os
@@ -14,10 +18,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
+from convert.extras import import_torch
 
 WEIGHTS = "model.safetensors"
 
-_FOLDER_FORMS = (  # what a folder may hold, best first
+_FOLDER_FORMS = (  # the files that a folder is opened by, in order of preference
     "model.safetensors.index.json",
     WEIGHTS,
     "pytorch_model.bin.index.json",
@@ -42,11 +47,12 @@ def open_torch(path: str | Path) -> Checkpoint:
     """Opens a checkpoint without reading its tensors.
 
     Args:
-      path: a safetensors file, a file of `torch.save`, an `.index.json` of a sharded set, or an HF
-        folder with one of these. A file's first bytes tell which it is, not its name.
+      path: a safetensors file, a file of `torch.save`, the `.index.json` of a sharded set, or an HF
+        folder with one of these. Files are recognised by their first bytes, not by their names.
 
     Raises:
-      ValueError: naming the path, if it is none of these, damaged, or needs unpickling.
+      ValueError: naming the path, if it is none of these, damaged, contains objects other than
+        tensors, or is a file of `torch.save` and torch is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,18 +67,18 @@ def has_weights(folder: Path) -> bool:
 
 
 def write_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Writes what `safetensors.numpy.save_file` writes, but one tensor at a time.
+    """Writes the same file as `safetensors.numpy.save_file`, but one tensor at a time.
 
-    The library wants all tensors in memory.
+    The library needs all tensors in memory.
 
     Args:
-      path: of the new file.
+      path: the new file.
       checkpoint: tensors by torch key, read in the order of its `infos`.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as Hugging Face writes
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # as Hugging Face does
     offsets, end = {}, 0
-    # The library's order: the widest dtypes first, so that every tensor is aligned; then by name.
+    # In the library's order: the widest dtypes first, which aligns every tensor; then by name.
     for key, info in sorted(checkpoint.infos.items(), key=lambda x: (-x[1].dtype.itemsize, x[0])):
         offsets[key], end = end, end + info.nbytes
         header[key] = {
@@ -83,7 +89,7 @@ def write_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with Path(path).open("xb") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now; and twice as fast
+        if hasattr(os, "posix_fallocate"):  # detects a full disk early, and is twice as fast
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
         for key, tensor in checkpoint.stream():
@@ -92,11 +98,11 @@ def write_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Writes a new file of `torch.save`: a dictionary of tensors, sorted by name.
+    """Writes a new file with `torch.save`: a dictionary of tensors, sorted by name.
 
-    torch has no writer for one tensor at a time: memory holds all of them.
+    All tensors are in memory at once, since torch cannot write them one at a time.
     """
-    import torch  # only these files need it
+    torch = import_torch(f"writing {path}")
 
     state = {key: _to_tensor(tensor) for key, tensor in checkpoint.stream()}
     with Path(path).open("xb") as file:
@@ -104,7 +110,7 @@ def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def _find_weights(folder: Path) -> Path | None:
-    """The file to open in an HF folder."""
+    """The file that an HF folder is opened by; None if there is none."""
     for name in _FOLDER_FORMS:
         if (folder / name).exists():
             return folder / name
@@ -117,8 +123,8 @@ def _weights_in(folder: Path) -> Path:
         return found
     files = ", ".join(sorted(file.name for file in folder.glob("*.safetensors")))
     raise ValueError(
-        f"{folder} is not a PyTorch checkpoint: expected one of {', '.join(_FOLDER_FORMS)}; "
-        f"found {files or 'none of them and no other .safetensors'}"
+        f"{folder} is not a PyTorch checkpoint: expected one of {', '.join(_FOLDER_FORMS)}, or a "
+        f"single .safetensors file; found {files or 'none of them'}"
     )
 
 
@@ -132,15 +138,15 @@ def _open_file(path: Path) -> Checkpoint:
     if zipfile.is_zipfile(path) or _is_pickle(path) or path.suffix in TORCH_SUFFIXES:
         return _open_pickled(path)
     raise ValueError(
-        f"{path} is not a checkpoint: expected an HF folder, a safetensors file, an .index.json or "
-        "a file of torch.save"
+        f"{path} is not a checkpoint: expected an HF folder, a safetensors file, an .index.json, "
+        "or a file of torch.save"
     )
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="np"):
-            pass  # the library checks that header and data fit together
+            pass  # the library checks that header and data match
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
@@ -151,7 +157,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
     infos = {key: _header(path, key, entry) for key, entry in header.items()}
 
     def read(key: str) -> np.ndarray:
-        # Mapped, not copied as the library would: what is converted is read from the file directly.
+        # Mapped into memory, where the library would copy.
         shape, dtype = infos[key]
         if 0 in shape:
             return np.empty(shape, dtype)
@@ -165,7 +171,7 @@ def _header(path: Path, key: str, entry: Mapping[str, Any]) -> TensorInfo:
     code = entry["dtype"]
     if code not in _SAFETENSORS_DTYPES:
         known = ", ".join(_SAFETENSORS_DTYPES)
-        raise ValueError(f"{path}: tensor {key} has dtype {code}, can read {known}")
+        raise ValueError(f"{path}: tensor {key} has dtype {code}, expected one of {known}")
     return TensorInfo(tuple(entry["shape"]), _SAFETENSORS_DTYPES[code])
 
 
@@ -177,12 +183,12 @@ def _open_sharded(index: Path) -> Checkpoint:
     if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
         raise ValueError(
             f"{index} is not the index of a checkpoint: weight_map = {str(weight_map)[:60]}, "
-            "expected an object of file names by tensor"
+            "expected an object with a file name for each tensor"
         )
     shards = {name: _open_file(index.parent / name) for name in sorted(set(weight_map.values()))}
-    held = {key: name for name, shard in shards.items() for key in shard.infos}
+    found = {key: name for name, shard in shards.items() for key in shard.infos}
     wrong = sorted(
-        key for key in weight_map.keys() | held.keys() if weight_map.get(key) != held.get(key)
+        key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)
     )
     if wrong:
         raise ValueError(f"{index} and its files disagree about {', '.join(wrong)}")
@@ -192,38 +198,38 @@ def _open_sharded(index: Path) -> Checkpoint:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether a file begins with a whole pickle of any protocol; reads it without running it."""
+    """Whether a file begins with a complete pickle, which is parsed but not run."""
     try:
         with path.open("rb") as file:
             for _ in pickletools.genops(file):
                 pass
-    except Exception:  # whatever the arguments of what is no opcode look like
+    except Exception:  # bytes that are not a pickle raise all kinds of errors
         return False
     return True
 
 
 def _open_pickled(path: Path) -> Checkpoint:
-    import torch  # only these files need it
+    torch = import_torch(f"reading {path}")
 
-    is_zip = zipfile.is_zipfile(path)  # since torch 1.6; only this format can be mapped
+    is_zip = zipfile.is_zipfile(path)  # the format since torch 1.6, the only one that can be mapped
     try:
-        with warnings.catch_warnings(action="ignore"):  # about what is refused a line later
+        with warnings.catch_warnings(action="ignore"):  # on what is refused below
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if not is_zip and not _is_pickle(path):
             raise ValueError(f"{path} is not a complete file of torch.save") from error
         raise ValueError(
-            f"{path} needs unpickling, which can run any code: refused. Save only tensors in it, "
-            "torch.save(model.state_dict(), path), or use safetensors"
+            f"{path} contains more than tensors. It is refused, since unpickling it could run any "
+            "code: save only tensors, torch.save(model.state_dict(), path), or use safetensors"
         ) from error
-    except Exception as error:  # damaged bytes make the unpickler raise anything
+    except Exception as error:  # on damaged files the unpickler raises all kinds of errors
         raise ValueError(f"{path} is not a complete file of torch.save: {error!r}") from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         inside = f" of {', '.join(map(str, list(state)[:9]))}" if isinstance(state, dict) else ""
         raise ValueError(
-            f"{path} holds {type(state).__name__}{inside}, expected a dictionary of tensors by "
+            f"{path} holds a {type(state).__name__}{inside}, expected a dictionary of tensors by "
             "name: save model.state_dict()"
         )
     infos = {key: _torch_info(path, key, tensor) for key, tensor in state.items()}
@@ -235,13 +241,15 @@ def _torch_info(path: Path, key: str, tensor: Any) -> TensorInfo:
     try:
         return TensorInfo(tuple(tensor.shape), np.dtype(name))
     except TypeError as error:
-        raise ValueError(f"{path}: tensor {key} has dtype {name}, unknown to numpy") from error
+        raise ValueError(
+            f"{path}: tensor {key} has dtype {name}, which numpy does not have"
+        ) from error
 
 
 def _to_numpy(tensor: Any, info: TensorInfo) -> np.ndarray:
     import torch
 
-    # By way of its bytes: torch cannot make a numpy array of bfloat16.
+    # Through its bytes: torch cannot make a numpy array of bfloat16.
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return data.view(info.dtype).reshape(info.shape)
 

@@ -1,16 +1,24 @@
-"""The projector in PyTorch."""
+"""The projector in PyTorch, for a server; needs torch, but neither JAX nor Orbax."""
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 from convert.checkpoint import Checkpoint
+from convert.extras import missing_torch
 from flax_projector.config import ProjectorConfig
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+except ImportError as error:
+    raise missing_torch(__name__) from error
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with Llama's rounding: cast to the input's dtype, then scale."""
+    """Root-mean-square norm that rounds as Llama's does: cast to the input's dtype, then scale.
+
+    Source: `LlamaRMSNorm` (transformers). f64 inputs are normalised in f64.
+    """
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -25,7 +33,10 @@ class RMSNorm(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """x + MLP(x)."""
+    """x + MLP(x).
+
+    Source: `ResidualMLP` (tiny-audio).
+    """
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
@@ -40,14 +51,16 @@ class ResidualMLP(nn.Module):
 
 
 class ResidualAudioProjector(nn.Module):
-    """The PyTorch counterpart of `flax_projector.projector.ResidualAudioProjector`.
+    """The PyTorch counterpart of `flax_projector.models.projector.ResidualAudioProjector`.
 
-    For serving what was trained in Flax, and for comparing the two. It has the state-dict keys and
-    the numerics of tiny-audio's module, so a checkpoint of either loads into the other
-    (`load_state_dict(..., strict=True)` once the prefix "projector." is removed).
+    It serves what was trained in Flax, and is what the Flax module is compared with. State-dict
+    keys and numerics are those of tiny-audio's module, so that a checkpoint of one loads into the
+    other: remove the prefix "projector.", then `load_state_dict(..., strict=True)`.
 
     Attributes:
       config: shape, dropout and initialisation.
+
+    Source: `ResidualAudioProjector` (tiny-audio): names, numerics, initialisation.
     """
 
     def __init__(self, config: ProjectorConfig) -> None:
@@ -65,7 +78,7 @@ class ResidualAudioProjector(nn.Module):
 
     @classmethod
     def from_tensors(cls, config: ProjectorConfig, tensors: Checkpoint) -> "ResidualAudioProjector":
-        """A projector in f32, for inference.
+        """Makes a projector in f32, for inference.
 
         Args:
           config: of the checkpoint.
@@ -74,7 +87,7 @@ class ResidualAudioProjector(nn.Module):
         Raises:
           RuntimeError: if a key is missing or unexpected, or a shape differs.
         """
-        with torch.device("meta"):  # nothing is drawn that is overwritten at once
+        with torch.device("meta"):  # no random weights, which would be overwritten at once
             module = cls(config)
         state = {
             key.removeprefix("projector."): torch.from_numpy(tensors.read(key).astype(np.float32))
@@ -84,7 +97,7 @@ class ResidualAudioProjector(nn.Module):
         return module.eval()
 
     def _init_linear(self, module: nn.Module) -> None:
-        """Normal weights and zero biases; fc2 near zero, so that a block starts as the identity."""
+        """Normal weights, zero biases; fc2 is near zero, so that a block starts as the identity."""
         std = self.config.projector_init_std
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -99,7 +112,7 @@ class ResidualAudioProjector(nn.Module):
           frames: [B, S, E] encoder output, 50 frames per second; cast to the weights' dtype.
 
         Returns:
-          [B, ceil(S / k), D]: the tail is padded with zero frames.
+          [B, A, D]; A = ceil(S / k): the tail is padded with zero frames.
         """
         b, s, e = frames.shape
         k = self.config.projector_pool_stride

@@ -1,4 +1,4 @@
-"""Nested dicts of parameters, and the same by flax path."""
+"""Nested dicts of parameters, and the same parameters by flax path."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +21,6 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_tree(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Every leaf of a Flax checkpoint, as a module takes them: {"fc1": {"kernel": array}}."""
-    # Copied: an array on a CPU may share memory with a file that changes.
+    """Every leaf of a Flax checkpoint, in the form that modules take: {"fc1": {"kernel": x}}."""
+    # Copied: an array on a CPU could share memory with a file that may change.
     return unflatten({path: jnp.array(checkpoint.read(path)) for path in checkpoint.infos})

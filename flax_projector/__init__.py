@@ -1,13 +1,57 @@
 """A Flax projector between a frozen Whisper encoder and a frozen Llama-family LLM.
 
-Shape legend, used in every docstring and comment of the package:
+  from flax_projector import ProjectorConfig, ResidualAudioProjector
 
-  B batch                  M mel bins            F mel frames (100 per second)
-  N audio samples          S encoder frames (50 per second)
-  A audio tokens (S / k)   k pool stride         T text (label) tokens
-  L merged length          E encoder dim         D LLM dim
-  H heads                  K kv heads            G heads per kv head (H / K)
-  d head dim               V vocabulary          C cache length
+Folders are layers; each one's docstring says what is in it and what it may import:
 
-Masks are True where VALID and named for it (`audio_valid`, `label_valid`).
+  config       every setting and its default
+  lengths, files, logs, run_folder, batch, prompt, sharding
+               shared by several layers
+  models       the modules
+  data         from a manifest to batches
+  training     learning from them, evaluating, saving and logging
+  run          from a config to the loaded model
+  inference    using a finished run
+
+Every letter in a shape stands for one thing, in annotations, docstrings and comments:
+
+  B   batch                    N   audio samples            M   mel bins
+  F   mel frames, 100 per s    S   encoder frames, 50/s     A   audio tokens, S / k
+  k   pool stride              T   text (label) tokens      L   merged length
+  E   encoder dim              D   LLM dim                  I   inner width of an MLP
+  H   heads                    K   kv heads                 G   heads per kv head, H / K
+  X   heads of either kind     d   head dim                 V   vocabulary
+  Q   queries                  C   keys, cache length       c   keys of a block
+  P   padded length            Z   CTC classes              W   frequencies
+  j   samples of half an STFT window
+  GQ  queries of the G heads of a kv head
+  n   masks of a clip
+
+Masks are True where VALID and named for it (`frame_valid`, `label_valid`).
 """
+
+import os
+from typing import TYPE_CHECKING, Any
+
+# transformers would warn at every start that PyTorch is missing. We only use its mel filters and
+# its text normaliser, which do not need it.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+if TYPE_CHECKING:
+    from flax_projector.config import ProjectorConfig
+    from flax_projector.models.projector import ResidualAudioProjector
+
+__all__ = ["ProjectorConfig", "ResidualAudioProjector"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: a PyTorch server needs the configs, but has no JAX.
+    if name == "ProjectorConfig":
+        from flax_projector.config import ProjectorConfig
+
+        return ProjectorConfig
+    if name == "ResidualAudioProjector":
+        from flax_projector.models.projector import ResidualAudioProjector
+
+        return ResidualAudioProjector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

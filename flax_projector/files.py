@@ -1,4 +1,4 @@
-"""Small files that appear whole or not at all."""
+"""Telling URLs from local paths, and writing small files completely or not at all."""
 
 import os
 import uuid
@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import IO
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether the path is a URL (`gs://...`), which fsspec opens, and not a local path."""
+    return "://" in str(path)
+
+
 def sync(file: IO) -> None:
-    """Makes what was written survive the machine, not only the process."""
+    """Flushes to disk, so that the data survives a machine crash, not just a process crash."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in place of an earlier one, and the folders it lies in.
+    """Writes a text file, replacing any earlier one, and creates its folder if needed.
 
-    Whoever reads it, also after the process was killed or the machine went away, finds the old
-    text or the new one. Several processes may write the same file: the last one wins.
+    A reader sees either the old text or the new one, even if the process is killed or the machine
+    goes down. Several processes may write the same file: the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

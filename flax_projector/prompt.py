@@ -7,22 +7,21 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from flax_projector.batch import AUDIO_TOKEN, TokenLayout
 from flax_projector.config import PromptConfig
-
-AUDIO_TOKEN = -1  # stands for one audio token in a sequence of ids; no tokenizer uses it
 
 _START, _END = "<|im_start|>", "<|im_end|>"  # ChatML: SmolLM2, SmolLM3, Qwen
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Reads `tokenizer.json` of an HF folder.
+    """Reads `tokenizer.json` from an HF folder.
 
     Raises:
       ValueError: if the folder has none.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the LLM's folder needs a fast tokenizer's file")
+        raise ValueError(f"{path} is missing: the LLM's folder must have a fast tokenizer")
     return Tokenizer.from_file(str(path))
 
 
@@ -30,16 +29,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 class Prompt:
     """Token ids around the audio.
 
-    The sequence of an utterance is
+    An utterance's sequence is
 
       before_audio | audio tokens | after_audio | transcript, end_of_turn | padding
 
-    and only the transcript and the end of turn are labels.
+    where only the transcript and the end of turn are labels.
 
     Attributes:
-      tokenizer: the LLM's.
-      before_audio: system turn and the beginning of the user's.
-      after_audio: end of the user's turn and the beginning of the assistant's.
+      tokenizer: the LLM's tokenizer.
+      before_audio: the system turn and the beginning of the user turn.
+      after_audio: the end of the user turn and the beginning of the assistant turn.
       end_of_turn: the last label, which also ends decoding.
     """
 
@@ -49,14 +48,14 @@ class Prompt:
     end_of_turn: int
 
     def encode_target(self, text: str) -> tuple[int, ...]:
-        """Labels of a transcript: its ids and the end of turn."""
+        """The labels for a transcript: its token ids and the end of turn."""
         return (*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_of_turn)
 
     def token_id(self, token: str) -> int:
-        """Id of one token of the vocabulary.
+        """The id of a token in the vocabulary.
 
         Raises:
-          ValueError: if it is none.
+          ValueError: if there is no such token.
         """
         found = self.tokenizer.token_to_id(token)
         if found is None:
@@ -64,33 +63,26 @@ class Prompt:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids up to the end of turn."""
+        """The text of generated ids, up to the end of turn."""
         ids = list(ids)
         if self.end_of_turn in ids:
             ids = ids[: ids.index(self.end_of_turn)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def merged_length(self, num_audio_tokens: int, num_labels: int) -> int:
-        """Length of an utterance's sequence; the last label is predicted, never read."""
+        """Length of an utterance's sequence: the last label is predicted, never read."""
         return len(self.before_audio) + num_audio_tokens + len(self.after_audio) + num_labels - 1
 
     def layout(
         self, num_audio_tokens: int, target: Sequence[int], *, merged_len: int, text_len: int
-    ) -> dict[str, np.ndarray]:
-        """Lays one utterance out in static lengths, padded on the right.
+    ) -> TokenLayout:
+        """Lays out one utterance in static lengths, padded on the right.
 
         Args:
-          num_audio_tokens: audio tokens of real audio.
+          num_audio_tokens: number of audio tokens in the clip.
           target: labels, from `encode_target`.
-          merged_len: L.
-          text_len: T.
-
-        Returns:
-          tokens: i32[L], AUDIO_TOKEN where an audio token stands.
-          prompt_len: i32[], tokens before the transcript.
-          label_positions: i32[T], where in the sequence each label is predicted.
-          labels: i32[T].
-          label_valid: bool[T].
+          merged_len: L, the static length of the sequence.
+          text_len: T, the static number of labels.
 
         Raises:
           ValueError: if the utterance does not fit.
@@ -108,17 +100,17 @@ class Prompt:
         labels = np.zeros(text_len, np.int32)
         labels[: len(target)] = target
         steps = np.arange(text_len, dtype=np.int32)
-        return {
-            "tokens": tokens,
-            "prompt_len": np.array(len(prompt), np.int32),
-            "label_positions": np.minimum(len(prompt) - 1 + steps, merged_len - 1, dtype=np.int32),
-            "labels": labels,
-            "label_valid": steps < len(target),
-        }
+        return TokenLayout(
+            tokens=tokens,
+            prompt_len=len(prompt),
+            label_positions=np.minimum(len(prompt) - 1 + steps, merged_len - 1, dtype=np.int32),
+            labels=labels,
+            label_valid=steps < len(target),
+        )
 
 
 def make_prompt(tokenizer: Tokenizer, config: PromptConfig) -> Prompt:
-    """Tokenizes the texts of a prompt.
+    """Tokenizes the prompt's texts.
 
     Raises:
       ValueError: if the tokenizer does not know ChatML's markers.

@@ -1,4 +1,4 @@
-"""The device mesh, the table of logical axes, and the shardings that follow from both."""
+"""The device mesh, the table of logical axes, and the shardings that result from them."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices.
 
     Raises:
-      ValueError: if the axes do not multiply to the number of devices.
+      ValueError: if the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -46,32 +46,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit "
-            f"{len(devices)} devices: the product must be the number of devices; set one axis to -1"
+            f"--mesh.data {config.data} --mesh.fsdp {config.fsdp} --mesh.tensor {config.tensor} "
+            f"does not fit {len(devices)} devices: their product must be that number, or one of "
+            "them -1"
         )
-    axis_types = (AxisType.Auto,) * 3  # linen's constraints need it; the default is Explicit
+    axis_types = (AxisType.Auto,) * 3  # linen's constraints need Auto; the default is Explicit
     return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=axis_types, devices=devices)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within it, the modules' logical axis names mean axes of `mesh`; tracing must happen here."""
+    """Maps the modules' logical axis names to axes of `mesh`; trace functions inside the block."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
         yield
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits axis 0 over every device that holds a share of the batch."""
+    """Splits axis 0 over all devices that hold a share of the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Ways in which `batch_sharding` splits axis 0."""
+    """Number of parts that `batch_sharding` splits axis 0 into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -81,26 +82,27 @@ def spec_that_divides(
     """Drops mesh axes from dimensions that they do not divide (3 kv heads over 2 devices).
 
     Args:
-      spec: mesh axes of each dimension.
-      shape: sizes of the dimensions.
-      mesh: whose axes they are.
-      name: what is sharded, for the log.
+      spec: the mesh axes of each dimension.
+      shape: the sizes of the dimensions.
+      mesh: the mesh that the axes belong to.
+      name: name of what is sharded, for the log.
     """
     parts = []
     for dim, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
         names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
         ways = math.prod(mesh.shape[axis] for axis in names)
         if dim % ways:
-            log.info("%s: dimension %d is replicated, %d does not divide it", name, dim, ways)
+            if dim > 1:  # nobody expects a single row to be split
+                log.info("%s: size %d stays whole, since %d does not divide it", name, dim, ways)
             axes = None
         parts.append(axes)
     return PartitionSpec(*parts)
 
 
 def strip_axes(boxed: Any) -> Any:
-    """A parameter tree without its axis names.
+    """Removes the axis names from a parameter tree.
 
-    `flax.linen.unbox` would also constrain every leaf, evenly divisible or not.
+    `flax.linen.unbox` would also constrain every leaf, even those that do not divide evenly.
     """
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=is_box)
@@ -111,8 +113,8 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
 
     Args:
       module: a linen module whose parameters carry logical axis names.
-      inputs: shape and dtype of an input it takes.
-      mesh: where the parameters will live; None leaves the shardings out.
+      inputs: shape and dtype of a valid input.
+      mesh: the mesh that the parameters will be on; None leaves out the shardings.
 
     Returns:
       Nested dict of ShapeDtypeStructs, sharded by LOGICAL_RULES.
@@ -129,22 +131,45 @@ def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh 
     return jax.tree_util.tree_map_with_path(place, strip_axes(boxed), specs)
 
 
+def on_each_device(attend: Any) -> Any:
+    """Wraps attention so that every device computes it for its own rows and heads.
+
+    Needed for what XLA cannot split by itself: a kernel, or a loop over rows and heads.
+
+    Args:
+      attend: a function of queries, keys and values, each [batch, length, heads, head dim].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend
+
+    def split(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        spec = PartitionSpec(BATCH_AXES, None, "tensor", None)
+        spec = spec_that_divides(spec, k.shape, mesh, "attention")
+        return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+    return split
+
+
 def padded_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> int:
-    """Rows of a global batch once it is padded to divide over the mesh, and there into parts."""
+    """Rows of a global batch, padded to divide evenly into micro-batches and over the mesh."""
     ways = accumulation_steps * num_batch_shards(mesh)
     num_rows = -(-batch_size // ways) * ways
     if num_rows != batch_size:
         log.warning(
             "a batch of %d over %d devices in %d parts carries %d rows of padding: "
             "a multiple of %d has none",
-            *(batch_size, ways // accumulation_steps, accumulation_steps),
-            *(num_rows - batch_size, ways),
+            batch_size,
+            ways // accumulation_steps,
+            accumulation_steps,
+            num_rows - batch_size,
+            ways,
         )
     return num_rows
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-    """The rows of a global batch that this process must provide, ascending."""
+    """The row numbers of a global batch that this process must provide, ascending."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
     rows = np.arange(num_rows)
     return np.unique(np.concatenate([rows[index] for index in slices if index is not None]))

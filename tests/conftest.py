@@ -1,5 +1,6 @@
 """Eight fake CPU devices and exact matmuls, set before JAX starts."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 # Most of a test's time is compilation, of the same tiny programs again and again.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+CACHE = str(Path(__file__).parents[1] / ".jax_cache")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # for processes that tests start
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
@@ -36,12 +40,23 @@ def pytest_sessionfinish(session, exitstatus):
         Path(file).write_text(write_tables(session.items))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_towers(tmp_path_factory):
     """HF folders of a tiny random Whisper and a tiny random Llama with a ChatML tokenizer."""
     from tests.tiny import make_towers
 
     return make_towers(tmp_path_factory.mktemp("towers"))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """Takes back what a program under test set up for its own log."""
+    loggers = [logging.getLogger(name) for name in ("", "flax_projector", "convert", "train")]
+    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture

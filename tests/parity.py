@@ -16,17 +16,17 @@ VERSIONS = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torc
 INTRODUCTION = f"""\
 # Parity
 
-Made by `make parity`, which runs the tests that compare: the errors are those that the tests
-measure, and the limits those above which they fail. On CPU, in float32 unless the dtype says
+Written by `make parity`, which runs the tests that compare results. It gives the errors that the
+tests measured and the limits above which they fail. On a CPU, in float32 unless the dtype says
 otherwise, with {VERSIONS}.
 
-- **cases** are the parameters of one test, folded into their worst error.
+- **cases** counts the parametrised cases of a test; the row has their worst error.
 - **element** is the largest \\|ours - theirs\\| / (1 + \\|theirs\\|): absolute for small elements,
   relative for large ones.
 - **absolute** is the largest \\|ours - theirs\\|.
-- **L2** is the norm of the difference over the norm of theirs, the worst of several arrays.
-- Small models have every parameter random. Rows of tiny-audio need its module and its checkpoint,
-  which this repository does not hold; they are left out where those are not at hand.
+- **L2** is the norm of the difference over the norm of theirs; the worst of several arrays.
+- Small models have random values in every parameter. Rows of tiny-audio's module need that module,
+  which this repository does not hold, and are left out where it is missing.
 """
 
 

@@ -1,83 +1,137 @@
-"""The layers of the packages, read from their imports: a module imports only what lies below."""
+"""The layers of the project, read from its imports: folders are layers, and arrows point down."""
 
 import ast
+import functools
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
 
+import flax_projector
+
 ROOT = Path(__file__).parents[1]
 
-# Lowest layer first; modules of one layer do not import each other.
-LAYERS: list[set[str]] = [
-    {"flax_projector.config", "flax_projector.files"},
-    {"flax_projector.losses", "flax_projector.sharding", "flax_projector.audio"}
-    | {"flax_projector.preemption", "flax_projector.throughput"},
-    {"flax_projector.bad_rows"},
-    {"flax_projector.manifest"},
-    {"flax_projector.attention", "flax_projector.layers"},
-    {"flax_projector.projector", "flax_projector.whisper", "flax_projector.llama"},
-    {"flax_projector.prompt", "flax_projector.hf_data"},
-    {"flax_projector.speech_llm", "flax_projector.batch_plan"},
-    {"flax_projector.data"},
-    {"flax_projector.train_step", "flax_projector.features"},
-    {"flax_projector.decode", "flax_projector.checkpoints"},
-    {"flax_projector.evaluate"},
-    {"flax_projector.metrics"},
-    {"convert.checkpoint", "convert.errors", "convert.paths", "convert.rules"},
-    {"convert.tables", "convert.engine", "convert.hf_config", "convert.torch_projector"}
-    | {"convert.trees"},
-    {"convert.torch_files", "convert.flax_files", "convert.infer"},
-    {"convert.sources"},
-    {"convert.models"},
-    {"convert.load", "convert.compare"},
-    {"convert.api"},
-    {"convert.__main__", "flax_projector.run"},
-    {"flax_projector.__main__"},
-    {"train_tpu"},
-]
-# The converter sees configs and modules (for the shapes of their parameters), not the training.
-CONVERT_MAY_SEE = {"config", "projector", "whisper", "llama"}
+# What each layer may import, beside its own modules.
+LAYERS: dict[str, set[str]] = {
+    "base": set(),  # the files named in BASE
+    "models": {"base"},
+    "data": {"base"},
+    "training": {"base", "models", "data"},
+    "convert": {"base", "models"},
+    "run": {"base", "models", "data", "training", "convert"},
+    "inference": {"base", "models", "data", "training", "convert", "run"},
+    "programs": {"base", "data", "training", "convert", "run", "inference"},
+}
+# Lowest first; each imports only those before it.
+BASE = ["lengths", "files", "logs", "config", "run_folder", "sharding", "batch", "prompt"]
+PROGRAMS = {"train_tpu", "flax_projector.__main__"}
+
+MAX_LINES = 400
+MAX_LINES_OF_MAIN = 120
+MAX_LINES_OF_README = 130
+MAX_FILES_AT_THE_TOP = 12
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
-    files = [*ROOT.glob("flax_projector/*.py"), *ROOT.glob("convert/*.py"), ROOT / "train_tpu.py"]
-    named = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
-    return {name: file for name, file in named.items() if not name.endswith("__init__")}
+    files = [
+        *ROOT.glob("flax_projector/**/*.py"),
+        *ROOT.glob("convert/*.py"),
+        ROOT / "train_tpu.py",
+    ]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
 
 
-def imports(path: Path, prefixes: tuple[str, ...]) -> set[str]:
-    """Modules that a file imports anywhere, functions included, with one of the prefixes."""
+def layer_of(module: str) -> str:
+    """The layer of one of our modules, or of a name in it."""
+    if module in PROGRAMS or module == "convert.__main__":
+        return "programs" if module in PROGRAMS else "convert"
+    first, *rest = module.split(".")
+    if first == "convert":
+        return "convert"
+    return "base" if rest[0] in BASE else rest[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Everything that a file imports anywhere, functions included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in prefixes}
+    return found
 
 
-def test_every_module_has_a_layer():
-    assert set(modules()) == set().union(*LAYERS)
+def our_imports(name: str) -> set[str]:
+    """Those of our modules that a module imports."""
+    return {
+        m for m in imports(modules()[name]) & (set(modules()) | PROGRAMS) if "__init__" not in m
+    }
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
+# `flax_projector/__init__.py` imports nothing until somebody asks it for a name.
+IMPORTERS = sorted(name for name in modules() if name != "flax_projector.__init__")
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
 def test_imports_point_downwards(name):
-    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    seen = imports(modules()[name], ("flax_projector", "convert", "train_tpu")) & set(level)
-    upward = sorted(other for other in seen if level[other] >= level[name])
-    assert not upward, f"{name} imports {upward}"
+    mine = layer_of(name)
+    upward = {m for m in our_imports(name) if layer_of(m) not in LAYERS[mine] | {mine}}
+    if mine == "base":
+        order = BASE.index(name.split(".")[1])
+        upward |= {m for m in our_imports(name) if BASE.index(m.split(".")[1]) > order}
+    assert not upward, f"{name}, in layer {mine!r}, imports {sorted(upward)}"
 
 
-@pytest.mark.parametrize("name", sorted(m for m in modules() if m.startswith("convert.")))
-def test_converter_does_not_see_training(name):
-    seen = {m.split(".")[1] for m in imports(modules()[name], ("flax_projector",)) if "." in m}
-    assert seen <= CONVERT_MAY_SEE, f"{name} imports {sorted(seen - CONVERT_MAY_SEE)}"
+def test_no_module_imports_itself_in_a_circle():
+    below = {name: our_imports(name) for name in IMPORTERS}
+    while below:
+        leaves = {name for name, imported in below.items() if not imported & below.keys()}
+        assert leaves, f"a circle among {sorted(below)}"
+        below = {name: imported for name, imported in below.items() if name not in leaves}
 
 
-@pytest.mark.parametrize("name", sorted(m for m in modules() if m.startswith("flax_projector.")))
-def test_package_never_names_torch(name):
-    assert not imports(modules()[name], ("torch",))
+def test_an_upward_import_would_be_found():
+    """The control of the test above: data must not import training, nor training convert."""
+    assert layer_of("flax_projector.training.state") not in LAYERS["data"]
+    assert layer_of("convert.load") not in LAYERS["training"]
+    assert "flax_projector.batch" in our_imports("flax_projector.data.batches")
+
+
+@pytest.mark.parametrize("name", [m for m in IMPORTERS if not m.startswith("convert.")])
+def test_training_never_names_torch(name):
+    assert not {m for m in imports(modules()[name]) if m.split(".")[0] == "torch"}
+
+
+@pytest.mark.parametrize("name", sorted(m for m in modules() if m.endswith("__init__")))
+def test_a_package_says_what_is_in_it(name):
+    """In its docstring; the top one names its folders instead of every file."""
+    folder = modules()[name].parent
+    text = ast.get_docstring(ast.parse(modules()[name].read_text())) or ""
+    files = [file.stem for file in folder.glob("*.py")]
+    inside = [*files, *(child.parent.name for child in folder.glob("*/__init__.py"))]
+    words = set(re.findall(r"\w+", text))
+    missing = sorted(name for name in inside if not name.startswith("__") and name not in words)
+    assert not missing, f"{name} does not mention {missing}"
+
+
+def test_sizes():
+    """A newcomer can read each part in one go."""
+    folders = ["flax_projector", "convert", "tests", "benchmarks", "examples"]
+    files = [file for folder in folders for file in (ROOT / folder).glob("**/*.py")]
+    lines = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
+    assert not {name: count for name, count in lines.items() if count > MAX_LINES}
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES_OF_README
+    top = [file for file in (ROOT / "flax_projector").iterdir() if file.is_file()]
+    assert len(top) <= MAX_FILES_AT_THE_TOP
+    tree = ast.parse((ROOT / "train_tpu.py").read_text())
+    (main,) = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "main"]
+    assert main.end_lineno is not None
+    assert main.end_lineno - main.lineno < MAX_LINES_OF_MAIN
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Nonlocal)]
 
 
 def public_functions(body: list[ast.stmt], prefix: str = "") -> dict[str, ast.FunctionDef]:
@@ -100,3 +154,40 @@ def test_every_public_function_has_a_docstring(name):
         if not ast.get_docstring(node) and not function.startswith("ShapeDtype.")
     ]
     assert not bare, f"{name}: {bare}"
+
+
+def legend() -> set[str]:
+    """The letters that the package's docstring explains."""
+    text = flax_projector.__doc__ or ""
+    table = text[text.index("Every letter") : text.index("Masks are")]
+    return set(re.findall(r"(?:^|\s{2})([A-Za-z]{1,2})  +\w", table, flags=re.M))
+
+
+def shape_letters(source: str) -> set[str]:
+    """Letters in shapes: of jaxtyping's annotations, docstrings and comments.
+
+    Names of three letters and more explain themselves, as in "layers B C K d".
+    """
+    shapes = re.findall(
+        r"\b(?:Float|Int|Bool)\[[\w.| ]+, \"([^\"]*)\"\]", re.sub(r"\s+", " ", source)
+    )
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING):
+            shapes += re.findall(
+                r"\[([A-Za-z0-9*/+ ,|]*\b[A-Z]\b[A-Za-z0-9*/+ ,|]*)\]", token.string
+            )
+    return {word for shape in shapes for word in re.findall(r"[A-Za-z]+", shape) if len(word) < 3}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_every_letter_of_a_shape_is_in_the_legend(name):
+    if name == "flax_projector.__init__":
+        pytest.skip("it is the legend")
+    unknown = shape_letters(modules()[name].read_text()) - legend()
+    assert not unknown, f"{name} uses {sorted(unknown)}: see flax_projector/__init__.py"
+
+
+def test_a_letter_that_is_not_in_the_legend_would_be_found():
+    assert {"B", "S", "GQ", "d", "k"} <= legend() and "Y" not in legend()
+    text = 'x: Float[Array, "B Y"] = f(y)  # [B, R*d]\n"""[U, 3] of z."""\n'
+    assert shape_letters(text) == {"B", "Y", "R", "d", "U"}

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_projector.attention import attend, attend_by_head, plain_attend, splash_attend
 from flax_projector.config import MeshConfig
+from flax_projector.models.attention import attend, splash_attend
+from flax_projector.models.cpu_attention import attend_by_head
+from flax_projector.models.plain_attention import plain_attend
 from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
 from tests.parity import assert_close, assert_relative_l2, relative_l2
 
@@ -116,11 +118,21 @@ def output_and_gradients(function: Any, qkv: list[Any]) -> Any:
     return jax.jit(jax.grad(squares, argnums=(0, 1, 2), has_aux=True))(*qkv)
 
 
+@functools.cache
+def plain_output_and_gradients(case: tuple[int, int, int, int], is_causal: bool) -> Any:
+    plain = functools.partial(plain_attend, is_causal=is_causal)
+    return output_and_gradients(plain, make_long_qkv(*case))
+
+
 KERNEL_CASES = {  # length, query heads, key heads, head dim
     "one block, padded": (20, 6, 2, 10),
     "exact": (128, 2, 2, 16),
     "two blocks, padded": (150, 4, 1, 8),
 }
+CASES = [
+    pytest.param(case, id=name, marks=pytest.mark.xdist_group(f"attention, {name}"))
+    for name, case in KERNEL_CASES.items()
+]
 KERNELS = {
     "TPU, interpreted": functools.partial(splash_attend, interpret=True),
     "CPU": attend_by_head,
@@ -130,13 +142,12 @@ KERNELS = {
 @pytest.mark.consistency("ours in plain JAX")
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("case", KERNEL_CASES.values(), ids=KERNEL_CASES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mesh_config", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_kernel_equals_the_plain_form(kernel, case, is_causal, mesh_config) -> None:
     """Outputs and gradients, alone and split over a mesh."""
-    qkv = make_long_qkv(*case)
-    kernel, plain = (functools.partial(f, is_causal=is_causal) for f in (kernel, plain_attend))
-    expected = output_and_gradients(plain, qkv)
+    qkv, kernel = make_long_qkv(*case), functools.partial(kernel, is_causal=is_causal)
+    expected = plain_output_and_gradients(case, is_causal)
     if mesh_config is None:
         got = output_and_gradients(kernel, qkv)
     else:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.audio import BadAudio, Problem, load_audio, read_duration
+from flax_projector.data.audio import BadAudio, Problem, load_audio, read_duration
 
 FORMATS = ["wav", "flac", "ogg", "mp3"]
 
@@ -87,9 +87,19 @@ def test_a_url_gives_the_samples_of_the_file(tmp_path, suffix, offset):
         (np.array([0.1, np.nan] * 800), {}, Problem.NOT_FINITE, "not finite"),
         (np.array([0.1, np.inf] * 800), {}, Problem.NOT_FINITE, "not finite"),
         (np.zeros(0), {}, Problem.TOO_SHORT, "has 0 samples"),
-        (np.zeros(319), {}, Problem.TOO_SHORT, "has 319 samples at 16 kHz, an encoder frame 320"),
-        (np.zeros(16_000), {"duration": 0.9}, Problem.WRONG_DURATION, "lasts 1.00 s, not the 0.90"),
-        (np.zeros(16_000), {"duration": 1.1}, Problem.WRONG_DURATION, "lasts 1.00 s, not the 1.10"),
+        (np.zeros(319), {}, Problem.TOO_SHORT, "319 samples at 16 kHz; an encoder frame takes 320"),
+        (
+            np.zeros(16_000),
+            {"duration": 0.9},
+            Problem.WRONG_DURATION,
+            "lasts 1.00 s, not 0.90 s as stated",
+        ),
+        (
+            np.zeros(16_000),
+            {"duration": 1.1},
+            Problem.WRONG_DURATION,
+            "lasts 1.00 s, not 1.10 s as stated",
+        ),
         (np.zeros(16_000), {"offset": 0.5, "duration": 1.0}, Problem.WRONG_DURATION, "from 0.5 s"),
         (
             np.zeros(16_000),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flax_projector.audio import Problem
-from flax_projector.bad_rows import BadRow, BadRowLog
+from flax_projector.data.audio import Problem
+from flax_projector.data.bad_rows import BadRow, BadRowLog
 
 
 def defects(count: int, reason: Problem = Problem.UNDECODABLE, first: int = 0) -> list[BadRow]:
@@ -52,8 +52,9 @@ def test_the_run_stops_only_above_the_share(tmp_path, at_start):
     bad_rows.start("train", defects(3), num_rows=100)
     bad_rows.start("dev", defects(3), num_rows=100)
     message = (
-        r"(?s)train: 4 of 100 rows are defective.*max_bad_rate = 0.03 .*4 undecodable.*bad.jsonl"
-        r".*  a.jsonl, r0: why\n.*  a.jsonl, r3: why\nRepair .* or raise data.max_bad_rate"
+        r"(?s)train: 4 of 100 rows are defective \(4 undecodable\), more than --data.max-bad-rate "
+        r"0.03 allows.*bad.jsonl\n  a.jsonl, r0: why\n.*  a.jsonl, r3: why\n"
+        r"Repair .* or raise --data.max-bad-rate"
     )
     with pytest.raises(ValueError, match=message):
         if at_start:

@@ -7,10 +7,10 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_projector.checkpoints import open_manager, restore, save
 from flax_projector.config import MeshConfig
 from flax_projector.sharding import make_mesh
-from flax_projector.train_step import TrainState
+from flax_projector.training.checkpoints import open_manager, restore, save
+from flax_projector.training.state import TrainState
 
 
 def make_state(dtype=jnp.float32) -> TrainState:

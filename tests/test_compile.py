@@ -1,7 +1,6 @@
 """Compiles ahead of time for TPUs and GPUs, with their real compilers, which need no hardware."""
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import time
@@ -11,20 +10,26 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from flax_projector.attention import attend, plain_attend
+from flax_projector.batch import Bucket, abstract_batch, empty_batch
 from flax_projector.config import PRESETS, MeshConfig, ProjectorConfig
-from flax_projector.llama import abstract_decoder, make_cache
-from flax_projector.sharding import batch_sharding, make_mesh, replicated, use_mesh
-from flax_projector.speech_llm import make_speech_llm
-from flax_projector.train_step import make_optimizer, make_schedule, train_step
-from flax_projector.whisper import abstract_encoder
-from tests.test_model_sizes import published
-from train_tpu import abstract_train_state, shardings_of
+from flax_projector.models.attention import attend
+from flax_projector.models.llama import abstract_decoder, make_cache
+from flax_projector.models.plain_attention import plain_attend
+from flax_projector.models.speech_llm import make_speech_llm
+from flax_projector.models.whisper import abstract_encoder
+from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
+from flax_projector.training.objectives import CTCObjective, LLMObjective
+from flax_projector.training.state import abstract_state, make_optimizer, make_schedule
+from flax_projector.training.train_step import compile_steps
+from tests.published import published_config
 
 pytestmark = pytest.mark.slow
 
-WHISPER_BASE, SMOLLM2_135M = published("base"), published("SmolLM2-135M")
-WHISPER_LARGE_V3_TURBO, SMOLLM3_3B = published("large-v3-turbo"), published("SmolLM3-3B")
+WHISPER_BASE, SMOLLM2_135M = published_config("base"), published_config("SmolLM2-135M")
+WHISPER_LARGE_V3_TURBO, SMOLLM3_3B = (
+    published_config("large-v3-turbo"),
+    published_config("SmolLM3-3B"),
+)
 CHIP_BYTES = 16e9  # of a v5e
 H100 = """
 gpu_device_info {
@@ -97,35 +102,20 @@ def peak_bytes(compiled) -> int:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
 
 
-def abstract_batch(mesh, batch_size: int, *, frames: int, length: int, text: int) -> dict:
-    """A batch of 30-second windows."""
-    shapes = {
-        "samples": ((480_000,), jnp.float32),
-        "frame_valid": ((frames,), bool),
-        "tokens": ((length,), jnp.int32),
-        "prompt_len": ((), jnp.int32),
-        "label_positions": ((text,), jnp.int32),
-        "labels": ((text,), jnp.int32),
-        "label_valid": ((text,), bool),
-    }
-    return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=batch_sharding(mesh))
-        for name, (shape, dtype) in shapes.items()
-    }
-
-
-STAGES = {  # CTC classes, parts of the batch
-    "llm": (None, 1),
-    "llm, in two parts": (None, 2),
-    "ctc": (tuple(range(200)), 1),
+STAGES = {  # what is minimised, and micro-batches
+    "llm": (LLMObjective(), 1),
+    "llm, in two parts": (LLMObjective(), 2),
+    "ctc": (CTCObjective(tuple(range(200)), 4), 1),
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)])
 def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
-    classes, num_parts = STAGES[stage]
-    config = PRESETS["whisper-base-smollm2-135m"][1]
+    objective, num_parts = STAGES[stage]
+    config = dataclasses.replace(
+        PRESETS["whisper-base-smollm2-135m"][1], accumulation_steps=num_parts
+    )
     mesh = make_mesh(mesh_config, tpu_devices("v5e:2x2"))
     dtype = jnp.dtype(config.dtype)
     model = make_speech_llm(
@@ -135,30 +125,19 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
     model = dataclasses.replace(model, prefix=prefix)
     schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
     optimizer = make_optimizer(config.optimizer, schedule)
-    state = abstract_train_state(config, optimizer, mesh)
     frozen = (
         abstract_encoder(WHISPER_BASE, param_dtype=dtype, mesh=mesh),
         abstract_decoder(SMOLLM2_135M, param_dtype=dtype, mesh=mesh),
     )
-    batch = abstract_batch(mesh, 16, frames=750, length=256, text=64)
-    step = functools.partial(
-        train_step,
-        model=model,
-        optimizer=optimizer,
-        seed=0,
-        classes=classes,
-        accumulation_steps=num_parts,
-    )
+    bucket = Bucket(num_frames=750, merged_len=256, text_len=64)
+    window = empty_batch(bucket, 1, fill=0, audio_shape={"samples": (480_000,)})
+    batch = abstract_batch(window, 16, batch_sharding(mesh))
+    state = abstract_state(config.projector, optimizer, mesh)
     with use_mesh(mesh):
-        compiled = (
-            jax.jit(
-                step,
-                out_shardings=(shardings_of(state), replicated(mesh)),
-                donate_argnums=0,
-            )
-            .lower(state, *frozen, batch)
-            .compile()
+        steps = compile_steps(
+            [objective], [(bucket, batch)], state, frozen, optimizer, model, config
         )
+    compiled = steps[objective, bucket]
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     peak = peak_bytes(compiled)
@@ -199,9 +178,6 @@ def test_full_size_towers_compile_for_64_chips(towers, part, report):
         batch = 4 * mesh.size
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=batch_sharding(mesh))
 
-    def encode(params, samples):
-        return model.encode(params, samples)[0]
-
     def logits(params, inputs, positions):
         return model.label_logits(params, inputs, positions)
 
@@ -212,7 +188,7 @@ def test_full_size_towers_compile_for_64_chips(towers, part, report):
 
     inputs = (on_chips(LENGTH, 2048), on_chips(LABELS, dtype=jnp.int32))
     function, args = {
-        "encoder": (encode, (params["encoder"], on_chips(480_000, dtype=jnp.float32))),
+        "encoder": (model.encode, (params["encoder"], on_chips(480_000, dtype=jnp.float32))),
         "llm": (logits, (params["llm"], *inputs)),
         "llm gradient": (gradient, (params["llm"], *inputs)),
     }[part]

@@ -1,17 +1,25 @@
 """Configuration: defaults, checks, and what may change when a run is resumed."""
 
 import dataclasses
+from typing import Annotated
 
 import pytest
 
 from flax_projector.config import (
     PRESETS,
+    CTCConfig,
     DataConfig,
+    Llama3RopeScaling,
     LlamaConfig,
     MeshConfig,
+    OptimizerConfig,
     ProjectorConfig,
+    PromptConfig,
+    SpecAugmentConfig,
+    TrainConfig,
     WhisperConfig,
     changes,
+    fields,
     from_json,
     to_json,
 )
@@ -86,6 +94,30 @@ def test_wrong_values_name_field_value_and_rule(cls, valid, wrong, message):
         cls(**{**valid, **wrong})
 
 
+CONFIGS = [
+    *(WhisperConfig, LlamaConfig, Llama3RopeScaling, ProjectorConfig, PromptConfig, MeshConfig),
+    *(DataConfig, OptimizerConfig, SpecAugmentConfig, CTCConfig, TrainConfig),
+]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_annotation_is_a_rule_that_is_known(cls):
+    """`check` would raise a TypeError for a note that it does not understand."""
+    fields._rules(cls)
+    number_rules = {name for name, rules in fields._rules(cls).items() if rules}
+    without = set(fields.number_fields(cls)) - number_rules - {"seed"}
+    assert not without, f"numbers without a rule: {sorted(without)}"
+
+
+def test_an_unknown_annotation_is_an_error():
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        size: Annotated[int, "positive"] = 1
+
+    with pytest.raises(TypeError, match="no rule is known for the annotation 'positive'"):
+        fields.check(Odd())
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_the_run_folder(name):
     config = PRESETS[name][1]
@@ -103,5 +135,5 @@ def test_only_harmless_changes_pass_unnoticed():
     data = dataclasses.replace(config.data, batch_size=16)
     changed = dataclasses.replace(config, data=data, keep_checkpoints=9, mesh=MeshConfig(fsdp=2))
     refused, allowed = changes(config, changed)
-    assert refused == ["data.batch_size: 4 -> 16"]
-    assert [line.split(":")[0] for line in allowed] == ["mesh.fsdp", "keep_checkpoints"]
+    assert refused == ["--data.batch-size: 4 -> 16"]
+    assert [line.split(":")[0] for line in allowed] == ["--mesh.fsdp", "--keep-checkpoints"]

@@ -11,30 +11,17 @@ from convert import engine
 from convert.checkpoint import DTYPES, TensorInfo, in_memory
 from convert.errors import ConversionError
 from convert.models import KINDS, LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
+from convert.round_trip import check_round_trip, is_same
 from convert.rules import IDENTITY, Rule, Table, transpose
 from convert.trees import unflatten
-from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
-from flax_projector.projector import ResidualAudioProjector
+from flax_projector.config import ProjectorConfig
+from flax_projector.models.projector import ResidualAudioProjector
+from tests.checkpoints import CONFIGS, random_bits
 from tests.tiny import read_all, torch_infos
 
-# Unequal, co-prime, not square: a forgotten transpose cannot hide in a shape.
-CONFIGS = {
-    PROJECTOR: ProjectorConfig(5, 7, projector_pool_stride=3, projector_hidden_dim=11),
-    WHISPER_ENCODER: WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13),
-    LLAMA: LlamaConfig(13, 10, 7, 3, 4, 2, head_dim=6, qkv_bias=True, o_bias=True, qk_norm=True),
-}
 TIED = dataclasses.replace(CONFIGS[LLAMA], tie_word_embeddings=True)
 
 all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-
-
-def random_bits(infos: dict[str, TensorInfo], seed: int = 0) -> dict[str, np.ndarray]:
-    """Tensors of random bits: NaNs with payloads, infinities and signed zeros among them."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: np.frombuffer(rng.bytes(info.nbytes), info.dtype).reshape(info.shape)
-        for name, info in infos.items()
-    }
 
 
 def make_checkpoint(kind: ModelKind, config, *, dtype="float32", prefix=None):
@@ -63,8 +50,8 @@ def test_round_trip_keeps_every_bit(kind: ModelKind, dtype) -> None:
     }
     streamed = dict(engine.as_torch(backward, leaves).stream())  # what files are written from
     assert all(t.flags.c_contiguous for t in streamed.values())
-    assert all(engine.is_same(t, returned[k]) for k, t in streamed.items())
-    engine.check_round_trip(in_memory(tensors), in_memory(returned))
+    assert all(is_same(t, returned[k]) for k, t in streamed.items())
+    check_round_trip(in_memory(tensors), in_memory(returned))
 
 
 def test_values_land_where_the_module_reads_them() -> None:
@@ -99,7 +86,7 @@ def test_decoder_is_left_out_with_its_reason(caplog) -> None:
     with caplog.at_level("INFO", logger="convert"):
         forward = plan(kind, config, infos | decoder)
     assert set(forward.tensors) == set(infos)
-    assert "1 tensors model.decoder.* (the decoder is not used" in caplog.text
+    assert "left out 1 tensors model.decoder.*: the decoder is not used" in caplog.text
 
 
 def test_tied_head_may_be_absent_or_a_copy_and_is_not_written(caplog) -> None:
@@ -113,7 +100,7 @@ def test_tied_head_may_be_absent_or_a_copy_and_is_not_written(caplog) -> None:
     infos["lm_head.weight"] = infos["model.embed_tokens.weight"]
     with caplog.at_level("INFO", logger="convert"):
         forward = plan(LLAMA, TIED, infos)
-    assert "left out: lm_head.weight (the config says that it is the same as" in caplog.text
+    assert "left out lm_head.weight: the config says that it is the same as" in caplog.text
     assert "lm_head/kernel" not in engine.as_flax(forward, in_memory(tensors)).infos
     assert "lm_head.weight" not in forward.tensors
 
@@ -135,7 +122,7 @@ def without(names, infos):
         ),
         (
             lambda infos: infos | {"projector.gate.weight": infos["projector.input_proj.bias"]},
-            "unexpected  projector.gate.weight  [7] belongs to no projector; to-flax leaves it out",
+            "unexpected  projector.gate.weight  [7] is not part of a projector; `to-flax --ignore",
         ),
         (
             lambda infos: (
@@ -178,8 +165,8 @@ def test_all_problems_are_reported_together_and_sorted() -> None:
         "config.json that came with them (3 problems)",
         "  missing     projector.input_proj.bias    [7] -> input_proj/bias",
         "  missing     projector.layers.1.fc2.bias  [7] -> layers_1/fc2/bias",
-        "  unexpected  projector.extra              [3, 2] belongs to no projector; to-flax "
-        "leaves it out with --ignore 'projector.extra'",
+        "  unexpected  projector.extra              [3, 2] is not part of a projector; "
+        "`to-flax --ignore 'projector.extra'` leaves it out",
     ]
 
 
@@ -250,9 +237,9 @@ def test_one_key_for_two_leaves_is_an_error() -> None:
 )
 def test_round_trip_check_sees_every_change(returned, message) -> None:
     before = in_memory({"a": np.array([1, np.nan], "f4")})
-    engine.check_round_trip(before, before)
+    check_round_trip(before, before)
     with pytest.raises(ConversionError) as caught:
-        engine.check_round_trip(before, in_memory(returned))
+        check_round_trip(before, in_memory(returned))
     assert message in str(caught.value)
 
 
@@ -287,7 +274,7 @@ def test_only_the_forward_pass_catches_swapped_rows_of_equal_shape() -> None:
     def project(table: Table) -> np.ndarray:
         forward = engine.plan_to_flax(table, tensors.infos, target)
         leaves = engine.as_flax(forward, tensors)
-        engine.check_round_trip(tensors, engine.as_torch(forward, leaves))  # satisfied either way
+        check_round_trip(tensors, engine.as_torch(forward, leaves))  # satisfied either way
         with jax.default_matmul_precision("highest"):
             inputs = jnp.asarray(frames.numpy())
             y = ResidualAudioProjector(config).apply(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,7 @@ from flax_projector.config import (
     TrainConfig,
     WhisperConfig,
 )
-
-FIXTURE = Path(__file__).parents[1].parent / "shared/fixtures/upstream_checkpoint"
+from tests.checkpoints import UPSTREAM
 
 PROJECTOR = ProjectorConfig(5, 7, projector_pool_stride=3, rms_norm_eps=1e-8)
 WHISPER = WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13)
@@ -91,7 +89,7 @@ def test_value_that_cannot_be_expressed_is_an_error(name, field, value, message)
     with pytest.raises(ConversionError) as caught:
         parse({**data, field: value}, "here/config.json")
     assert message in str(caught.value)
-    assert str(caught.value).startswith("here/config.json does not describe a model that")
+    assert str(caught.value).startswith("here/config.json cannot be read as a ")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,10 @@ def test_value_of_the_wrong_kind_is_an_error(value) -> None:
 
 
 LLAMA3 = {
-    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
@@ -142,7 +143,7 @@ LLAMA3 = {
 def test_type_of_what_is_computed_with_is_checked(field, value, expected) -> None:
     with pytest.raises(ConversionError) as caught:
         hf_config.parse_llama({**CASES["llama"][2], field: value}, "here/config.json")
-    assert str(caught.value).startswith("here/config.json does not describe a model that")
+    assert str(caught.value).startswith("here/config.json cannot be read as a ")
     assert f"type  {field}  = {value!r}, expected {expected}" in str(caught.value)
 
 
@@ -180,7 +181,7 @@ def smollm3_dict(**changes) -> dict:
         ({"no_rope_layers": [0, 1, 1, 1, 1, 1, 0, 1]}, (0, 6)),
         ({"no_rope_layers": [0] * 8, "model_type": "llama"}, ()),
     ],
-    ids=["nothing said", "interval", "marks", "another family"],
+    ids=["absent", "interval", "marks", "another family"],
 )
 def test_layers_without_rope_are_those_of_transformers(changes, layers) -> None:
     assert hf_config.parse_llama(smollm3_dict(**changes)).no_rope_layers == layers
@@ -267,7 +268,7 @@ def test_absent_projector_type_is_the_residual_one() -> None:
     assert hf_config.parse_projector(data) == PROJECTOR
 
 
-def test_trained_projector_is_described_with_the_names_of_upstream() -> None:
+def test_trained_projector_is_described_with_the_names_of_tiny_audio() -> None:
     data = hf_config.run_config_dict(
         TrainConfig(
             encoder="openai/whisper-base",
@@ -279,9 +280,8 @@ def test_trained_projector_is_described_with_the_names_of_upstream() -> None:
     assert data["user_prompt"] == "Write: <audio>"
     assert data["system_prompt"] == "Be brief."
     assert data["audio_model_id"] == "openai/whisper-base"
-    if FIXTURE.exists():
-        upstream = json.loads((FIXTURE / "config.json").read_text())
-        assert data.keys() - upstream.keys() == {"rms_norm_eps"}
+    upstream = json.loads((UPSTREAM / "config.json").read_text())
+    assert data.keys() - upstream.keys() == {"rms_norm_eps"}
 
 
 def test_cast_changes_the_text_only_where_it_must() -> None:
@@ -297,7 +297,7 @@ def test_cast_changes_the_text_only_where_it_must() -> None:
         (None, "does not exist"),
         (b"{", "is not JSON"),
         (b"\xff\xfe{}", "is not JSON"),
-        (b"[]", "holds no JSON object"),
+        (b"[]", "does not hold a JSON object"),
     ],
 )
 def test_unreadable_config_is_an_error(tmp_path, content, message) -> None:

@@ -10,7 +10,6 @@ import tracemalloc
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub.errors import HTTPError
@@ -21,25 +20,22 @@ from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, in_memory
 from convert.errors import ConversionError
 from convert.flax_files import write_flax
 from convert.hf_config import projector_config_dict
-from convert.load import load_projector, load_tower, resolve_model
+from convert.load import load_projector_params, load_tower, resolve_model
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
+from convert.plan import LeafPlan
 from convert.rules import IDENTITY, Rule, transpose
-from convert.torch_files import write_safetensors, write_torch
+from convert.torch_files import write_torch
 from convert.trees import flatten, unflatten
-from flax_projector.checkpoints import open_manager, save
 from flax_projector.config import (
     LlamaConfig,
     MeshConfig,
     ProjectorConfig,
-    TrainConfig,
     WhisperConfig,
-    to_json,
 )
 from flax_projector.sharding import make_mesh
-from flax_projector.train_step import TrainState
+from tests.checkpoints import REPO, write_run, write_weights
 from tests.tiny import read_all, torch_infos
 
-REPO = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("FLAX_PROJECTOR_MODELS", REPO / "models"))
 
 # Two divides most sizes, so that leaves are split along two axes; few sizes are alike.
@@ -69,15 +65,9 @@ def random_tensors(kind: ModelKind, dtype: str = "float32") -> dict[str, np.ndar
 
 
 def flax_side(kind: ModelKind, tensors: dict[str, np.ndarray]) -> Checkpoint:
-    source = in_memory(tensors)
-    plan = engine.plan_to_flax(kind.table, source.infos, kind.leaves(CONFIGS[kind]))
-    return engine.as_flax(plan, source)
-
-
-def write_folder(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
-    folder.mkdir()
-    write_safetensors(folder / "model.safetensors", in_memory(tensors))
-    return folder
+    checkpoint = in_memory(tensors)
+    plan = engine.plan_to_flax(kind.table, checkpoint.infos, kind.leaves(CONFIGS[kind]))
+    return engine.as_flax(plan, checkpoint)
 
 
 def assert_same(got: dict, expected: dict) -> None:
@@ -99,7 +89,7 @@ def assert_sharded_as(params: dict, abstract: dict) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sharded_load_equals_the_unsharded_one(tmp_path, mesh, kind, dtype, caplog) -> None:
     tensors = random_tensors(kind, dtype)
-    folder = write_folder(tmp_path / "hf", tensors)
+    folder = write_weights(tmp_path / "hf", tensors)
     abstract = kind.abstract_params(CONFIGS[kind], mesh=mesh)
     with caplog.at_level("INFO", logger="convert"):
         params = load_tower(kind, folder, abstract)
@@ -143,14 +133,14 @@ def test_nothing_but_the_part_is_copied(transform) -> None:
     shape = (3, *transform.forward_shape(tensor.shape))
     keys = ("layers.0.w", "layers.1.w", "layers.2.w")
     rule = Rule("layers.{i}.w", "layers/w", transform)
-    leaf = engine.LeafPlan("layers/w", TensorInfo(shape, tensor.dtype), keys, rule)
+    leaf = LeafPlan("layers/w", TensorInfo(shape, tensor.dtype), keys, rule)
     read = []
 
     def read_tensor(key: str) -> np.ndarray:
         read.append(key)
         return tensor
 
-    source = Checkpoint(dict.fromkeys(keys, leaf.tensor_info), read_tensor)
+    tensors = Checkpoint(dict.fromkeys(keys, leaf.tensor_info), read_tensor)
     _, rows, columns = (slice(n // 2) for n in shape)
     for index, asked in (
         ((slice(1, 2), rows, slice(None)), keys[1:2]),
@@ -158,7 +148,7 @@ def test_nothing_but_the_part_is_copied(transform) -> None:
     ):
         read.clear()
         tracemalloc.start()  # knows the memory of arrays
-        part = engine.read_part(leaf, source, index)
+        part = engine.read_part(leaf, tensors, index)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert tuple(read) == asked
@@ -166,12 +156,12 @@ def test_nothing_but_the_part_is_copied(transform) -> None:
 
 
 def test_every_part_is_read_once(tmp_path, mesh, monkeypatch) -> None:
-    folder = write_folder(tmp_path / "hf", random_tensors(LLAMA))
+    folder = write_weights(tmp_path / "hf", random_tensors(LLAMA))
     parts: dict[str, list[tuple[str, int]]] = {}
     read_part = engine.read_part
 
-    def record(leaf, source, index):
-        part = read_part(leaf, source, index)
+    def record(leaf, tensors, index):
+        part = read_part(leaf, tensors, index)
         parts.setdefault(leaf.path, []).append((str(index), part.size))
         return part
 
@@ -221,7 +211,7 @@ def test_each_process_reads_its_own_shards_only(tmp_path) -> None:
     """Two processes of two devices: `fsdp` lies across them, `tensor` within."""
     tensors = random_tensors(LLAMA)
     leaves = read_all(flax_side(LLAMA, tensors))
-    write_folder(tmp_path / "hf", tensors)
+    write_weights(tmp_path / "hf", tensors)
     np.savez(tmp_path / "hf/leaves.npz", allow_pickle=False, **leaves)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -248,11 +238,11 @@ def test_tied_tensors_that_differ_are_refused(tmp_path, mesh) -> None:
     abstract = LLAMA.abstract_params(CONFIGS[LLAMA], mesh=mesh)
     tensors = random_tensors(LLAMA)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    folder = write_folder(tmp_path / "equal", tensors)
+    folder = write_weights(tmp_path / "equal", tensors)
     assert "lm_head" not in load_tower(LLAMA, folder, abstract)
 
     tensors["lm_head.weight"][3, 2] += 1
-    folder = write_folder(tmp_path / "different", tensors)
+    folder = write_weights(tmp_path / "different", tensors)
     with pytest.raises(ConversionError, match=r"lm_head.weight  differs from model.embed_tokens"):
         load_tower(LLAMA, folder, abstract)
 
@@ -269,38 +259,33 @@ def test_a_projector_is_loaded_from_any_form(tmp_path, mesh, form, caplog) -> No
     elif form == "flax":
         write_flax(tmp_path / form, in_memory(leaves), text)
     elif form == "run":
-        run = TrainConfig(encoder="whisper", llm="llama", projector=config)
-        (tmp_path / form).mkdir()
-        (tmp_path / form / "config.json").write_text(to_json(run))
-        state = TrainState(jnp.array(4), unflatten(leaves), {"count": jnp.array(4)})
-        with open_manager(tmp_path / form / "checkpoints", keep=1) as manager:
-            save(manager, 4, jax.tree.map(jnp.asarray, state), {})
+        write_run(tmp_path / form, config, unflatten(leaves), steps=[4])
     else:
-        (write_folder(tmp_path / "hf", tensors) / "config.json").write_text(text)
+        (write_weights(tmp_path / "hf", tensors) / "config.json").write_text(text)
 
     abstract = kind.abstract_params(config, mesh=mesh)
     with caplog.at_level("INFO", logger="convert"):
-        params = load_projector(tmp_path / form, config, abstract)
+        params = load_projector_params(tmp_path / form, config, abstract)
     assert "casting bfloat16 -> float32" in caplog.text
     assert_sharded_as(params, abstract)
     assert_same(flatten(params), {path: x.astype(np.float32) for path, x in leaves.items()})
 
 
 def test_load_refuses_another_shape(tmp_path, mesh) -> None:
-    folder = write_folder(tmp_path / "hf", random_tensors(PROJECTOR))
+    folder = write_weights(tmp_path / "hf", random_tensors(PROJECTOR))
     other = ProjectorConfig(5, 8, projector_pool_stride=4, projector_hidden_dim=14)
     with pytest.raises(ConversionError, match=r"got \[8, 15\], expected \[8, 20\]"):
-        load_projector(folder, other, PROJECTOR.abstract_params(other, mesh=mesh))
+        load_projector_params(folder, other, PROJECTOR.abstract_params(other, mesh=mesh))
 
 
 def test_loading_never_imports_torch(tmp_path) -> None:
     for kind in CONFIGS:
-        write_folder(tmp_path / kind.name, random_tensors(kind))
+        write_weights(tmp_path / kind.name, random_tensors(kind))
     code = f"""
 import sys
 import jax
 from convert.hf_config import projector_config_dict
-from convert.load import load_projector, load_tower, resolve_model
+from convert.load import load_projector_params, load_tower, resolve_model
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
 from flax_projector.config import LlamaConfig, MeshConfig, ProjectorConfig, WhisperConfig
 from flax_projector.sharding import make_mesh
@@ -309,7 +294,7 @@ for kind, config in zip((PROJECTOR, WHISPER_ENCODER, LLAMA), {list(CONFIGS.value
     folder = resolve_model({str(tmp_path)!r} + "/" + kind.name)
     abstract = kind.abstract_params(config, mesh=mesh)
     if kind is PROJECTOR:
-        load_projector(folder, config, abstract)
+        load_projector_params(folder, config, abstract)
     else:
         load_tower(kind, folder, abstract)
 sys.exit("torch" in sys.modules)
@@ -324,13 +309,13 @@ def test_model_that_is_nowhere_is_an_error(monkeypatch, error) -> None:
 
     monkeypatch.setattr("convert.load.snapshot_download", no_network)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(ValueError, match=r"'some/model' is neither a folder .* without network, c"):
+    with pytest.raises(ValueError, match=r"'some/model' is not a folder, .* without a network, c"):
         resolve_model("some/model")
 
 
 def test_hub_that_may_not_be_asked_is_named() -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE forbids downloading: unset it, or copy"):
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE forbids downloads: unset it, or copy"):
         resolve_model("some/model-that-is-not-cached")
 
 
@@ -338,10 +323,10 @@ def test_hub_model_without_safetensors_is_an_error(tmp_path, monkeypatch) -> Non
     (tmp_path / "config.json").touch()
     monkeypatch.setattr("convert.load.snapshot_download", lambda *args, **kwargs: str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"'some/model' has no .safetensors on the hub, only .*bin"
+        ValueError, match=r"'some/model' has no .safetensors on the hub, only weights in other"
     ):
         resolve_model("some/model")
-    write_safetensors(tmp_path / "model.safetensors", in_memory({}))
+    write_weights(tmp_path, {})
     assert resolve_model("some/model") == tmp_path
 
 

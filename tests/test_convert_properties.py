@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from convert.hf_config import config_text, projector_config_dict
 from convert.models import PROJECTOR
 from convert.torch_files import WEIGHTS, open_torch, write_safetensors
 from flax_projector.config import ProjectorConfig
+from tests.checkpoints import assert_same_bytes, random_bits
 from tests.tiny import read_all, torch_infos
 
 sizes = st.integers(1, 9)
@@ -22,39 +22,26 @@ configs = st.builds(
     llm_dim=sizes,
     projector_pool_stride=st.integers(1, 5),
     projector_hidden_dim=st.none() | st.integers(0, 9),
-    projector_num_layers=st.integers(0, 12),
+    projector_num_layers=st.sampled_from([0, 1, 2, 3, 11]),  # 11: numbers of two digits
     rms_norm_eps=st.sampled_from([1e-6, 1e-8]),
 )
 seeds = st.integers(0, 2**32 - 1)
 
 
-def random_bits(config: ProjectorConfig, dtype: str, prefix: str, seed: int) -> Checkpoint:
-    """A torch checkpoint of random bits: NaNs with payloads, infinities and signed zeros."""
-    infos = torch_infos(PROJECTOR, config, dtype, prefix=prefix)
-    rng = np.random.default_rng(seed)
-    return in_memory(
-        {
-            key: np.frombuffer(rng.bytes(info.nbytes), info.dtype).reshape(info.shape)
-            for key, info in infos.items()
-        }
-    )
-
-
-def assert_same_bits(got: Checkpoint, expected: Checkpoint) -> None:
-    assert dict(got.infos) == dict(expected.infos)
-    for key in expected.infos:
-        assert got.read(key).tobytes() == expected.read(key).tobytes(), key
+def random_projector(config: ProjectorConfig, dtype: str, prefix: str, seed: int) -> Checkpoint:
+    """A torch checkpoint of random bits."""
+    return in_memory(random_bits(torch_infos(PROJECTOR, config, dtype, prefix=prefix), seed))
 
 
 @given(configs, st.sampled_from(sorted(DTYPES)), st.sampled_from(["projector.", ""]), seeds)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_there_and_back_is_the_identity(config, dtype, prefix, seed) -> None:
-    tensors = random_bits(config, dtype, prefix, seed)
+    tensors = random_projector(config, dtype, prefix, seed)
     target = PROJECTOR.leaves(config)
     plan = engine.plan_to_flax(PROJECTOR.table, tensors.infos, target)
     params = in_memory(read_all(engine.as_flax(plan, tensors)))
     back = engine.plan_to_torch(PROJECTOR.table, params.infos, target, prefix=prefix)
-    assert_same_bits(engine.as_torch(back, params), tensors)
+    assert_same_bytes(engine.as_torch(back, params), tensors)
 
 
 @given(
@@ -73,7 +60,7 @@ def test_there_and_back_is_the_identity(config, dtype, prefix, seed) -> None:
 )
 @settings(max_examples=12, deadline=None)
 def test_there_and_back_through_files_is_the_identity(config, dtype, name, is_bare, seed) -> None:
-    tensors = random_bits(config, dtype, "projector.", seed)
+    tensors = random_projector(config, dtype, "projector.", seed)
     with tempfile.TemporaryDirectory() as folder:
         src, flax, dst = (Path(folder) / name for name in ("src", "flax", name))
         src.mkdir()
@@ -88,7 +75,7 @@ def test_there_and_back_through_files_is_the_identity(config, dtype, name, is_ba
         api.to_flax(src, flax, given=given)
         assert not PROJECTOR.read_config(flax).differences(config)
         api.to_torch(flax, dst)
-        assert_same_bits(open_torch(dst), tensors)
+        assert_same_bytes(open_torch(dst), tensors)
         if name != "x.pt":
             file = dst / WEIGHTS if name == "hf" else dst
             assert file.read_bytes() == (src / WEIGHTS).read_bytes()

@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 
 from convert.checkpoint import DTYPES, TensorInfo
-from convert.models import KINDS, LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
+from convert.models import KINDS, WHISPER_ENCODER, ModelKind
 from convert.rules import IDENTITY, Ignore, Rule, permute, transpose
-from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
-
-CONFIGS = {
-    PROJECTOR: ProjectorConfig(5, 7, projector_pool_stride=3, projector_hidden_dim=11),
-    WHISPER_ENCODER: WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13),
-    LLAMA: LlamaConfig(13, 10, 7, 3, 4, 2, head_dim=6, qkv_bias=True, o_bias=True, qk_norm=True),
-}
+from tests.checkpoints import CONFIGS
 
 
 @pytest.mark.parametrize("transform", [IDENTITY, transpose(), permute(2, 1, 0), permute(1, 2, 0)])

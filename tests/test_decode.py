@@ -1,7 +1,6 @@
-"""Decoding against transformers' `generate`, and the word error rate against hand counts."""
+"""Decoding against transformers' `generate`."""
 
 import functools
-import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from convert.torch_projector import ResidualAudioProjector
+from convert.torch_projector import ResidualAudioProjector as TorchProjector
+from flax_projector.batch import AUDIO_TOKEN, Batch
 from flax_projector.config import ProjectorConfig, WhisperConfig
-from flax_projector.decode import generate, greedy_decode, make_normalizer, word_error_rate
-from flax_projector.prompt import AUDIO_TOKEN
-from flax_projector.speech_llm import SpeechLLM, make_speech_llm
-from tests.test_llama import VARIANTS, VOCAB, make_pair, random_floats
-from tests.test_projector import to_flax
+from flax_projector.models.decode import generate, greedy_decode
+from flax_projector.models.speech_llm import SpeechLLM, make_speech_llm
+from tests.models import (
+    DECODERS,
+    VOCAB,
+    make_decoder_pair,
+    projector_to_flax,
+    random_floats,
+)
 from tests.tiny import randomize
 
 oracle = pytest.mark.torch
@@ -28,10 +32,16 @@ NO_TOKEN = VOCAB  # as end of turn: nothing ends a row
 ENCODER_DIM = 7
 
 
-@pytest.fixture(scope="module", params=["tied, 3 heads per kv head", "untied, 4 heads per kv head"])
+PAIRS = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"decode, {name}"))
+    for name in ("tied, 3 heads per kv head", "untied, 4 heads per kv head")
+]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> Any:
     """A tiny Llama on both sides, in Flax as part of a whole model."""
-    llama = make_pair(tmp_path_factory.mktemp("llama"), **VARIANTS[request.param], gain=2)
+    llama = make_decoder_pair(tmp_path_factory.mktemp("llama"), **DECODERS[request.param], gain=2)
     projector = ProjectorConfig(ENCODER_DIM, llama.config.hidden_size, projector_pool_stride=3)
     model = make_speech_llm(
         WhisperConfig(5, ENCODER_DIM, 1, 1, 3),
@@ -138,7 +148,7 @@ def test_what_follows_the_prompt_is_not_looked_at(pair, endless) -> None:
 def test_transcription_equals_that_of_pytorch(pair) -> None:
     """Frames to tokens: projector, splice and decoding together, transcripts in the batch."""
     config = pair.model.projector.config
-    projector = randomize(ResidualAudioProjector(config), seed=2).eval()
+    projector = randomize(TorchProjector(config), seed=2).eval()
     frames, num_frames = random_floats(2, 14, ENCODER_DIM), (14, 5)
     before, after, transcript = [3, 41, 8], [17, 5], [1, 2, 30]
 
@@ -153,59 +163,21 @@ def test_transcription_equals_that_of_pytorch(pair) -> None:
         lengths.append(len(prompt))
         expected.append(torch_generate(pair.torch, torch.cat(parts).numpy()))
 
-    batch = {
-        "frames": jnp.asarray(frames),
-        "frame_valid": jnp.arange(14) < jnp.asarray(num_frames)[:, None],
-        "tokens": jnp.asarray(rows),
-        "prompt_len": jnp.asarray(lengths),
-    }
+    labels = np.tile(np.array(transcript, np.int32), (2, 1))
+    batch = Batch(
+        num_frames=np.array(num_frames, np.int32),
+        tokens=np.array(rows, np.int32),
+        prompt_len=np.array(lengths, np.int32),
+        label_positions=np.array(lengths, np.int32)[:, None] - 1 + np.arange(3, dtype=np.int32),
+        labels=labels,
+        label_valid=np.ones_like(labels, bool),
+        frames=frames,
+        max_frames=14,
+    )
     decode = functools.partial(
         greedy_decode, model=pair.model, max_new_tokens=MAX_NEW_TOKENS, end_of_turn=NO_TOKEN
     )
-    tokens = jax.jit(decode)(to_flax(config, projector.state_dict()), {}, pair.params, batch)
+    params = projector_to_flax(config, projector.state_dict())
+    tokens = jax.jit(decode)(params, {}, pair.params, batch)
     np.testing.assert_array_equal(np.asarray(tokens), expected)
     assert expected[0] != expected[1]
-
-
-@pytest.fixture
-def normalize(tmp_path) -> Any:
-    (tmp_path / "normalizer.json").write_text(json.dumps({"colour": "color"}))
-    return make_normalizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("references", "hypotheses", "expected"),
-    [
-        (["turn the light on"], ["turn the light on"], 0),
-        (["turn the light on"], ["turn a light on"], 1 / 4),  # substitution
-        (["turn the light on"], ["turn the light back on"], 1 / 4),  # insertion
-        (["turn the light on"], ["turn light on"], 1 / 4),  # deletion
-        (["turn the light on"], [""], 1),
-        (["go"], ["stop right there"], 3),  # one substitution, two insertions
-        (["one two go", "stop"], ["one two go", "left"], 1 / 3),  # "one two" becomes "12"
-        (["turn the light on", "go"], ["turn the light on", "stop"], 1 / 5),  # not a mean of 0, 1
-        (["Turn the LIGHT on!"], ["turn, the light on"], 0),
-        (["the colour"], ["the color"], 0),
-        (["I'm twenty five"], ["i am 25"], 0),
-        (["well um go"], ["well go"], 0),  # fillers
-        (["go [laughter]"], ["go"], 0),
-        (["", "go"], ["noise", "go"], 0),  # no word to compare with
-    ],
-)
-def test_word_error_rate_equals_a_hand_count(normalize, references, hypotheses, expected) -> None:
-    assert word_error_rate(references, hypotheses, normalize) == pytest.approx(expected)
-
-
-def test_spellings_come_from_the_folder(tmp_path) -> None:
-    assert word_error_rate(["colour"], ["color"], make_normalizer(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("references", [[], [""], ["", "Um"]])
-def test_references_without_a_word_are_an_error(normalize, references) -> None:
-    with pytest.raises(ValueError, match="no reference with a word"):
-        word_error_rate(references, references, normalize)
-
-
-def test_every_reference_needs_a_hypothesis(normalize) -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        word_error_rate(["go", "stop"], ["go"], normalize)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector import features
-from flax_projector.audio import BadAudio, Problem
-from flax_projector.batch_plan import Utterance
-from flax_projector.features import FeatureStore, keep_features
-from flax_projector.manifest import ManifestRow
+from flax_projector.data import features
+from flax_projector.data.audio import BadAudio, Problem
+from flax_projector.data.batch_plan import Utterance
+from flax_projector.data.features import FeatureStore, keep_features
+from flax_projector.data.manifest import ManifestRow
 
 WINDOW, BATCH, DIM = 6_400, 4, 3  # 20 frames
 

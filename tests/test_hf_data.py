@@ -1,5 +1,6 @@
 """Data sets of Hugging Face: folders at random access and streamed, without the network."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -14,11 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector import hf_data
-from flax_projector.audio import Problem, load_audio
 from flax_projector.config import DataConfig
-from flax_projector.hf_data import HFSource, parse_hf_source, read_hf
-from flax_projector.run import source_name
+from flax_projector.data import hf_data
+from flax_projector.data.audio import Problem, load_audio
+from flax_projector.data.hf_data import HFSource, parse_hf_source, read_hf
 
 COLUMNS = ":audio=sound:text=said"
 
@@ -169,7 +169,7 @@ def test_a_kept_stream_that_lost_rows_is_an_error(folders, tmp_path, limit):
     (manifest,) = kept.glob("*/rows.jsonl")
     manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:2]))
     with pytest.raises(
-        ValueError, match=rf"rows.jsonl has 2 rows, not the {limit or 7} .*: delete"
+        ValueError, match=rf"rows.jsonl has 2 rows, .* says that {limit or 7} were kept: delete"
     ):
         read_hf(source, stream_config(), kept)
 
@@ -209,11 +209,6 @@ def test_names_of_data_sets(source, expected):
     assert parse_hf_source(source) == expected
 
 
-def test_names_under_which_sources_are_reported():
-    assert source_name("hf:owner/name:en:train[:100]") == "owner-name-en-train-100"
-    assert source_name("gs://bucket/dev.jsonl") == source_name("a/b/dev.tsv") == "dev"
-
-
 @pytest.mark.parametrize(
     "source",
     ["hf:owner/name", "hf:", "hf:a:b:c:d", "hf:a:text=x", "hf:a:train:txt=x", "hf:a:train:text="],
@@ -229,7 +224,10 @@ def test_a_malformed_name_says_what_to_write(source):
 def test_what_cannot_be_opened_says_why(folders, tmp_path, streaming):
     config = DataConfig(hf_streaming=streaming)
     for source, message in [
-        ("hf:no/such:train", "cannot be opened: .*hub that this machine can reach, or a folder"),
+        (
+            "hf:no/such:train",
+            "cannot be opened: .*\nName a data set on the hub, .* or a folder",
+        ),
         (f"hf:{folders['several']}:test{COLUMNS}", r"no split 'test' in \['train'\]"),
         (f"hf:{folders['parquet']}:test", "test"),
     ]:
@@ -247,12 +245,34 @@ def test_without_datasets_the_error_names_the_extra(folders, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_datasets_is_left_as_it_was(folders, tmp_path, monkeypatch, streaming, split):
+    """For this process, which may use it for other things: with torch, if it is installed."""
+    load, seen = hf_data._load, []
+
+    def look(*args, **kwargs):
+        seen.append((datasets.config.TORCH_AVAILABLE, datasets.Audio.encode_example))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(hf_data, "_load", look)
+    before = datasets.config.TORCH_AVAILABLE, datasets.Audio.encode_example
+    assert before[0], "the tests have torch"
+    outcome = contextlib.nullcontext() if split == "train" else pytest.raises(ValueError)
+    with outcome:
+        source = f"hf:{folders['sounds']}:{split}:text=said"
+        read_hf(source, DataConfig(hf_streaming=streaming), tmp_path / "kept")
+    assert (datasets.config.TORCH_AVAILABLE, datasets.Audio.encode_example) == before
+    (within,) = seen
+    assert not within[0] and within[1] != before[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_reading_data_sets_never_imports_torch(folders, tmp_path, streaming):
     script = (
         "import pathlib, sys\n"
-        "from flax_projector.audio import load_audio\n"
+        "from flax_projector.data.audio import load_audio\n"
         "from flax_projector.config import DataConfig\n"
-        "from flax_projector.hf_data import read_hf\n"
+        "from flax_projector.data.hf_data import read_hf\n"
         f"config = DataConfig(hf_streaming={streaming})\n"
         "rows, _ = read_hf(sys.argv[1], config, pathlib.Path(sys.argv[2]))\n"
         "assert len(load_audio(rows[0].audio)) == 1600\n"

@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import jax
@@ -13,143 +10,52 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
 
-from convert.models import LLAMA
-from flax_projector.attention import causal_mask
 from flax_projector.config import RematName
-from flax_projector.layers import RMSNorm
-from flax_projector.llama import (
+from flax_projector.models.layers import RMSNorm
+from flax_projector.models.llama import (
     KVCache,
     LlamaDecoder,
     LlamaLayer,
     _rotary,
     make_cache,
 )
+from flax_projector.models.plain_attention import causal_mask
+from tests.models import DECODERS, NUM_LAYERS, VOCAB, make_decoder_pair, random_floats
 from tests.parity import assert_close, assert_relative_l2, relative_l2
-from tests.test_projector import load_on_one_device
-from tests.tiny import randomize
 
 pytestmark = pytest.mark.torch
 
-VOCAB, NUM_LAYERS, LENGTH = 53, 2, 11
-
-TIED = {
-    "hidden_size": 24,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": True,
-}
-UNTIED = {
-    "hidden_size": 28,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 6,
-    "rope_theta": 317.0,
-    "tie_word_embeddings": False,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "tied, 3 heads per kv head": TIED,
-    "untied, 4 heads per kv head": UNTIED,
-    "untied, 1 head per kv head": {
-        "hidden_size": 21,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "head_dim": 16,
-        "rope_theta": 5_000_000.0,
-        "tie_word_embeddings": False,
-    },
-    "llama with biases": {**TIED, "attention_bias": True},
-    "llama 3": {**UNTIED, "rope": LLAMA3},
-    "qwen2": {**TIED, "family": "qwen2", "head_dim": None},
-    "qwen3": {**UNTIED, "family": "qwen3"},
-    "smollm3": {**TIED, "family": "smollm3", "head_dim": 4, "no_rope_layers": [1, 0]},
-}
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
-}
-
-
-def make_pair(
-    folder: Path,
-    *,
-    rope_theta: float,
-    rope: Mapping[str, Any] | None = None,
-    family: str = "llama",
-    gain: float = 1.0,
-    **sizes: Any,
-) -> Any:
-    """A tiny decoder with every parameter random, and the same in Flax, from its folder.
-
-    A higher `gain` of the matrices lets the context decide more, and generated texts vary.
-    """
-    make_config, make_model = FAMILIES[family]
-    if sizes.get("head_dim", 0) is None:
-        del sizes["head_dim"]  # Qwen2 derives it
-    config = make_config(
-        vocab_size=VOCAB,
-        intermediate_size=37,
-        num_hidden_layers=NUM_LAYERS,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta, **(rope or {})},
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **sizes,
-    )
-    config._attn_implementation = "eager"
-    model = randomize(make_model(config), seed=1).eval()
-    for parameter in model.parameters():
-        parameter.data *= gain if parameter.ndim == 2 else 1
-    model.save_pretrained(folder)
-    flax_config, params = load_on_one_device(LLAMA, folder)
-    module = LlamaDecoder(flax_config)
-    return SimpleNamespace(torch=model, config=flax_config, module=module, params=params)
-
+LENGTH = 11
 
 PAIRS = [
-    pytest.param(variant, id=name, marks=pytest.mark.variant(variant.get("family", "llama")))
-    for name, variant in VARIANTS.items()
+    pytest.param(
+        options,
+        id=name,
+        marks=[
+            pytest.mark.variant(options.get("family", "llama")),
+            pytest.mark.xdist_group(f"llama, {name}"),
+        ],
+    )
+    for name, options in DECODERS.items()
 ]
 
 
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory) -> Any:
-    return make_pair(tmp_path_factory.mktemp("llama"), **request.param)
+    return make_decoder_pair(tmp_path_factory.mktemp("llama"), **request.param)
 
 
 def random_tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(VOCAB, size=shape, dtype=np.int32)
 
 
-def random_floats(*shape: int) -> np.ndarray:
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def run(module: Any, params: dict, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
+
+
+run_rotary: Any = jax.jit(_rotary, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -220,7 +126,7 @@ def test_layer_equals_transformers(pair, layer) -> None:
     positions = np.arange(LENGTH)[None]
     params = jax.tree.map(lambda leaf: leaf[layer], pair.params["layers"])
     module = LlamaLayer(pair.config, jnp.float32, jnp.float32)
-    rotary = _rotary(jnp.asarray(positions), pair.config)
+    rotary = run_rotary(positions, pair.config)
     is_rotated = layer not in pair.config.no_rope_layers
     mask = causal_mask(LENGTH)
     y, _ = run(module, params, x, rotary, is_rotated, mask, None, None, 0)
@@ -240,21 +146,20 @@ def test_scan_equals_the_layers_one_by_one(pair) -> None:
     x = jnp.asarray(random_floats(2, LENGTH, pair.config.hidden_size))
     scanned, _ = run_embeddings(pair.module, pair.params, x, random_floats(2, LENGTH, VOCAB))
     layer = LlamaLayer(pair.config, jnp.float32, jnp.float32)
-    rotary = _rotary(jnp.arange(LENGTH)[None], pair.config)
+    rotary = run_rotary(np.arange(LENGTH)[None], pair.config)
     for i in range(NUM_LAYERS):
         params = jax.tree.map(lambda leaf, i=i: leaf[i], pair.params["layers"])
         is_rotated = i not in pair.config.no_rope_layers
         x, _ = run(layer, params, x, rotary, is_rotated, causal_mask(LENGTH), None, None, 0)
-    norm = RMSNorm(pair.config.rms_norm_eps)
-    x = norm.apply({"params": pair.params["norm"]}, x)
-    logits = pair.module.apply({"params": pair.params}, x, method="logits")
-    assert_close(scanned, logits, 1e-5)
+    x = run(RMSNorm(pair.config.rms_norm_eps), pair.params["norm"], x)
+    apply_logits = jax.jit(functools.partial(pair.module.apply, method="logits"))
+    assert_close(scanned, apply_logits({"params": pair.params}, x), 1e-5)
 
 
 @pytest.mark.parity("transformers")
 def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
     positions = np.arange(600)[None]  # 30 s of audio at 12.5 tokens per second, and its texts
-    cos_sin = _rotary(jnp.asarray(positions), pair.config)
+    cos_sin = run_rotary(positions, pair.config)
     expected = pair.torch.model.rotary_emb(torch.zeros(1), torch.from_numpy(positions))
     for got, theirs in zip(cos_sin, expected, strict=True):
         assert_close(got[:, :, 0], theirs, 1e-5)
@@ -304,15 +209,20 @@ def test_left_padding_equals_transformers_with_its_mask(pair) -> None:
     assert_close(got[is_text], expected[is_text], 1e-4)
 
 
-@pytest.mark.consistency("ours one by one")
+@pytest.mark.consistency("ours in rows of their own")
 def test_packed_texts_do_not_see_each_other(pair) -> None:
-    tokens = random_tokens(1, LENGTH)
-    text = np.array([[0] * 4 + [1] * (LENGTH - 4)])
-    positions = np.concatenate([np.arange(4), np.arange(LENGTH - 4)])[None]
-    key_valid = np.asarray(causal_mask(LENGTH)) & (text[:, :, None] == text[:, None])
+    """Every row holds two texts, of other lengths than the next row's."""
+    tokens, first = random_tokens(3, LENGTH), np.array([4, 1, 9])[:, None]
+    slots = np.arange(LENGTH)
+    is_second = slots >= first
+    positions = np.where(is_second, slots - first, slots)
+    key_valid = np.asarray(causal_mask(LENGTH)) & (is_second[:, :, None] == is_second[:, None])
     packed = run_masked(pair.module, pair.params, tokens, positions, key_valid)
-    assert_close(packed[:, :4], run(pair.module, pair.params, tokens[:, :4]), 1e-5)
-    assert_close(packed[:, 4:], run(pair.module, pair.params, tokens[:, 4:]), 1e-5)
+    seconds = np.take_along_axis(tokens, (slots + first) % LENGTH, axis=1)  # each at the start
+    firsts_alone, seconds_alone = (run(pair.module, pair.params, t) for t in (tokens, seconds))
+    for row, length in enumerate(first[:, 0]):
+        assert_close(packed[row, :length], firsts_alone[row, :length], 1e-5)
+        assert_close(packed[row, length:], seconds_alone[row, : LENGTH - length], 1e-5)
 
 
 @pytest.mark.parity("transformers")
@@ -327,7 +237,7 @@ def test_gradient_of_input_embeddings_equals_transformers(pair) -> None:
 
 @pytest.mark.consistency("ours without remat")
 @pytest.mark.parametrize("remat", ["products", "layers"])
-@pytest.mark.parametrize("pair", [VARIANTS["untied, 4 heads per kv head"]], indirect=True)
+@pytest.mark.parametrize("pair", [DECODERS["untied, 4 heads per kv head"]], indirect=True)
 def test_remat_changes_no_value(pair, remat) -> None:
     x = random_floats(2, LENGTH, pair.config.hidden_size)
     weights = random_floats(2, LENGTH, VOCAB)
@@ -360,8 +270,8 @@ def test_cached_decoding_equals_the_full_forward(pair, chunks) -> None:
 @pytest.mark.consistency("ours in f32")
 def test_bf16_decoder_is_near_f32_with_f32_logits(pair) -> None:
     tokens = random_tokens(3, LENGTH)
-    stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), pair.params)
-    same = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), stored)  # compare the arithmetic
+    stored = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), pair.params)
+    same = jax.tree.map(lambda leaf: leaf.astype(np.float32), stored)  # compare the arithmetic
     logits = run(LlamaDecoder(pair.config, jnp.bfloat16, jnp.bfloat16), stored, tokens)
     assert logits.dtype == jnp.float32
     with torch.no_grad():
@@ -373,7 +283,7 @@ def test_bf16_decoder_is_near_f32_with_f32_logits(pair) -> None:
     assert_relative_l2(logits, run(pair.module, same, tokens), limit)
 
 
-@pytest.mark.parametrize("pair", [VARIANTS["untied, 4 heads per kv head"]], indirect=True)
+@pytest.mark.parametrize("pair", [DECODERS["untied, 4 heads per kv head"]], indirect=True)
 def test_attention_scores_are_not_kept_for_the_backward_pass(pair) -> None:
     def kept_sizes(length: int, remat: RematName) -> list[int]:
         module = LlamaDecoder(pair.config, remat=remat)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.audio import Problem, load_audio
-from flax_projector.manifest import read_manifest
+from flax_projector.data.audio import Problem, load_audio
+from flax_projector.data.manifest import read_manifest
 
 
 @pytest.fixture
@@ -37,8 +37,12 @@ def jsonl(*rows: dict) -> str:
         ("[1]", Problem.MALFORMED, "need an object"),
         ('{"text": "x"}', Problem.MALFORMED, "no 'audio' in ['text']"),
         ('{"audio": "0.wav", "text": "x", "duration": "1 s"}', Problem.MALFORMED, "'1 s'"),
-        ('{"audio": "0.wav", "text": "x", "offset": -1}', Problem.MALFORMED, "-1 is no number"),
-        ('{"audio": "0.wav", "text": "x", "duration": NaN}', Problem.MALFORMED, "nan is no number"),
+        ('{"audio": "0.wav", "text": "x", "offset": -1}', Problem.MALFORMED, "-1 is not a number"),
+        (
+            '{"audio": "0.wav", "text": "x", "duration": NaN}',
+            Problem.MALFORMED,
+            "nan is not a number",
+        ),
         ('{"audio": "0.wav"}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "0.wav", "text": " "}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "no.wav", "text": "x"}', Problem.MISSING_FILE, "no.wav does not exist"),
@@ -134,7 +138,9 @@ def test_durations_are_read_once_unless_a_file_changes(write, tmp_path, monkeypa
     cache = tmp_path / "cache"
     first = read_manifest(manifest, cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr("flax_projector.manifest.read_duration", lambda audio: pytest.fail("read"))
+        patch.setattr(
+            "flax_projector.data.manifest.read_duration", lambda audio: pytest.fail("read")
+        )
         assert read_manifest(manifest, cache=cache) == first
     soundfile.write(tmp_path / "0.wav", np.zeros(32_000), 16_000)
     assert [row.duration for row in read_manifest(manifest, cache=cache)[0]] == [2.0, 1.5]

@@ -1,20 +1,27 @@
 """What a run writes down, and what is left of it after a restart."""
 
 import json
+import logging
 import sys
 
 import pytest
 
-from flax_projector.evaluate import Transcript
-from flax_projector.metrics import MetricsWriter, samples
+from flax_projector.run_folder import RunFolder
+from flax_projector.training.evaluate import Scores, Transcript
+from flax_projector.training.metrics import MetricsWriter, samples
 
 
-def steps_of(folder) -> list[tuple[int, str]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def steps_of(folder: RunFolder) -> list[tuple[int, str]]:
+    lines = folder.metrics.read_text().splitlines()
     return [(r["step"], "train" if "grad_norm" in r else "eval") for r in map(json.loads, lines)]
 
 
-def write_run(folder) -> None:
+def write_run(folder: RunFolder) -> None:
     with MetricsWriter(folder) as writer:
         for step in (2, 4, 6):
             writer.write(step, {"loss": 1.0, "grad_norm": 0.5})
@@ -30,22 +37,22 @@ def write_run(folder) -> None:
         (0, []),
     ],
 )
-def test_a_restart_drops_what_it_will_write_again(tmp_path, first_step, expected):
-    write_run(tmp_path)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+def test_a_restart_drops_what_it_will_write_again(folder, first_step, expected):
+    write_run(folder)
+    with folder.metrics.open("a") as file:
         file.write('{"step": 1, "lo')  # the process was killed here
-    with MetricsWriter(tmp_path, first_step=first_step):
+    with MetricsWriter(folder, first_step=first_step):
         pass
-    assert steps_of(tmp_path) == expected
+    assert steps_of(folder) == expected
 
 
-def test_without_wandb_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+def test_without_wandb_the_error_says_how_to_get_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"pip install wandb"):
-        MetricsWriter(tmp_path, wandb_project="speech")
+        MetricsWriter(folder, wandb_project="speech")
 
 
-def test_wandb_gets_the_scalars(tmp_path, monkeypatch):
+def test_wandb_gets_the_scalars(folder, monkeypatch):
     logged, ids = [], []
 
     class Run:
@@ -62,13 +69,27 @@ def test_wandb_gets_the_scalars(tmp_path, monkeypatch):
             return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    with MetricsWriter(tmp_path, wandb_project="speech") as writer:
+    with MetricsWriter(folder, wandb_project="speech") as writer:
         writer.write(3, {"loss": 2.0})
     assert logged == [(3, {"loss": 2.0}), "finished"]
-    for folder in (tmp_path, tmp_path / "other"):
-        with MetricsWriter(folder, wandb_project="speech"):
+    for same_or_other in (folder, RunFolder(folder.path / "other")):
+        with MetricsWriter(same_or_other, wandb_project="speech"):
             pass
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_scores_are_recorded_with_every_transcript_and_shown_with_some(folder, caplog):
+    caplog.set_level(logging.INFO)
+    transcripts = tuple(Transcript(f"clip{i}", f"said {i}", "", (i,)) for i in range(20))
+    scores = Scores(0.5, 0.25, transcripts, num_unheard=0, num_left_out=0)
+    with MetricsWriter(folder) as writer:
+        writer.write_scores(4, "clips", scores)
+    record = json.loads(folder.metrics.read_text())
+    assert (record["step"], record["eval/clips/wer"], record["eval/clips/loss"]) == (4, 0.25, 0.5)
+    lines = folder.transcripts("clips", 4).read_text().splitlines()
+    assert [json.loads(line)["reference"] for line in lines] == [f"said {i}" for i in range(20)]
+    assert "step 4, clips: WER 25.0%, loss 0.500 over 20 utterances" in caplog.messages
+    assert sum("said" in message for message in caplog.messages) == 10
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (3, 3), (10, 10), (60, 10), (64, 10)])

@@ -9,9 +9,11 @@ from flax.nnx import bridge
 
 from convert.trees import flatten
 from flax_projector.config import MeshConfig, ProjectorConfig
-from flax_projector.projector import ResidualAudioProjector
+from flax_projector.models.projector import ResidualAudioProjector
 from flax_projector.sharding import make_mesh, replicated, strip_axes, use_mesh
 from tests.parity import assert_close
+
+pytestmark = pytest.mark.xdist_group("test_nnx_bridge")
 
 CONFIG = ProjectorConfig(
     7, 13, projector_pool_stride=3, projector_hidden_dim=29, projector_dropout=0.3
@@ -19,11 +21,11 @@ CONFIG = ProjectorConfig(
 FRAMES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 11, 7)), jnp.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def projector():
     """An NNX module around a linen one, and the linen module's own parameters in it."""
     linen = ResidualAudioProjector(CONFIG)
-    params = strip_axes(linen.init(jax.random.key(3), FRAMES)["params"])
+    params = strip_axes(jax.jit(linen.init)(jax.random.key(3), FRAMES)["params"])
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with use_mesh(mesh):  # NNX places what it creates
         module = bridge.ToNNX(linen, rngs=nnx.Rngs(0)).lazy_init(FRAMES)

@@ -1,4 +1,4 @@
-"""Runs that are stopped at any moment, and go on."""
+"""Runs that are stopped at any moment, and continue."""
 
 import os
 import random
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import train_tpu
-from flax_projector.checkpoints import open_manager
 from flax_projector.config import TrainConfig, to_json
-from flax_projector.evaluate import Evaluator
-from flax_projector.metrics import MetricsWriter
+from flax_projector.training.checkpoints import open_manager
+from flax_projector.training.evaluate import Evaluator
+from flax_projector.training.metrics import MetricsWriter
 from tests.tiny import final_params, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -23,8 +23,9 @@ ROOT = Path(train_tpu.__file__).parent
 PROGRAM = """
 import os, signal, sys, time
 import train_tpu
-from flax_projector import preemption
+from flax_projector import logs, run
 from flax_projector.config import from_json
+from flax_projector.training import evaluate, preemption, train_step
 
 preemption.GRACE_SECS = 0.5
 
@@ -33,7 +34,7 @@ def stuck(*args, **kwargs):
     time.sleep(300)
 
 {patch}
-train_tpu.setup_logging()
+logs.setup_logging()
 train_tpu.main(from_json(open(sys.argv[1]).read()))
 """
 
@@ -44,10 +45,19 @@ def assert_same_bytes(config: TrainConfig, expected: TrainConfig) -> None:
         assert final_params(config)[name].tobytes() == leaf.tobytes(), name
 
 
-@pytest.fixture
-def configs(tmp_path, tiny_towers):
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory, tiny_towers):
     """Makes configs that differ in their run folder only."""
-    return lambda name: tiny_config(tmp_path / name, tiny_towers, eval_every_steps=2)
+    folder = tmp_path_factory.mktemp("runs")
+    return lambda name: tiny_config(folder / name, tiny_towers, eval_every_steps=2)
+
+
+@pytest.fixture(scope="module")
+def whole(configs):
+    """A run that is never stopped."""
+    config = configs("whole")
+    train_tpu.main(config)
+    return config
 
 
 def stop_in(patch: pytest.MonkeyPatch, owner: type, method: str, when) -> None:
@@ -73,10 +83,9 @@ def stop_in(patch: pytest.MonkeyPatch, owner: type, method: str, when) -> None:
     ids=["training", "evaluation of the loss", "evaluation by decoding"],
 )
 def test_sigterm_saves_and_the_run_ends_with_the_same_bytes(
-    configs, monkeypatch, owner, method, when, stopped_at
+    configs, whole, monkeypatch, owner, method, when, stopped_at
 ):
-    whole, stopped = configs("whole"), configs("stopped")
-    train_tpu.main(whole)
+    stopped = configs(f"stopped in {method}")
     with monkeypatch.context() as patch:
         stop_in(patch, owner, method, when)
         train_tpu.main(stopped)
@@ -91,9 +100,9 @@ def test_sigterm_saves_and_the_run_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     "patch",
     [
-        "train_tpu.load_model = stuck",
-        "train_tpu.compile_steps = stuck",
-        "train_tpu.make_evaluator = lambda *args: stuck",
+        "run.load_tower = stuck",
+        "train_step.jax.stages.Lowered.compile = stuck",
+        "evaluate.Evaluator.__call__ = stuck",
     ],
     ids=["loading", "compiling", "compiling the evaluation"],
 )

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import train_tpu
-from flax_projector.checkpoints import open_manager
 from flax_projector.config import TrainConfig, to_json
+from flax_projector.training.checkpoints import open_manager
 from tests.parity import assert_within
 from tests.tiny import read_losses, tiny_config
 
@@ -24,19 +24,21 @@ PROGRAM = """
 import functools, sys, time
 import jax
 import train_tpu
+from flax_projector import logs
 from flax_projector.config import from_json
+from flax_projector.data.reader import BatchIterator
 
 config_path, port, index = sys.argv[1:]
 initialize = functools.partial(jax.distributed.initialize, f"localhost:{port}", 2, int(index))
 jax.distributed.initialize = initialize
-take_problems = train_tpu.take_problems
+read = BatchIterator.__next__
 
-def take_slowly(*args):
+def read_slowly(self):
     time.sleep(0.2)
-    return take_problems(*args)
+    return read(self)
 
-train_tpu.take_problems = take_slowly
-train_tpu.setup_logging()
+BatchIterator.__next__ = read_slowly
+logs.setup_logging()
 train_tpu.main(from_json(open(config_path).read()))
 """
 
@@ -45,7 +47,7 @@ def start(config_path: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(config_path), str(port), str(index)],
@@ -87,7 +89,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> 
     while num_losses(two) < 3 and all(process.poll() is None for process in processes):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
-    assert "which is saved: the same command goes on" in finish(processes)
+    assert "which is saved: the same command continues" in finish(processes)
     with open_manager(Path(two.out) / "checkpoints", keep=2) as manager:
         stopped_at = manager.latest_step()
     assert stopped_at is not None and 3 <= stopped_at < 20

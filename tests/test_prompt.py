@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from flax_projector.batch import AUDIO_TOKEN
 from flax_projector.config import PromptConfig
-from flax_projector.prompt import AUDIO_TOKEN, load_tokenizer, make_prompt
+from flax_projector.prompt import load_tokenizer, make_prompt
 from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
@@ -41,14 +42,14 @@ def test_layout_predicts_the_transcript_and_nothing_else(tokenizer):
     prompt = make_prompt(tokenizer, PromptConfig())
     target = prompt.encode_target("go on")
     out = prompt.layout(4, target, merged_len=120, text_len=9)
-    tokens, length = out["tokens"], int(out["prompt_len"])
+    tokens, length = out.tokens, out.prompt_len
     assert list(np.flatnonzero(tokens == AUDIO_TOKEN)) == list(
         range(len(prompt.before_audio), len(prompt.before_audio) + 4)
     )
-    labels = out["labels"][out["label_valid"]]
+    labels = out.labels[out.label_valid]
     assert text_of(tokenizer, labels) == "go on<|im_end|>"
     # Label t is predicted where label t - 1 is read, the first one at the end of the prompt.
-    positions = out["label_positions"][out["label_valid"]]
+    positions = out.label_positions[out.label_valid]
     assert positions[0] == length - 1
     np.testing.assert_array_equal(tokens[positions[1:]], labels[:-1])
     assert prompt.merged_length(4, len(target)) == length + len(target) - 1

@@ -8,10 +8,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from flax_projector.config import LlamaConfig, MeshConfig, ProjectorConfig, WhisperConfig
-from flax_projector.llama import LlamaDecoder, abstract_decoder
-from flax_projector.projector import ResidualAudioProjector, abstract_projector
+from flax_projector.models.llama import LlamaDecoder, abstract_decoder
+from flax_projector.models.projector import ResidualAudioProjector, abstract_projector
+from flax_projector.models.whisper import WhisperEncoder, abstract_encoder
 from flax_projector.sharding import LOGICAL_RULES, local_rows, make_mesh
-from flax_projector.whisper import WhisperEncoder, abstract_encoder
 
 PROJECTOR = ProjectorConfig(encoder_dim=6, llm_dim=8)
 WHISPER = WhisperConfig(

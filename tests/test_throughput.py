@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
-from flax_projector.llama import abstract_decoder
-from flax_projector.projector import abstract_projector
-from flax_projector.throughput import (
+from flax_projector.models.llama import abstract_decoder
+from flax_projector.models.projector import abstract_projector
+from flax_projector.models.whisper import abstract_encoder
+from flax_projector.training.throughput import (
     FlopCounter,
     check_profile,
     compilations,
@@ -18,7 +19,6 @@ from flax_projector.throughput import (
     profiled,
     summarize,
 )
-from flax_projector.whisper import abstract_encoder
 
 COUNTER = FlopCounter(encoder=1000, projector=100, layers=10, head=1)
 V5E = SimpleNamespace(device_kind="TPU v5 lite")
@@ -105,17 +105,20 @@ def test_a_profile_holds_the_steps_after_the_tenth(tmp_path):
 @pytest.mark.parametrize(("num_left", "warns"), [(11, True), (12, False)])
 def test_a_start_too_short_for_its_profile_says_so(caplog, num_left, warns):
     check_profile(2, num_left)
-    assert ("it needs 12 steps, 11 are left" in caplog.text) == warns
+    assert ("it needs 12 steps, but only 11 are left" in caplog.text) == warns
 
 
-def test_compilations_are_counted():
-    with compilations() as count:
-        double = jax.jit(lambda x: 2 * x + 0.123)
+def test_every_new_shape_is_counted_as_a_compilation():
+    """And an old one is not: a test that finds no compilation means something."""
+    double = jax.jit(lambda x: 2 * x + 0.123)
+
+    def new_compilations(x: np.ndarray) -> int:
         before = count()
-        for x in (jax.numpy.ones(3), jax.numpy.zeros(3)):
-            double(x)
-        once = count()
-        double(jax.numpy.ones(4))
-        assert (once - before >= 1) and count() > once
-    double(jax.numpy.ones(5))
-    assert count() < once + 10
+        double(x)
+        return count() - before
+
+    with compilations() as count:
+        assert count() == 0
+        found = [new_compilations(np.ones(n, np.float32)) for n in (3, 3, 4, 3, 4, 5)]
+    assert found == [1, 0, 1, 0, 0, 1]
+    assert new_compilations(np.ones(6, np.float32)) == 0, "counted after its block"

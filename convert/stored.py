@@ -1,0 +1,102 @@
+"""Recognises and opens whatever is stored at a path, by its content."""
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from convert.checkpoint import Checkpoint
+from convert.flax_files import is_flax_folder, open_flax, open_orbax
+from convert.hf_config import config_file, config_text, read_config_text, run_config_dict
+from convert.torch_files import has_weights, open_torch
+from flax_projector.run_folder import STATE, RunFolder
+
+_log = logging.getLogger(__name__)
+
+_FOLDERS = """\
+  a PyTorch model: model.safetensors, model.safetensors.index.json, pytorch_model.bin,
+    pytorch_model.bin.index.json, or a single .safetensors file of any name
+  the output of an HF Trainer: checkpoint-N/ with such files
+  a converted model: config.json and params/
+  a training run: config.json and checkpoints/N/"""
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """An opened checkpoint.
+
+    Attributes:
+      path: of what holds the weights.
+      side: whether it has torch keys or flax paths.
+      checkpoint: its tensors.
+      config_text: of the config.json that belongs to it; None if there is none.
+    """
+
+    path: Path
+    side: Literal["torch", "flax"]
+    checkpoint: Checkpoint
+    config_text: str | None
+
+
+def open_stored(path: str | Path, *, step: int | None = None) -> StoredModel:
+    """Finds out what is stored at a path and opens it, without reading any tensor.
+
+    Args:
+      path: a `.safetensors`, `.index.json`, `.pt`, `.pth` or `.bin` file; an HF folder; a folder of
+        the HF Trainer, either one `checkpoint-N` or the folder with all of them; a folder that
+        `to_flax` wrote; or the folder of a training run.
+      step: which checkpoint of a Trainer folder or a run; None takes the latest.
+
+    Raises:
+      ValueError: naming the path, if it is none of these or damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if steps := RunFolder(path).steps():
+        return _open_run(RunFolder(path), _choose(path, steps, step))
+    steps = _trainer_steps(path)
+    if steps and (step is not None or not has_weights(path)):
+        stored = open_stored(_choose(path, steps, step))
+        if stored.config_text is None and config_file(path).exists():
+            stored = replace(stored, config_text=read_config_text(path))
+        return stored
+    if step is not None:
+        raise ValueError(
+            f"{path} has no step {step}: it is neither a folder of checkpoint-N nor a training run"
+        )
+    if is_flax_folder(path):
+        return StoredModel(path, "flax", open_flax(path), read_config_text(path))
+    if path.is_dir() and not has_weights(path):
+        names = ", ".join(sorted(file.name for file in path.iterdir()))
+        raise ValueError(f"{path} contains {names or 'nothing'}, expected one of\n{_FOLDERS}")
+    text = read_config_text(path) if config_file(path).exists() else None
+    return StoredModel(path, "torch", open_torch(path), text)
+
+
+def has_steps(path: str | Path) -> bool:
+    """Whether there are several checkpoints to choose from, of the HF Trainer or of a run."""
+    return bool(RunFolder(Path(path)).steps() or _trainer_steps(Path(path)))
+
+
+def _trainer_steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of an HF Trainer by step."""
+    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in found.items() if match and path.is_dir()}
+
+
+def _choose(folder: Path, steps: dict[int, Path], step: int | None) -> Path:
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, sorted(steps)))
+        raise ValueError(f"{folder} has no checkpoint of step {step}, only of {known}")
+    chosen = max(steps) if step is None else step
+    _log.info("%s: step %d of %d checkpoints", folder, chosen, len(steps))
+    return steps[chosen]
+
+
+def _open_run(run: RunFolder, step_folder: Path) -> StoredModel:
+    """The projector in a checkpoint of a training run, which holds the optimizer state as well."""
+    text = config_text(run_config_dict(run.read_config()))
+    checkpoint = open_orbax(step_folder.resolve() / STATE, subtree="params/")
+    return StoredModel(step_folder, "flax", checkpoint, text)

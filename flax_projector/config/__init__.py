@@ -1,0 +1,51 @@
+"""The configs: frozen dataclasses, and the only place where defaults are set.
+
+  fields    the rules in fields' annotations, and the function that checks them
+  models    shapes of the projector and the towers, with the field names of PyTorch's configs
+  train     all other settings of a run
+  saved     configs as JSON: writing, reading back, comparing
+  presets   the named configs that `train_tpu.py` starts from
+
+Imports only `flax_projector.lengths`; needs no JAX. Modules receive only their own sub-config,
+never a whole `TrainConfig`.
+"""
+
+from flax_projector.config.models import (
+    DTypeName,
+    Llama3RopeScaling,
+    LlamaConfig,
+    ProjectorConfig,
+    RematName,
+    WhisperConfig,
+)
+from flax_projector.config.presets import PRESETS
+from flax_projector.config.saved import changes, from_json, to_json
+from flax_projector.config.train import (
+    CTCConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PromptConfig,
+    SpecAugmentConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "CTCConfig",
+    "DTypeName",
+    "DataConfig",
+    "Llama3RopeScaling",
+    "LlamaConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "ProjectorConfig",
+    "PromptConfig",
+    "RematName",
+    "SpecAugmentConfig",
+    "TrainConfig",
+    "WhisperConfig",
+    "changes",
+    "from_json",
+    "to_json",
+]

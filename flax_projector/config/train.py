@@ -1,0 +1,264 @@
+"""All settings of a run."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Interval
+
+from flax_projector.config.fields import (
+    ASCENDING,
+    MAY_CHANGE,
+    MESH_AXIS,
+    NO_REPEATS,
+    Count,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Rule,
+    Text,
+    check,
+)
+from flax_projector.config.models import DTypeName, ProjectorConfig, RematName
+from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The texts around the audio, in ChatML; inference must use the same prompt as training."""
+
+    system: str = "/no_think /system_override"
+    """System message; if empty, there is no system turn."""
+    user: str = "Transcribe: "
+    """User message; the audio follows it."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; their product must be the number of devices."""
+
+    data: Annotated[int, MESH_AXIS] = -1
+    """Data-parallel replicas; -1 uses all devices that the other axes leave over."""
+    fsdp: Annotated[int, MESH_AXIS] = 1
+    """Number of shards that parameters are split into; each also takes a share of the batch."""
+    tensor: Annotated[int, MESH_AXIS] = 1
+    """Number of shards that heads, MLP columns and the vocabulary are split into."""
+
+    def __post_init__(self) -> None:
+        check(self, prefix="mesh.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data is read, and the static shapes that it is read into.
+
+    A source is a manifest (`clips.jsonl`, `gs://bucket/clips.tsv`) or a Hugging Face data set:
+    `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`, where NAME is a hub id or a local folder. If its
+    columns are not called `audio` and `text`, append their names, as in
+    `hf:NAME:SPLIT:text=sentence`. Append `id=COLUMN` if rows have ids other than their numbers.
+    """
+
+    train: Annotated[tuple[str, ...], NO_REPEATS] = ()
+    """Sources of the training utterances."""
+    train_weights: tuple[float, ...] = ()
+    """How often each utterance occurs in an epoch: one number for each source in `train`; empty
+    means once. 2 repeats a source; 0.5 takes one half in one epoch, the other half in the next."""
+    eval: Annotated[tuple[str, ...], NO_REPEATS, MAY_CHANGE] = ()
+    """Sources to evaluate on, each reported under the name of its file or data set."""
+    hf_streaming: bool = False
+    """Stream `hf:` sources and keep the rows in `cache_dir`, instead of downloading whole data
+    sets."""
+    hf_max_rows: Count = 0
+    """Use only this many rows from the start of each `hf:` source; 0 uses all."""
+    cache_dir: Annotated[str, MAY_CHANGE] = ""
+    """Folder for streamed rows and for durations read from audio files; several runs may share
+    it. Empty means `data` in the run folder."""
+    max_bad_rate: Annotated[float, Interval(ge=0, le=1), MAY_CHANGE] = 0.01
+    """Largest allowed share of defective rows (missing file, undecodable, no transcript, ...) in a
+    set. Above it the run stops; otherwise such rows are left out and listed in `bad_rows.jsonl` in
+    the run folder."""
+    batch_size: PositiveInt = 8
+    """Utterances per optimizer step, over all devices."""
+    eval_batch_size: Annotated[PositiveInt, MAY_CHANGE] = 16
+    """Utterances per decoding batch, over all devices."""
+    window_secs: PositiveFloat = 30.0
+    """The encoder's audio window, in seconds. Whisper was trained on 30. A shorter window takes
+    proportionally less time, but gives different frames: compared with a window of 30 s, those of
+    whisper-base change by 8% of their norm at 15 s, 12% at 10 s and 20% at 4 s. Use a projector
+    with the window it was trained with."""
+    bucket_secs: Annotated[tuple[float, ...], ASCENDING] = (5.0, 10.0, 15.0)
+    """Upper bounds of the audio-length buckets, in seconds; each bucket compiles one step. Clips
+    longer than the last bound are left out, never cut."""
+    max_text_tokens: PositiveInt = 128
+    """Maximum labels per utterance: transcript and end of turn. Longer transcripts are left out."""
+    cache_features: bool = False
+    """Compute the frozen encoder's frames once and keep them in the run folder."""
+    num_threads: Annotated[PositiveInt, MAY_CHANGE] = 4
+    """Threads that read and resample audio, in each worker process if there are any."""
+    num_workers: Annotated[Count, MAY_CHANGE] = 0
+    """Worker processes that read and resample audio for training; 0 uses only threads."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            prefix="data.",
+            train_weights=Rule(
+                lambda v: len(v) in (0, len(self.train)) and all(w > 0 for w in v),
+                f"must be empty, or one weight above 0 for each of {len(self.train)} train sources",
+            ),
+        )
+        if self.window_samples % SAMPLES_PER_FRAME:
+            raise ValueError(
+                f"--data.window-secs = {self.window_secs}: must be a multiple of {FRAME_SECS}"
+            )
+        if self.bucket_secs[-1] > self.window_secs:
+            raise ValueError(
+                f"--data.bucket-secs ends at {self.bucket_secs[-1]} s, beyond the encoder's window "
+                f"of {self.window_secs} s: lower it, or raise --data.window-secs"
+            )
+
+    @property
+    def window_samples(self) -> int:
+        """N, the number of samples in the encoder's window."""
+        return round(self.window_secs * SAMPLE_RATE)
+
+    @property
+    def window_frames(self) -> int:
+        """S, the number of encoder frames in the window."""
+        return self.window_samples // SAMPLES_PER_FRAME
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay; the defaults are the recipe of tiny-audio."""
+
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    warmup_steps: Count = 500
+    """Steps over which the learning rate rises from 0 to the peak."""
+    final_lr_rate: Rate = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
+    b1: Rate = 0.9
+    """Decay per step of the running mean of gradients."""
+    b2: Rate = 0.999
+    """Decay per step of the running mean of squared gradients."""
+    eps: PositiveFloat = 1e-8
+    """Added to the square root of that mean."""
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    """Applied to kernels only: norms and biases are not decayed."""
+    clip_norm: PositiveFloat = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+    def __post_init__(self) -> None:
+        check(self, prefix="optimizer.")
+
+
+@dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Time masks on the log-mel features in training, with the field names of HF's config."""
+
+    mask_time_prob: Rate = 0.0
+    """Share of a clip's mel frames to mask, ignoring overlaps; 0 masks nothing."""
+    mask_time_length: PositiveInt = 10
+    """Length of a mask in mel frames, of which there are 100 per second."""
+    mask_time_min_masks: Count = 2
+    """Minimum number of masks per clip."""
+
+    def __post_init__(self) -> None:
+        check(self, prefix="spec_augment.")
+
+
+@dataclass(frozen=True)
+class CTCConfig:
+    """A warm start: the projector learns to spell before the LLM is used.
+
+    For the first steps, the loss is CTC between the audio tokens and the LLM's embeddings of the
+    transcript's tokens; the LLM's layers do not run. Such a step costs a fraction of a full one,
+    and the run skips the plateau that a speech LLM stays on until it has learnt how audio and text
+    align.
+    """
+
+    num_steps: Count = 0
+    """Steps of warm start at the beginning of the run; 0 turns it off."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of the warm start, which has its own warm-up and decay."""
+    blank: Text = "<|endoftext|>"
+    """Token whose embedding row is CTC's blank; it must not occur in any transcript."""
+
+    def __post_init__(self) -> None:
+        check(self, prefix="ctc.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run."""
+
+    encoder: Text
+    """The frozen Whisper model: an HF folder or hub id."""
+    llm: Text
+    """The frozen Llama-family LLM: an HF folder or hub id."""
+    projector: ProjectorConfig
+    """The part that is trained."""
+    out: Annotated[Text, MAY_CHANGE] = "runs/default"
+    """Run folder: config, checkpoints, metrics and the final projector."""
+    resume: Annotated[bool, MAY_CHANGE] = True
+    """Continue the run found in `out`. With `--no-resume`, finding one is an error."""
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ctc: CTCConfig = field(default_factory=CTCConfig)
+    spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    mesh: Annotated[MeshConfig, MAY_CHANGE] = field(default_factory=MeshConfig)
+    dtype: DTypeName = "bfloat16"
+    """Compute dtype, also for storing the frozen towers; master weights are always float32."""
+    remat: Annotated[RematName, MAY_CHANGE] = "products"
+    """What the LLM's backward pass recomputes. "none" keeps everything in memory; "products" keeps
+    the outputs of the linear layers (a third of the memory, and no slower); "layers" keeps only the
+    layers' inputs (least memory, a third more compute)."""
+    num_steps: PositiveInt = 20_000
+    """Optimizer steps in the whole run."""
+    accumulation_steps: Annotated[PositiveInt, MAY_CHANGE] = 1
+    """Number of micro-batches that a step's batch is split into. They are computed one after the
+    other, in the memory of one. Gradients stay the same; dropout and SpecAugment draw different
+    random numbers."""
+    log_every_steps: Annotated[PositiveInt, MAY_CHANGE] = 10
+    """Steps between two lines of metrics; each line is a mean over its steps."""
+    eval_every_steps: Annotated[Count, MAY_CHANGE] = 1000
+    """Steps between two evaluations; 0 evaluates only before the first and after the last step.
+    There are none during a CTC warm start."""
+    save_every_steps: Annotated[PositiveInt, MAY_CHANGE] = 500
+    """Steps between two checkpoints."""
+    save_every_mins: Annotated[PositiveFloat, MAY_CHANGE] = 30.0
+    """Also save when this many minutes have passed since the last checkpoint, at the next step
+    that logs."""
+    keep_checkpoints: Annotated[PositiveInt, MAY_CHANGE] = 2
+    """How many of the newest checkpoints to keep. `best` always keeps the projector with the lowest
+    word error rate (and, among equals, the lowest loss)."""
+    max_new_tokens: Annotated[PositiveInt, MAY_CHANGE] = 96
+    """Maximum number of tokens decoded per utterance in evaluation."""
+    seed: int = 0
+    """Seeds initialisation, shuffling, dropout and SpecAugment."""
+    init_projector: str | None = None
+    """Start from this projector (a converted folder or an HF folder) instead of a random one."""
+    init_output_scale: PositiveFloat = 1.0
+    """Initial weight of the projector's last norm, and thus the initial RMS of an audio token. The
+    original's 1.0 is several times the RMS of an LLM's text embeddings."""
+    distributed: Annotated[bool, MAY_CHANGE] = False
+    """Run on several hosts: call jax.distributed.initialize first."""
+    profile_steps: Annotated[Count, MAY_CHANGE] = 0
+    """Write a profiler trace of this many steps, after the first ten, to `profile` in the run
+    folder."""
+    wandb_project: Annotated[str | None, MAY_CHANGE] = None
+    """Also log to this Weights & Biases project; needs `pip install wandb`."""
+
+    def __post_init__(self) -> None:
+        check(self, prefix="")
+        if self.spec_augment.mask_time_prob and self.data.cache_features:
+            raise ValueError(
+                "--spec-augment.mask-time-prob masks features anew at every step, but "
+                "--data.cache-features computes them only once: turn one of the two off"
+            )
+        if self.ctc.num_steps >= self.num_steps:
+            raise ValueError(
+                f"--ctc.num-steps {self.ctc.num_steps} must be less than --num-steps "
+                f"{self.num_steps}: the remaining steps are the LLM's"
+            )

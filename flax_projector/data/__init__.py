@@ -1,0 +1,15 @@
+"""From a manifest row to this host's part of a batch.
+
+  audio        audio files -> 16 kHz mono, and what can be wrong with them
+  manifest     manifests -> rows; hf_data: Hugging Face data sets -> rows
+  bad_rows     the rows that cannot be used: listed and counted; too many are an error
+  batch_plan   which utterances share a batch, and its static lengths
+  inputs       where a batch's audio comes from: audio files
+  features     ... or encoder frames kept on disk
+  batches      the batches of a set, by number
+  reader       reads them ahead, in threads or processes
+  sources      from the names of sources to batches
+
+Imports `config`, `lengths`, `files`, `logs`, `run_folder`, `batch`, `prompt` and `sharding`; never
+`models`, `training` or `convert`.
+"""

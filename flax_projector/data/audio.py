@@ -1,0 +1,197 @@
+"""Reads audio files, local or remote, of any format, rate and channel count, as 16 kHz mono."""
+
+import contextlib
+import enum
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol, runtime_checkable
+
+import fsspec
+import numpy as np
+import soundfile
+import soxr
+
+from flax_projector.files import is_url
+from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
+
+# Manifests round durations: a clip may be this much longer or shorter than its manifest says.
+DURATION_TOLERANCE_SECS = 0.05
+
+
+class Problem(enum.Enum):
+    """Why a row cannot be used; the list of bad rows gives the name."""
+
+    MALFORMED = 1  # a field is missing or is not a number
+    DUPLICATE_ID = 2
+    EMPTY_TEXT = 3
+    MISSING_FILE = 4
+    UNREADABLE = 5  # permissions, network
+    UNDECODABLE = 6
+    NOT_FINITE = 7  # NaN or infinite samples
+    TOO_SHORT = 8  # shorter than an encoder frame
+    WRONG_DURATION = 9  # longer or shorter than the manifest says
+    TOO_LONG = 10  # for --data.bucket-secs
+    TOO_MANY_LABELS = 11  # for --data.max-text-tokens
+
+    @property
+    def is_defect(self) -> bool:
+        """Whether the row itself is at fault; if not, the run's limits leave it out by design."""
+        return self not in (Problem.TOO_LONG, Problem.TOO_MANY_LABELS)
+
+    @property
+    def label(self) -> str:
+        """The name in plain words, such as "missing file"."""
+        return self.name.lower().replace("_", " ")
+
+
+class BadAudio(ValueError):
+    """A clip that cannot be used, and why.
+
+    Attributes:
+      problem: the reason.
+    """
+
+    def __init__(self, problem: Problem, detail: str):
+        super().__init__(detail)
+        self.problem = problem
+
+
+@runtime_checkable
+class StoredClip(Protocol):
+    """A clip that is not a separate file, such as one in the table of a data set."""
+
+    def fetch(self) -> bytes | str:
+        """The encoded file, or its path."""
+        ...
+
+
+Audio = str | Path | StoredClip
+
+
+def file_stamp(audio: Audio) -> list[int]:
+    """Size and time of a local file; empty for anything else, which is assumed not to change."""
+    if isinstance(audio, str | Path) and not is_url(audio) and os.path.isfile(audio):
+        stat = os.stat(audio)
+        return [stat.st_size, stat.st_mtime_ns]
+    return []
+
+
+def require_filesystem(url: str) -> None:
+    """Raises ValueError if no installed package opens URLs of this kind."""
+    try:
+        fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be opened: {error}") from error
+
+
+@contextlib.contextmanager
+def _open_sound(audio: Audio, *, whole: bool) -> Iterator[soundfile.SoundFile]:
+    """Opens a clip.
+
+    Args:
+      audio: the clip.
+      whole: all of it will be read, so a remote file is fetched in one request.
+
+    Raises:
+      BadAudio: for anything that goes wrong, here or in the body.
+    """
+    with contextlib.ExitStack() as stack:
+        file: str | BinaryIO = ""
+        try:
+            found = audio.fetch() if isinstance(audio, StoredClip) else str(audio)
+            if isinstance(found, bytes):
+                file = io.BytesIO(found)
+            elif not is_url(found):
+                file = found  # libsndfile reads it without going through Python
+            else:
+                fs, path = fsspec.core.url_to_fs(found)
+                file = (
+                    io.BytesIO(fs.cat_file(path)) if whole else stack.enter_context(fs.open(path))
+                )
+            yield stack.enter_context(soundfile.SoundFile(file))
+        except BadAudio:
+            raise
+        except soundfile.SoundFileError as error:
+            if isinstance(file, str) and not os.path.exists(file):
+                raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
+            text = f"{audio} is not a readable audio file: {error}"
+            raise BadAudio(Problem.UNDECODABLE, text) from error
+        except FileNotFoundError as error:
+            raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
+        except Exception as error:  # file systems raise the errors of their clients
+            text = f"{audio} cannot be read: {type(error).__name__}: {error}"
+            raise BadAudio(Problem.UNREADABLE, text) from error
+
+
+def read_duration(audio: Audio) -> float:
+    """Length of a clip in seconds, from its header.
+
+    Raises:
+      BadAudio: if the clip is missing or cannot be read or decoded.
+    """
+    with _open_sound(audio, whole=False) as sound:
+        return sound.frames / sound.samplerate
+
+
+def load_audio(
+    audio: Audio, *, offset: float | None = None, duration: float | None = None
+) -> np.ndarray:
+    """Reads a clip as 16 kHz mono: averages the channels, then resamples.
+
+    Args:
+      audio: path, URL or stored clip.
+      offset: where the segment to read starts, in seconds; None means the whole file.
+      duration: rounded length of the segment or of the whole file, in seconds. A segment that ends
+        within the tolerance of the file's end is read to the end.
+
+    Returns:
+      f32[N].
+
+    Raises:
+      BadAudio: if the clip is missing, cannot be read or decoded, has samples that are not finite,
+        is shorter than an encoder frame, or does not have the stated duration.
+    """
+    with _open_sound(audio, whole=offset is None) as sound:
+        rate = sound.samplerate
+        left = sound.frames
+        if offset is not None:
+            start = min(round(offset * rate), sound.frames)
+            sound.seek(start)
+            left -= start
+        wanted = left if duration is None else duration * rate
+        tolerance = DURATION_TOLERANCE_SECS * rate
+        is_cut = offset is not None and left > wanted + tolerance
+        num_samples = round(wanted) if is_cut else left
+        # Before decoding: without an offset the file may be hours long.
+        if abs(num_samples - wanted) > tolerance:
+            raise _wrong_duration(audio, num_samples / rate, offset, duration)
+        samples = sound.read(num_samples, dtype="float32", always_2d=True)
+    if abs(len(samples) - wanted) > tolerance:  # the file is shorter than its header says
+        raise _wrong_duration(audio, len(samples) / rate, offset, wanted / rate)
+    if not np.isfinite(samples).all():
+        raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
+    mono = samples[:, 0]
+    if samples.shape[1] > 1:
+        mono = samples.mean(axis=1)
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    if len(mono) < SAMPLES_PER_FRAME:
+        raise BadAudio(
+            Problem.TOO_SHORT,
+            f"{audio} has {len(mono)} samples at 16 kHz; an encoder frame takes "
+            f"{SAMPLES_PER_FRAME}",
+        )
+    return mono
+
+
+def _wrong_duration(
+    audio: Audio, secs: float, offset: float | None, duration: float | None
+) -> BadAudio:
+    where = "" if offset is None else f" from {offset:g} s on"
+    return BadAudio(
+        Problem.WRONG_DURATION,
+        f"{audio} lasts {secs:.2f} s{where}, not {duration:.2f} s as stated: correct the "
+        "duration, omit it, or give the offset of a segment",
+    )

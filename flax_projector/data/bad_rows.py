@@ -1,0 +1,196 @@
+"""Rows that cannot be used: listed in a file and counted by reason; too many are an error."""
+
+import collections
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from flax_projector.data.audio import Problem
+from flax_projector.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row that cannot be used.
+
+    Attributes:
+      id: the row's id, or its place in the source.
+      source: the manifest or data set that it comes from.
+      reason: why it cannot be used.
+      detail: what is wrong, for whoever repairs it.
+      text: the transcript, if there is one.
+    """
+
+    id: str
+    source: str
+    reason: Problem
+    detail: str
+    text: str = ""
+
+    @property
+    def key(self) -> str:
+        """The same as `manifest.ManifestRow.key`."""
+        return f"{self.source}\t{self.id}"
+
+
+class BadRowLog:
+    """The current bad rows of all sets of a run.
+
+    A row counts once, however many epochs come across it. Only defects count towards the share that
+    stops the run; clips beyond the limits are left out by design, and only listed.
+
+    The file survives restarts. Each start replaces what earlier ones found in a set with what it
+    finds itself: rows that are bad in the manifest, and clips that it tries again because an
+    earlier start could not read them (`known`). So a repaired row is no longer listed or counted.
+
+    Every process finds the same bad rows in a manifest, and process 0 writes them. A clip that
+    cannot be read is known only to the process that reads it: process i > 0 writes its own
+    `<name>.<i>.jsonl`. Every process checks the share; if one stops, the others stop too.
+    """
+
+    def __init__(self, path: Path | None, *, max_rate: float):
+        """Opens the list.
+
+        Args:
+          path: a `.jsonl` file; None keeps the list in memory.
+          max_rate: largest allowed share of defective rows in a set.
+        """
+        self._process = jax.process_index()
+        if path is not None and self._process > 0:
+            path = path.with_suffix(f".{self._process}{path.suffix}")
+        self._path, self._max_rate = path, max_rate
+        self._num_rows: dict[str, int] = {}
+        # By set and key: rows that are bad as written, and clips that this process could not read.
+        self._written: dict[str, dict[str, BadRow]] = {}
+        self._unreadable = _read(path) if path is not None and path.is_file() else {}
+
+    def known(self, name: str) -> set[str]:
+        """Keys of the rows of a set whose clips could not be read, now or by earlier starts.
+
+        Before `start`, these are the clips to try again.
+        """
+        return set(self._unreadable.get(name, ()))
+
+    def start(
+        self,
+        name: str,
+        rows: Iterable[BadRow],
+        *,
+        num_rows: int,
+        unreadable: Iterable[BadRow] = (),
+    ) -> None:
+        """Lists the rows of a set that are bad from the start, replacing what was known.
+
+        Args:
+          name: the set's name: "train", or an evaluation set's.
+          rows: rows that are bad as written, the same on every process.
+          num_rows: number of rows in the whole set, including bad ones.
+          unreadable: the rows among `known` whose clips still cannot be read.
+
+        Raises:
+          ValueError: if too many are defective.
+        """
+        self._num_rows[name] = num_rows
+        self._written[name] = {row.key: row for row in rows}
+        self._unreadable[name] = {row.key: row for row in unreadable}
+        self._rewrite()
+        if found := self._rows(name):
+            log.warning(
+                "%s: %d of %d rows are left out: %s",
+                name,
+                len(found),
+                num_rows,
+                _by_reason(found),
+            )
+        self._check(name)
+
+    def add(self, name: str, rows: Iterable[BadRow]) -> None:
+        """Lists rows whose clips could not be read; rows that are already known change nothing.
+
+        Raises:
+          ValueError: if too many are now defective.
+        """
+        known = self._unreadable[name]
+        new = {row.key: row for row in rows if row.key not in known}
+        if not new:
+            return
+        known.update(new)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(_to_line(name, row) for row in new.values())
+        listed = "; ".join(f"{row.id}: {row.detail}" for row in new.values())
+        log.warning("%s: left out %s", name, listed)
+        self._check(name)
+
+    def summary(self) -> str:
+        """One line for the end of a run: how many rows of each set were left out, by reason.
+
+        Of the clips that could not be read, it counts only this process's.
+        """
+        parts = []
+        for name, num_rows in self._num_rows.items():
+            rows = self._rows(name)
+            reasons = f" ({_by_reason(rows)})" if rows else ""
+            parts.append(f"{name} {len(rows)} of {num_rows}{reasons}")
+        return "rows left out: " + "; ".join(parts)
+
+    def _rows(self, name: str) -> list[BadRow]:
+        return list((self._written[name] | self._unreadable[name]).values())
+
+    def _rewrite(self) -> None:
+        if self._path is None:
+            return
+        parts = [self._unreadable] if self._process > 0 else [self._written, self._unreadable]
+        lines = [
+            _to_line(name, row)
+            for part in parts
+            for name, rows in part.items()
+            for row in rows.values()
+        ]
+        if lines:
+            write_atomically(self._path, "".join(lines))
+        else:
+            self._path.unlink(missing_ok=True)
+
+    def _check(self, name: str) -> None:
+        defects = [row for row in self._rows(name) if row.reason.is_defect]
+        num_rows = self._num_rows[name]
+        if len(defects) <= self._max_rate * num_rows:
+            return
+        place = f"; all of them are in {self._path}" if self._path else ""
+        examples = "\n".join(f"  {row.source}, {row.id}: {row.detail}" for row in defects[:5])
+        raise ValueError(
+            f"{name}: {len(defects)} of {num_rows} rows are defective ({_by_reason(defects)}), "
+            f"more than --data.max-bad-rate {self._max_rate} allows{place}\n{examples}\n"
+            "Repair these rows, remove them, or raise --data.max-bad-rate"
+        )
+
+
+def _by_reason(rows: Iterable[BadRow]) -> str:
+    counts = collections.Counter(row.reason for row in rows)
+    return ", ".join(f"{n} {reason.label}" for reason, n in counts.most_common())
+
+
+def _to_line(name: str, row: BadRow) -> str:
+    entry = {"set": name, **dataclasses.asdict(row), "reason": row.reason.name.lower()}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _read(path: Path) -> dict[str, dict[str, BadRow]]:
+    """Rows by set and key, ignoring a last line that a killed process did not finish."""
+    found: dict[str, dict[str, BadRow]] = {}
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            entry = json.loads(line)
+            name, reason = entry.pop("set"), Problem[entry.pop("reason").upper()]
+            row = BadRow(reason=reason, **entry)
+            found.setdefault(name, {})[row.key] = row
+    return found

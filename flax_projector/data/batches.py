@@ -1,0 +1,187 @@
+"""The batches of a set of utterances, by number."""
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_projector.batch import Batch, Bucket, abstract_batch, empty_batch, to_global
+from flax_projector.config import DataConfig
+from flax_projector.data.audio import BadAudio
+from flax_projector.data.bad_rows import BadRow
+from flax_projector.data.batch_plan import (
+    Utterance,
+    assign,
+    epoch_members,
+    epoch_plan,
+    make_buckets,
+)
+from flax_projector.data.inputs import Inputs, bad_row
+from flax_projector.lengths import num_audio_tokens
+from flax_projector.prompt import Prompt
+from flax_projector.sharding import batch_sharding, local_rows, padded_batch_size
+
+
+class LocalBatch(NamedTuple):
+    """One host's part of a batch.
+
+    Attributes:
+      batch: this host's rows, as NumPy arrays.
+      bad: the rows whose clips cannot be used, and why; in `batch`, they are padding.
+    """
+
+    batch: Batch
+    bad: tuple[BadRow, ...]
+
+
+class Batches:
+    """Batches by number, epoch after epoch: batch i is the same whoever asks for it.
+
+    Each process builds only its own rows. A clip that turns out to be unusable when it is read
+    becomes a padding row, so that it does not change the order of batches, and a long run survives
+    it.
+
+    Can be pickled for worker processes, without its mesh.
+    """
+
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        *,
+        inputs: Inputs,
+        prompt: Prompt,
+        config: DataConfig,
+        pool_stride: int,
+        mesh: Mesh,
+        batch_size: int,
+        name: str = "train",
+        accumulation_steps: int = 1,
+        shuffle_seed: int | None = None,
+        num_batches: int | None = None,
+        weights: Mapping[str, float] | None = None,
+        left_out: Sequence[BadRow] = (),
+    ):
+        """Plans the batches.
+
+        Args:
+          utterances: the set's utterances, from `prepare`.
+          inputs: where audio is read from: waveforms or kept frames.
+          prompt: the run's prompt.
+          config: gives the bucket lengths.
+          pool_stride: k, the projector's pool stride.
+          mesh: determines which rows this process provides.
+          batch_size: utterances per batch, over all devices. If the devices cannot share them
+            equally, the arrays have additional padding rows.
+          name: the set's name, for the list of bad rows and for messages.
+          accumulation_steps: number of micro-batches, which must share the rows equally too.
+          shuffle_seed: seed for shuffling; None keeps the order.
+          num_batches: number of batches; None means one epoch.
+          weights: by source, see `epoch_members`; 1 for sources that are not listed.
+          left_out: the set's bad rows, which are not among the utterances; scores count them.
+
+        Raises:
+          ValueError: if there are weights but no seed.
+        """
+        if weights and shuffle_seed is None:
+            raise ValueError(f"{name}: weights {dict(weights)} need a shuffle_seed")
+        self.utterances = list(utterances)
+        self.left_out = tuple(left_out)
+        self.name = name
+        self.buckets = make_buckets(utterances, prompt, config, pool_stride)
+        self.mesh = mesh
+        self.num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
+        self._inputs, self._prompt, self._pool_stride = inputs, prompt, pool_stride
+        self._assigned = assign(utterances, config)
+        names = list(dict.fromkeys(u.row.source for u in utterances))
+        number = {source: i for i, source in enumerate(names)}
+        self._sources = np.array([number[u.row.source] for u in utterances])
+        self._weights = [(weights or {}).get(source, 1.0) for source in names]
+        self._seed = shuffle_seed
+        self._batch_size = batch_size
+        self._rows = local_rows(mesh, self.num_rows)
+        self._epoch_len = len(self._epoch(0))
+        self._len = self._epoch_len if num_batches is None else num_batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Devices belong to this process.
+        return {name: value for name, value in self.__dict__.items() if name != "mesh"}
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - it lives as long as the run
+    def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        members, rng = np.arange(len(self.utterances)), None
+        if self._seed is not None:
+            members = epoch_members(self._sources, self._weights, self._seed, epoch)
+            rng = np.random.default_rng((self._seed, epoch))
+        return epoch_plan(members, self._assigned, len(self.buckets), self._batch_size, rng)
+
+    def __len__(self) -> int:
+        return self._len
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash that differs between sets whose batches differ."""
+        digest = hashlib.sha256(repr((self._weights, self._seed, self._batch_size)).encode())
+        for utterance, bucket in zip(self.utterances, self._assigned, strict=True):
+            digest.update(f"{utterance.row.key}\t{bucket}\t{utterance.target}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _batch(self, index: int) -> tuple[int, np.ndarray]:
+        """The bucket and utterance indices of a batch."""
+        return self._epoch(index // self._epoch_len)[index % self._epoch_len]
+
+    def bucket(self, index: int) -> Bucket:
+        """The static lengths of a batch."""
+        return self.buckets[self._batch(index)[0]]
+
+    def abstract_batches(self) -> list[tuple[Bucket, Batch]]:
+        """Shapes and shardings of the global batches, for every bucket that may occur."""
+        numbers = {number for number, _ in self._epoch(0)}
+        if set(self._weights) != {1.0}:  # epochs differ in how many clips of each length they hold
+            numbers = {i for i, bucket in enumerate(self.buckets) if bucket.num_frames}
+        sharding = batch_sharding(self.mesh)
+        abstract = {}  # by lengths, which two buckets may share
+        for bucket in (self.buckets[number] for number in sorted(numbers)):
+            abstract[bucket] = abstract_batch(self._empty(bucket), self.num_rows, sharding)
+        return list(abstract.items())
+
+    def to_global(self, batch: Batch) -> Batch:
+        """The global batch on the devices, assembled from every process's part."""
+        return to_global(batch, self.num_rows, batch_sharding(self.mesh))
+
+    def members(self, index: int) -> list[Utterance | None]:
+        """The utterances in all rows of a batch, over all processes; None for padding."""
+        _, batch = self._batch(index)
+        padding = [None] * (self.num_rows - len(batch))
+        return [self.utterances[i] if i >= 0 else None for i in batch] + padding
+
+    def __getitem__(self, index: int) -> LocalBatch:
+        bucket, members = self.bucket(index), self.members(index)
+        batch, bad = self._empty(bucket), []
+        for row, utterance in enumerate(members[i] for i in self._rows):
+            if utterance is None:
+                continue
+            try:
+                audio, num_frames = self._inputs.read(utterance)
+            except BadAudio as error:
+                bad.append(bad_row(utterance, error))
+                continue
+            layout = self._prompt.layout(
+                num_audio_tokens(num_frames, self._pool_stride),
+                utterance.target,
+                merged_len=bucket.merged_len,
+                text_len=bucket.text_len,
+            )
+            batch.set_row(row, audio, num_frames, layout)
+        return LocalBatch(batch, tuple(bad))
+
+    def _empty(self, bucket: Bucket) -> Batch:
+        """This process's part of a batch without utterances."""
+        return empty_batch(
+            bucket,
+            len(self._rows),
+            fill=self._prompt.end_of_turn,
+            audio_shape={self._inputs.name: self._inputs.shape(bucket)},
+        )

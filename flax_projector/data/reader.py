@@ -1,0 +1,111 @@
+"""Reads batches ahead, in threads or in processes with threads; resumable by batch number."""
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+from absl import flags
+
+from flax_projector.batch import Batch
+from flax_projector.data.bad_rows import BadRowLog
+from flax_projector.data.batches import Batches, LocalBatch
+
+log = logging.getLogger(__name__)
+
+
+class BatchIterator:
+    """Batches in order, read ahead by Grain.
+
+    Its state is the number of the next batch. That does not depend on who reads: a run may continue
+    with a different number of threads, workers or hosts.
+    """
+
+    def __init__(self, batches: Batches, *, num_threads: int, num_workers: int = 0):
+        """Reads nothing yet.
+
+        Args:
+          batches: the batches to read.
+          num_threads: number of threads in each process that reads.
+          num_workers: number of worker processes that read; with 0, this process reads.
+        """
+        self._batches, self._next, self._grain = batches, 0, None
+        self._num_threads, self._num_workers = num_threads, num_workers
+
+    def _start(self) -> grain.DatasetIterator:
+        ahead = max(2, 2 * self._num_threads)
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=ahead)
+        batches = grain.MapDataset.source(self._batches)[self._next :].to_iter_dataset(options)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads them to set up its workers
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(
+                num_workers=self._num_workers, per_worker_buffer_size=2
+            )
+            batches = batches.mp_prefetch(workers, worker_init_fn=_end_with_parent)
+        return iter(batches)
+
+    def __iter__(self) -> Iterator[LocalBatch]:
+        return self
+
+    def __next__(self) -> LocalBatch:
+        if self._next >= len(self._batches):
+            raise StopIteration
+        if self._grain is None:
+            self._grain = self._start()
+        batch = next(self._grain)
+        self._next += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON from which `set_state` continues."""
+        return {"next_batch": self._next, "data": self._batches.fingerprint}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues where another iterator stopped; warns if that one read different batches."""
+        if state["data"] != self._batches.fingerprint:
+            log.warning(
+                "%s: the rows are not those that the run began with: batches from %d on are not "
+                "what they would have been",
+                self._batches.name,
+                state["next_batch"],
+            )
+        self.close()
+        self._next = state["next_batch"]
+
+    def close(self) -> None:
+        """Stops the threads and processes; reading the next batch would start them again."""
+        if self._grain is not None:
+            self._grain.close()
+            self._grain = None
+
+
+def _end_with_parent(_index: int, _count: int) -> None:
+    """Ends this worker when the main process is gone, even after SIGKILL; Grain would leave it.
+
+    Linux's PR_SET_PDEATHSIG cannot be used: it sends its signal when the thread that started the
+    worker ends, and that is one of Grain's.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # every process that multiprocessing starts has one
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def read_batch(iterator: BatchIterator, batches: Batches, bad_rows: BadRowLog) -> Batch:
+    """Reads the next global batch onto the devices; lists those of its clips that cannot be used.
+
+    Raises:
+      StopIteration: after the last batch.
+      ValueError: if too many clips have turned out to be unusable.
+    """
+    local = next(iterator)
+    bad_rows.add(batches.name, local.bad)
+    return batches.to_global(local.batch)

@@ -1,0 +1,207 @@
+"""From the names of sources to the batches of a run."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from flax_projector.config import TrainConfig
+from flax_projector.config.presets import DEMO_SPEECH
+from flax_projector.data.bad_rows import BadRow, BadRowLog
+from flax_projector.data.batch_plan import Utterance, prepare
+from flax_projector.data.batches import Batches
+from flax_projector.data.features import keep_features
+from flax_projector.data.hf_data import PREFIX, read_hf
+from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
+from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.files import is_url
+from flax_projector.prompt import Prompt
+from flax_projector.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+Rows = tuple[list[ManifestRow], list[BadRow]]
+"""Rows that can be used, and those that cannot."""
+
+Encode = Callable[[np.ndarray], jax.Array]
+"""Maps f32[B, N] waveforms, zero-padded to the window, to encoder frames [B, S, E]."""
+
+
+def source_name(source: str) -> str:
+    """The name that a source is reported under: a manifest's file name, or a data set's name."""
+    if source.startswith(PREFIX):
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", source.removeprefix(PREFIX)).strip("-.")
+    return PurePath(source).stem
+
+
+def eval_names(config: TrainConfig) -> dict[str, str]:
+    """The sources that a run is evaluated on, by name.
+
+    Raises:
+      ValueError: if two have the same name, or one is named "train".
+    """
+    names = [source_name(source) for source in config.data.eval]
+    if len(set(names)) < len(names) or "train" in names:
+        raise ValueError(
+            f"--data.eval {' '.join(config.data.eval)}: names must differ, and not be 'train'"
+        )
+    return dict(zip(names, config.data.eval, strict=True))
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Checks that the sources exist, before anything slow is loaded.
+
+    Raises:
+      ValueError: if there is no training data, a local manifest does not exist, or names of
+        evaluation sets clash.
+    """
+    if not config.data.train:
+        raise ValueError("no training data: pass --data.train MANIFEST.jsonl")
+    eval_names(config)
+    for source in (*config.data.train, *config.data.eval):
+        if source.startswith(PREFIX) or is_url(source) or os.path.isfile(source):
+            continue
+        hint = ""
+        if source.startswith(DEMO_SPEECH):
+            hint = (
+                f". The demo's speech is in {DEMO_SPEECH} of the repository and not part of the "
+                "installed package: run the demo in a clone"
+            )
+        where = "" if os.path.isabs(source) else f" in {os.getcwd()}"
+        raise ValueError(f"manifest {source} does not exist{where}{hint}")
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes the batches of a run's sets.
+
+    Attributes:
+      config: the run's config.
+      folder: the run's folder.
+      prompt: the chat prompt, with the LLM's tokenizer.
+      mesh: determines which rows this process provides.
+      bad_rows: receives the rows that cannot be used.
+      encode: the frozen encoder, for `config.data.cache_features`.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    prompt: Prompt
+    mesh: Mesh
+    bad_rows: BadRowLog
+    encode: Encode
+
+    def train(self) -> Batches:
+        """The training batches of the whole run: all of `data.train`, mixed by weight and shuffled.
+
+        Raises:
+          ValueError: if none of the rows can be used.
+        """
+        sources, weights = self.config.data.train, self.config.data.train_weights
+        parts = [self.read(source) for source in sources]
+        return self.make(
+            "train",
+            (
+                [row for rows, _ in parts for row in rows],
+                [row for _, bad_rows in parts for row in bad_rows],
+            ),
+            batch_size=self.config.data.batch_size,
+            accumulation_steps=self.config.accumulation_steps,
+            shuffle_seed=self.config.seed,
+            num_batches=self.config.num_steps,
+            weights=dict(zip(sources, weights or [1.0] * len(sources), strict=True)),
+        )
+
+    def eval(self) -> dict[str, Batches]:
+        """The batches of each source in `data.eval`, by the source's name.
+
+        Raises:
+          ValueError: if a source has no row that can be used.
+        """
+        return {
+            name: self.make(name, self.read(source), batch_size=self.config.data.eval_batch_size)
+            for name, source in eval_names(self.config).items()
+        }
+
+    def read(self, source: str) -> Rows:
+        """Reads the rows of a source; see `DataConfig` for its syntax.
+
+        Raises:
+          ValueError: if it does not exist or has no rows.
+        """
+        cache = Path(self.config.data.cache_dir or self.folder.data_cache)
+        if source.startswith(PREFIX):
+            return read_hf(source, self.config.data, cache)
+        return read_manifest(source, cache=cache)
+
+    def make(self, name: str, rows: Rows, **options: Any) -> Batches:
+        """Makes the batches of a set of rows.
+
+        Args:
+          name: the set's name.
+          rows: the rows of one or more sources.
+          options: passed on to `Batches`.
+
+        Raises:
+          ValueError: if too many rows are defective, none is left, or hosts see different rows.
+        """
+        good, bad = rows
+        num_rows = len(good) + len(bad)
+        if not good:
+            self.bad_rows.start(name, bad, num_rows=num_rows)
+            raise ValueError(f"{name}: none of {num_rows} rows can be used")
+        utterances, unfit = prepare(good, self.prompt, self.config.data)
+        left_out = [*bad, *unfit]
+        known = self.bad_rows.known(name)
+        unreadable = find_unreadable(
+            [utterance for utterance in utterances if utterance.row.key in known],
+            Waveforms(self.config.data.window_samples),
+            num_threads=self.config.data.num_threads,
+        )
+        self.bad_rows.start(name, left_out, num_rows=num_rows, unreadable=unreadable)
+        batches = Batches(
+            utterances,
+            inputs=self._inputs(name, utterances),
+            prompt=self.prompt,
+            config=self.config.data,
+            pool_stride=self.config.projector.projector_pool_stride,
+            mesh=self.mesh,
+            name=name,
+            left_out=left_out,
+            **options,
+        )
+        _require_same_on_all_hosts(batches)
+        log.info("%s: %d utterances, buckets %s", name, len(utterances), batches.buckets)
+        return batches
+
+    def _inputs(self, name: str, utterances: Sequence[Utterance]) -> Inputs:
+        config = self.config
+        if not config.data.cache_features:
+            return Waveforms(config.data.window_samples)
+        return keep_features(
+            self.folder.features(name),
+            utterances,
+            self.encode,
+            window_samples=config.data.window_samples,
+            batch_size=config.data.eval_batch_size,
+            encoder_dim=config.projector.encoder_dim,
+            encoder_name=f"{config.encoder} {config.dtype}",
+        )
+
+
+def _require_same_on_all_hosts(batches: Batches) -> None:
+    """Hosts that see different rows would train on different batches, or wait for each other."""
+    ours = np.frombuffer(bytes.fromhex(batches.fingerprint), np.uint8)
+    everywhere = np.reshape(multihost_utils.process_allgather(ours), (-1, len(ours)))
+    if not (everywhere == ours).all():
+        raise ValueError(
+            f"{batches.name}: the hosts see different rows: give all of them the same files"
+        )

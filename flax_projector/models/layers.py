@@ -1,0 +1,70 @@
+"""Layers that the projector and the two towers share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The erf GELU of `torch.nn.GELU()`, computed in at least f32 and rounded once.
+
+    Flax's default is the tanh approximation, which differs by 6e-4.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.nn.gelu(wide, approximate=False).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with Llama's rounding order.
+
+    Normalises in f32, rounds to the compute dtype, then multiplies by the scale.
+    `flax.linen.RMSNorm` multiplies in f32 and rounds last, which gives other results in bf16.
+
+    Source: `LlamaRMSNorm` (transformers). f64 inputs are normalised in f64.
+    """
+
+    eps: float
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """[..., D] in `dtype`; the mean square is taken in at least f32."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
+        return jnp.asarray(scale, self.dtype) * normed.astype(self.dtype)
+
+
+def dense(
+    module: nn.Module,
+    features: int,
+    axes: tuple[str, str],
+    name: str,
+    *,
+    use_bias: bool = True,
+    std: float = 0.02,
+    dot_general: Callable[..., Any] = jax.lax.dot_general,
+) -> nn.Dense:
+    """A dense submodule [..., in] -> [..., features] with the dtypes of `module`.
+
+    Its kernel [in, features] has the logical `axes` and starts as normal(0, std); its bias starts
+    at zero.
+    """
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        dot_general=dot_general,
+        name=name,
+    )

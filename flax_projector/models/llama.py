@@ -1,0 +1,321 @@
+"""The frozen decoder of Llama-family LLMs.
+
+`embed`, `blocks` and `logits` are separate, so that audio can be spliced in between the first two,
+and logits computed only where they are needed.
+"""
+
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_projector.config import Llama3RopeScaling, LlamaConfig, RematName
+from flax_projector.models.attention import attend
+from flax_projector.models.layers import RMSNorm, dense
+from flax_projector.sharding import abstract_params
+
+_PRODUCT = "product"  # name of the linear layers' outputs, for the policy that keeps them
+_POLICIES = {
+    "products": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of every layer, in a buffer of static length.
+
+    Attributes:
+      k: rotated keys; a single layer sees only its own, without the first axis. NumPy arrays become
+        constants of the compiled function.
+      v: values, likewise.
+    """
+
+    k: Float[Array | np.ndarray, "*layers B C K d"]
+    v: Float[Array | np.ndarray, "*layers B C K d"]
+
+
+Rotary = tuple[Float[Array, "#B L 1 d"], Float[Array, "#B L 1 d"]]
+"""cos and sin of the rotary angles, f32, repeated for the two halves of a head."""
+
+
+def make_cache(
+    config: LlamaConfig, batch_size: int, length: int, dtype: DTypeLike = jnp.float32
+) -> KVCache:
+    """An empty cache for `length` positions."""
+    c = config
+    shape = (c.num_hidden_layers, batch_size, length, c.num_key_value_heads, c.head_dim)
+    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def _rotary(positions: Int[Array, "#B L"], config: LlamaConfig) -> Rotary:
+    """cos and sin of the rotary angles at these positions."""
+    halves = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
+    inv_freq = config.rope_theta ** (-halves / config.head_dim)  # [d/2], radians per position
+    if config.rope_scaling is not None:
+        inv_freq = _scale_frequencies(inv_freq, config.rope_scaling)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq  # [B, L, d/2]
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]  # [B, L, 1, d]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _scale_frequencies(
+    inv_freq: Float[Array, "half"], scaling: Llama3RopeScaling
+) -> Float[Array, "half"]:
+    """Divides low frequencies by the factor, keeps high ones, and blends those in between.
+
+    Source: `_compute_llama3_parameters` (transformers).
+    """
+    waves = (
+        scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    )  # in the old context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((waves - low) / (high - low), 0, 1)
+    return inv_freq * (kept + (1 - kept) / scaling.factor)
+
+
+def _rotate(
+    x: Float[Array, "B L H d"], cos: Float[Array, "#B L 1 d"], sin: Float[Array, "#B L 1 d"]
+) -> Float[Array, "B L H d"]:
+    """Applies rotary embeddings in f32, to pairs across the two halves, as in HF's weights."""
+    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * cos + rotated * sin).astype(x.dtype)
+
+
+def _put_before(
+    prefix: KVCache, q: Float[Array, "B L H d"], k: Float[Array, "B L K d"], v: Array
+) -> tuple[Array, Array, Array]:
+    """Puts the prefix in front of every row of the queries, keys and values.
+
+    The prefix's queries are zeros, and their outputs are dropped: fused kernels need as many
+    queries as keys.
+    """
+    keys, values = (
+        jnp.concatenate([jnp.broadcast_to(before, (len(x), *before.shape[1:])), x], axis=1)
+        for before, x in ((prefix.k, k), (prefix.v, v))
+    )
+    return jnp.pad(q, ((0, 0), (prefix.k.shape[1], 0), (0, 0), (0, 0))), keys, values
+
+
+class LlamaAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        rotary: Rotary,
+        is_rotated: Bool[Array, ""],
+        key_valid: Bool[Array, "#B L C"] | None,
+        cache: KVCache | None,
+        prefix: KVCache | None,
+        cache_index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """As `LlamaDecoder.blocks`, for one layer of the caches, with the result of `_rotary`."""
+        c = self.config
+        b, length, _ = x.shape
+        q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+
+        def project(features: int, name: str) -> Array:
+            y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
+            return checkpoint_name(y, _PRODUCT).reshape(b, length, -1, c.head_dim)
+
+        q, k, v = project(q_dim, "q_proj"), project(kv_dim, "k_proj"), project(kv_dim, "v_proj")
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="k_norm")(k)
+        q, k = (jnp.where(is_rotated, _rotate(heads, *rotary), heads) for heads in (q, k))
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=1)
+            cache = KVCache(k=k, v=v)
+        if prefix is not None:
+            q, k, v = _put_before(prefix, q, k, v)
+        out = attend(q, k, v, is_causal=key_valid is None, key_valid=key_valid)
+        out = out[:, -length:].reshape(b, length, q_dim)
+        o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
+        return checkpoint_name(o_proj(out), _PRODUCT), cache
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU MLP."""
+
+    config: LlamaConfig
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """[B, L, D] in `dtype`."""
+        c = self.config
+
+        def project(name: str) -> Array:
+            y = dense(self, c.intermediate_size, ("embed", "mlp"), name, use_bias=False)(x)
+            return checkpoint_name(y, _PRODUCT)
+
+        gate, up = project("gate_proj"), project("up_proj")
+        down = dense(self, c.hidden_size, ("mlp", "embed"), "down_proj", use_bias=False)
+        return down(nn.silu(gate) * up)
+
+
+class LlamaLayer(nn.Module):
+    """Pre-norm transformer layer, as `nn.scan` expects it: (carry, ...) -> (carry, output)."""
+
+    config: LlamaConfig
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        rotary: Rotary,
+        is_rotated: Bool[Array, ""],
+        key_valid: Bool[Array, "#B L C"] | None,
+        cache: KVCache | None,
+        prefix: KVCache | None,
+        cache_index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """As `LlamaDecoder.blocks`, for one layer of the caches, with the result of `_rotary`."""
+        c = self.config
+        args = (c, self.dtype, self.param_dtype)
+        norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
+        attention = LlamaAttention(*args, name="self_attn")
+        h = RMSNorm(*norm_args, name="input_layernorm")(x)
+        h, cache = attention(h, rotary, is_rotated, key_valid, cache, prefix, cache_index)
+        x = x + h
+        h = RMSNorm(*norm_args, name="post_attention_layernorm")(x)
+        x = x + LlamaMLP(*args, name="mlp")(h)
+        return nn.with_logical_constraint(x, ("batch", None, None)), cache
+
+
+class LlamaDecoder(nn.Module):
+    """Llama decoder with scanned layers: parameters of all layers are stacked on axis 0.
+
+    Attributes:
+      config: the decoder's shape.
+      dtype: compute dtype; norms, rotary embeddings, softmax and logits use at least f32.
+      param_dtype: storage dtype.
+      remat: what the backward pass recomputes; see `TrainConfig.remat`.
+
+    Source: `LlamaForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `SmolLM3ForCausalLM`
+    (transformers).
+    """
+
+    config: LlamaConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: RematName = "products"
+
+    def setup(self) -> None:
+        """Creates the submodules that the methods share."""
+        c = self.config
+        self.embed_tokens = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("vocab", "embed")
+            ),
+        )
+        layer = LlamaLayer
+        if self.remat != "none":
+            policy = _POLICIES[self.remat]
+            layer = nn.remat(LlamaLayer, policy=policy, prevent_cse=False)  # the scan prevents it
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0, nn.broadcast, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.dtype, self.param_dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
+        if not c.tie_word_embeddings:
+            wide = jnp.promote_types(self.dtype, jnp.float32)
+            self.lm_head = nn.Dense(
+                c.vocab_size,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=nn.with_logical_partitioning(
+                    nn.initializers.normal(0.02), ("embed", "vocab")
+                ),
+                dot_general=functools.partial(jax.lax.dot_general, preferred_element_type=wide),
+            )
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Input embeddings of token ids."""
+        return self.embed_tokens(tokens)
+
+    def blocks(
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        positions: Int[Array, "#B L"],
+        key_valid: Bool[Array, "#B L C"] | None = None,
+        cache: KVCache | None = None,
+        cache_index: Int[Array, ""] | int = 0,
+        prefix: KVCache | None = None,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Runs all layers and the final norm.
+
+        Args:
+          x: input embeddings, text and audio merged.
+          positions: rotary position of each input.
+          key_valid: True where a query may see a key; C is the length of the cache, or L without
+            one. None means the causal mask without a cache, and allows the platform's fused kernel.
+          cache: keys and values so far; new ones are written from `cache_index` on.
+          cache_index: first slot to write to.
+          prefix: keys and values of tokens in front of every row: the cache returned for a batch of
+            one. The mask must then be the causal one, and `positions` must continue the prefix.
+
+        Returns:
+          Hidden states after the final norm, and the new cache (None without one).
+        """
+        c = self.config
+        rotary = _rotary(positions, c)
+        is_rotated = np.isin(np.arange(c.num_hidden_layers), c.no_rope_layers, invert=True)
+        x, cache = self.layers(
+            x, rotary, jnp.asarray(is_rotated), key_valid, cache, prefix, cache_index
+        )
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Next-token logits of hidden states after the final norm, accumulated in at least f32."""
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden)
+        embedding = self.embed_tokens.embedding.astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=wide)
+
+    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Logits of a right-padded batch of texts, at every position."""
+        length = tokens.shape[1]
+        hidden, _ = self.blocks(
+            self.embed(tokens),
+            positions=jnp.arange(length)[None],
+        )
+        return self.logits(hidden)
+
+
+def abstract_decoder(
+    config: LlamaConfig, *, param_dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> dict:
+    """Shapes, dtypes and shardings of the decoder's parameters."""
+    module = LlamaDecoder(config, param_dtype=param_dtype)
+    return abstract_params(module, jax.ShapeDtypeStruct((1, 1), jnp.int32), mesh)

@@ -1,0 +1,82 @@
+"""Attention written out: for masks that no kernel supports, and as a reference for the kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+_KEY_BLOCK = 500  # keys whose weighted values are summed at once
+
+
+def causal_mask(length: int) -> Bool[Array, "1 L L"]:
+    """True where key position <= query position."""
+    return jnp.tril(jnp.ones((1, length, length), bool))
+
+
+def plain_attend(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B C K d"],
+    v: Float[Array, "B C K d"],
+    *,
+    is_causal: bool = False,
+    key_valid: Bool[Array, "#B Q C"] | None = None,
+) -> Float[Array, "B Q H d"]:
+    """`attention.attend` for all heads at once; holds the scores [B, K, G*Q, C] in memory."""
+    grouped = group_heads(q, k, v)
+    if is_causal:
+        key_valid = causal_mask(q.shape[1])
+    if key_valid is not None:
+        num_groups = q.shape[2] // k.shape[2]
+        key_valid = jnp.tile(key_valid, (1, num_groups, 1))[:, None]  # [B, 1, G*Q, C]
+    return ungroup_heads(attend_matrices(*grouped, key_valid), q.shape)
+
+
+def group_heads(
+    q: Float[Array, "B Q H d"], k: Float[Array, "B C K d"], v: Float[Array, "B C K d"]
+) -> tuple[Float[Array, "B K GQ d"], Float[Array, "B K C d"], Float[Array, "B K C d"]]:
+    """Moves heads first, with the G query heads of each kv head stacked along the queries."""
+    b, num_queries, _, d = q.shape
+    num_kv_heads = k.shape[2]
+    q = q.reshape(b, num_queries, num_kv_heads, -1, d).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, d]
+    return q.reshape(b, num_kv_heads, -1, d), k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def ungroup_heads(
+    out: Float[Array, "*batch GQ d"], shape: tuple[int, ...]
+) -> Float[Array, "B Q H d"]:
+    """The inverse of `group_heads`, for the output of `attend_matrices`."""
+    b, num_queries, h, d = shape
+    return out.reshape(b, h, num_queries, d).swapaxes(1, 2)
+
+
+def attend_matrices(
+    q: Float[Array, "*batch GQ d"],
+    k: Float[Array, "*batch C d"],
+    v: Float[Array, "*batch C d"],
+    key_valid: Bool[Array, "*#batch GQ C"] | None,
+) -> Float[Array, "*batch GQ d"]:
+    """Softmax attention for each matrix of queries, in at least f32.
+
+    Keys are processed in blocks: a single sum over an encoder's 1500 keys would lose digits. The
+    weighted sum is normalised rather than the weights, since it is the smaller array.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    blocks = [slice(start, start + _KEY_BLOCK) for start in range(0, k.shape[-2], _KEY_BLOCK)]
+
+    def score(block: slice) -> Float[Array, "*batch GQ c"]:
+        keys = k[..., block, :].swapaxes(-2, -1)  # [*batch, d, c]
+        products = jnp.matmul(q, keys, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        if key_valid is None:
+            return products
+        return jnp.where(key_valid[..., block], products, jnp.finfo(wide).min)
+
+    scores = [score(block) for block in blocks]
+    highest = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
+    out = sum(
+        jnp.matmul(w.astype(v.dtype), v[..., block, :], preferred_element_type=wide)
+        for w, block in zip(weights, blocks, strict=True)
+    )
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+    return jnp.asarray(out / total).astype(v.dtype)

@@ -1,0 +1,15 @@
+"""What a run does with batches: learn, evaluate, save.
+
+  losses, objectives   cross-entropy and CTC; what each stage of a run minimises
+  state                the trained state and its optimizer, and how both begin
+  train_step           one update as a pure function, and its compilation for every bucket
+  evaluate, wer        loss, transcripts and word error rate of held-out sets
+  held_out             the evaluations of a run
+  checkpoints, best    what is saved
+  due                  when a run logs, saves and evaluates
+  metrics, step_log    what is logged, and where
+  throughput           speed, FLOP utilisation, compilations, profiles
+  preemption           on SIGTERM: save and exit
+
+Imports everything below it (`models`, `data`, and the files of the package); never `convert`.
+"""

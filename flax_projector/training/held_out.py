@@ -1,0 +1,50 @@
+"""The evaluations of a run: score and record every held-out set, keep the best projector."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flax_projector.data.batches import Batches
+from flax_projector.models.speech_llm import Params
+from flax_projector.training.best import Best
+from flax_projector.training.evaluate import Evaluator
+from flax_projector.training.metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out sets, and what is done with their scores.
+
+    Attributes:
+      evaluator: evaluates the run's model.
+      sets: each set's batches, by the set's name.
+      frozen: parameters of the encoder and the LLM.
+      writer: records the scores.
+      best: keeps the best projector.
+      num_compiled: returns the number of programs compiled so far.
+    """
+
+    evaluator: Evaluator
+    sets: Mapping[str, Batches]
+    frozen: tuple[Params, Params]
+    writer: MetricsWriter
+    best: Best
+    num_compiled: Callable[[], int]
+
+    def evaluate(self, step: int, params: Params, *, check: Callable[[], None]) -> None:
+        """Scores a projector on every set.
+
+        Args:
+          step: the projector's step.
+          params: the projector's parameters.
+          check: called before every batch; may raise to interrupt.
+        """
+        found = []
+        for name, batches in self.sets.items():
+            scores = self.evaluator((params, *self.frozen), batches, name=name, check=check)
+            self.writer.write_scores(step, name, scores)
+            found.append(scores)
+        log.info("%d programs compiled so far", self.num_compiled())
+        self.best.offer(step, found, params)

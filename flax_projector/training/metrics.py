@@ -1,0 +1,133 @@
+"""Writes the metrics and transcripts of a run to files, TensorBoard and Weights & Biases."""
+
+import dataclasses
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from flax_projector.files import write_atomically
+from flax_projector.run_folder import RunFolder
+from flax_projector.training.evaluate import Scores, Transcript
+
+log = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Writes scalars to `metrics.jsonl`, TensorBoard event files and, on request, W&B."""
+
+    def __init__(self, folder: RunFolder, *, first_step: int = 0, wandb_project: str | None = None):
+        """Opens the run's files for appending; only process 0 writes.
+
+        Args:
+          folder: the run's folder.
+          first_step: step of the checkpoint that the run continues from. Records of later steps,
+            and of this step's evaluation, are removed from `metrics.jsonl`: they will be written
+            again.
+          wandb_project: the Weights & Biases project; None to do without.
+
+        Raises:
+          ValueError: if wandb is requested but not installed.
+        """
+        self._is_writer = jax.process_index() == 0
+        self._folder = folder
+        if self._is_writer:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
+            _drop_after(folder.metrics, first_step)
+            self._jsonl = folder.metrics.open("a", encoding="utf-8")
+            self._events = EventFileWriter(str(folder.tensorboard))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records named scalars at a step."""
+        if not self._is_writer:
+            return
+        record = {"step": step, "time": round(time.time(), 3), **scalars}
+        self._jsonl.write(json.dumps(record) + "\n")
+        self._jsonl.flush()
+        for name, value in scalars.items():
+            self._add_event(step, scalar_pb(name, value))
+        if self._wandb is not None:
+            self._wandb.log(dict(scalars), step=step)
+
+    def write_scores(self, step: int, name: str, scores: Scores) -> None:
+        """Records the scores and transcripts of a set, and logs a sample of the transcripts."""
+        self.write(step, {f"eval/{name}/loss": scores.loss, f"eval/{name}/wer": scores.wer})
+        self.write_transcripts(step, name, scores.transcripts)
+        log.info(
+            "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
+            step,
+            name,
+            100 * scores.wer,
+            scores.loss,
+            len(scores.transcripts),
+        )
+        for transcript in samples(scores.transcripts):
+            log.info("  said %r, heard %r", transcript.reference, transcript.hypothesis)
+
+    def write_transcripts(self, step: int, name: str, transcripts: Sequence[Transcript]) -> None:
+        """Saves all transcripts of an evaluation, and shows a sample of them in TensorBoard."""
+        if not self._is_writer:
+            return
+        lines = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in transcripts]
+        write_atomically(self._folder.transcripts(name, step), "\n".join(lines) + "\n")
+        shown = "\n".join(f"| {t.reference} | {t.hypothesis} |" for t in samples(transcripts))
+        table = f"| reference | hypothesis |\n| --- | --- |\n{shown}"
+        self._add_event(step, text_pb(f"transcripts/{name}", table))
+
+    def _add_event(self, step: int, summary: Any) -> None:
+        self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_exc_info: object) -> None:
+        if self._is_writer:
+            self._jsonl.close()
+            self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _drop_after(path: Path, first_step: int) -> None:
+    """Keeps the records before a step and, of the step itself, only the record of training."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):  # the process was killed while writing
+            continue
+        record = json.loads(line)
+        if record["step"] < first_step or (record["step"] == first_step and "grad_norm" in record):
+            kept.append(line)
+    write_atomically(path, "".join(kept))
+
+
+def _start_wandb(project: str, folder: RunFolder) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError as error:
+        raise ValueError(
+            "--wandb-project needs wandb: `pip install wandb`, or omit the option"
+        ) from error
+    id_path = folder.wandb_id
+    run_id = id_path.read_text() if id_path.is_file() else uuid.uuid4().hex
+    run = wandb.init(
+        project=project, name=folder.path.name, dir=str(folder.path), id=run_id, resume="allow"
+    )
+    id_path.write_text(run_id)
+    return run
+
+
+def samples(transcripts: Sequence[Transcript], count: int = 10) -> Sequence[Transcript]:
+    """Some of an evaluation's transcripts, evenly spaced from the shortest clips to the longest."""
+    return transcripts[:: max(1, -(-len(transcripts) // count))]

@@ -1,0 +1,50 @@
+"""Which utterances share a batch, an epoch of a mixture, and what no bucket holds."""
+
+import numpy as np
+import pytest
+
+from flax_projector.config import DataConfig
+from flax_projector.data.audio import Problem
+from flax_projector.data.batch_plan import epoch_members, epoch_plan, prepare
+from tests.clips import read_speech, tiny_prompt
+
+pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
+
+
+@pytest.mark.parametrize("sizes", [(0, 0, 1), (3, 5, 0), (8, 8, 8), (1, 0, 30), (17, 2, 3)])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_plan_pads_only_one_batch_and_moves_leftovers_up(sizes, seed):
+    assigned = np.repeat(np.arange(3), sizes)
+    rng = None if seed is None else np.random.default_rng(seed)
+    plan = epoch_plan(np.arange(len(assigned)), assigned, 3, 4, rng)
+    members = np.concatenate([batch for _, batch in plan])
+    assert sorted(members[members >= 0]) == list(range(sum(sizes)))
+    assert sum((batch < 0).any() for _, batch in plan) <= 1
+    assert len(plan) == -(-sum(sizes) // 4)
+    for bucket, batch in plan:
+        assert all(assigned[i] <= bucket for i in batch if i >= 0)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.7, 3.0])
+def test_no_utterance_of_a_source_is_drawn_twice_more_than_another(weight):
+    counts = np.zeros(11, int)
+    for epoch in range(25):
+        members = epoch_members(np.zeros(11, int), [weight], seed=5, epoch=epoch)
+        assert len(members) == round(11 * weight)
+        counts += np.bincount(members, minlength=11)
+        assert np.ptp(counts) <= 1
+
+
+def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):
+    prompt, rows = tiny_prompt(), read_speech(tmp_path, 13)
+    short = DataConfig(window_secs=2.0, bucket_secs=(0.9,), max_text_tokens=12)
+    kept, bad = prepare(rows, prompt, short)
+    assert 0 < len(kept) < 13 and len(kept) + len(bad) == 13
+    assert {row.reason for row in bad} == {Problem.TOO_LONG, Problem.TOO_MANY_LABELS}
+    details = {row.reason: row.detail for row in bad}
+    assert "s; --data.bucket-secs ends at 0.9" in details[Problem.TOO_LONG]
+    assert "labels; --data.max-text-tokens is 12" in details[Problem.TOO_MANY_LABELS]
+    assert all(u.row.duration <= 0.9 and len(u.target) <= 12 for u in kept)
+    message = r"none of 13 utterances fits: raise --data.bucket-secs 0.1 or --data.max-text-tokens "
+    with pytest.raises(ValueError, match=message):
+        prepare(rows, prompt, DataConfig(window_secs=2.0, bucket_secs=(0.1,)))

@@ -1,0 +1,166 @@
+"""The batches of a set by number: whole epochs, mixtures, shapes, and shares of processes."""
+
+import pickle
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+from flax_projector.batch import AUDIO_TOKEN
+from flax_projector.data import batches as code
+from flax_projector.data.audio import load_audio
+from flax_projector.data.batches import Batches
+from flax_projector.data.manifest import ManifestRow
+from tests.clips import CONFIG, assert_same_batch, make_batches, read_speech
+
+pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[ManifestRow]:
+    """13 clips, which do not divide into batches of 8."""
+    return read_speech(tmp_path_factory.mktemp("speech"), 13)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> list[ManifestRow]:
+    """Sources a, b and c with 13, 6 and 3 clips."""
+    folder = tmp_path_factory.mktemp("mixture")
+    counts = {"a": 13, "b": 6, "c": 3}
+    return [row for s, n in counts.items() for row in read_speech(folder / s, n, source=s)]
+
+
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
+
+
+def seen(batches: Batches, first: int = 0, last: int | None = None) -> list[tuple[str, str]]:
+    """Source and id of the utterances in the order of the batches."""
+    numbers = range(first, len(batches) if last is None else last)
+    return [(u.row.source, u.row.id) for i in numbers for u in batches.members(i) if u]
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_every_utterance_is_seen_once_an_epoch(rows, shuffle_seed, batch_size):
+    batches = make_batches(rows, shuffle_seed=shuffle_seed, batch_size=batch_size)
+    assert sorted(id for _, id in seen(batches)) == sorted(f"clip{i}" for i in range(13))
+
+
+def test_epochs_differ_and_are_the_same_for_everyone(rows):
+    batches, again = (make_batches(rows, shuffle_seed=1, num_batches=40) for _ in range(2))
+    epoch = len(make_batches(rows, shuffle_seed=1))
+    order = [[u and u.row.id for u in batches.members(i)] for i in range(2 * epoch)]
+    assert order == [[u and u.row.id for u in again.members(i)] for i in range(2 * epoch)]
+    assert order[:epoch] != order[epoch:]
+
+
+def test_batches_hold_the_clips_and_mark_what_is_real(rows):
+    batches = make_batches(rows)
+    for index in range(len(batches)):
+        batch, bad = batches[index]
+        assert not bad
+        frame_valid = np.asarray(batch.frame_valid)
+        for row, utterance in enumerate(batches.members(index)):
+            if utterance is None:
+                assert not frame_valid[row].any() and not batch.label_valid[row].any()
+                assert batch.num_frames[row] == batch.prompt_len[row] == 0
+                continue
+            samples = load_audio(utterance.row.audio)
+            np.testing.assert_array_equal(batch.samples[row, : len(samples)], samples)
+            assert not batch.samples[row, len(samples) :].any()
+            num_frames = -(-len(samples) // 320)
+            assert frame_valid[row].sum() == batch.num_frames[row] == num_frames
+            assert (batch.tokens[row] == AUDIO_TOKEN).sum() == -(-num_frames // 4)
+            assert batch.label_valid[row].sum() == len(utterance.target)
+
+
+def test_number_of_shapes_is_at_most_the_number_of_buckets(rows):
+    batches = make_batches(rows, shuffle_seed=0, num_batches=50)
+    shapes = set()
+    for i in range(len(batches)):
+        leaves, static = jax.tree.flatten(batches[i].batch)
+        shapes.add((static, *(leaf.shape for leaf in leaves)))
+    assert 1 < len(shapes) <= len(CONFIG.bucket_secs)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_every_batch_has_a_shape_that_was_announced(mixture, weights):
+    batches = make_batches(mixture, shuffle_seed=0, weights=weights, num_batches=30)
+    abstract = dict(batches.abstract_batches())
+    used = {batches.bucket(i) for i in range(30)}
+    assert len(used) > 1 and used <= abstract.keys()
+    for i in range(6):
+        batch = batches.to_global(batches[i].batch)
+        describe = lambda x: (x.shape, x.dtype, x.sharding)  # noqa: E731
+        assert jax.tree.map(describe, batch) == jax.tree.map(describe, abstract[batches.bucket(i)])
+
+
+def test_batches_pickle_without_their_devices(rows):
+    batches = make_batches(rows, shuffle_seed=0)
+    copy = pickle.loads(pickle.dumps(batches))
+    assert not hasattr(copy, "mesh") and copy.fingerprint == batches.fingerprint
+    assert_same_batch(copy[0].batch, batches[0].batch)
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("shuffle_seed", [None, 1])
+def test_processes_share_an_epoch_without_gap_or_overlap(
+    rows, monkeypatch, num_processes, shuffle_seed
+):
+    whole = make_batches(rows, shuffle_seed=shuffle_seed)
+    parts = []
+    for process in range(num_processes):
+        ours = np.arange(8).reshape(num_processes, -1)[process]
+        monkeypatch.setattr(code, "local_rows", lambda mesh, num_rows, ours=ours: ours)
+        parts.append(make_batches(rows, shuffle_seed=shuffle_seed))
+    for index in range(len(whole)):
+        batches = [part[index].batch for part in parts]
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        assert_same_batch(joined, whole[index].batch)
+
+
+def test_a_weight_is_how_often_an_epoch_holds_each_utterance(mixture):
+    batches = make_batches(mixture, shuffle_seed=4, weights=WEIGHTS, num_batches=100)
+    length = -(-(13 + 2 * 6 + 2) // 8)  # round(0.5 * 3) = 2 of c
+    for epoch in range(6):
+        counts = Counter(seen(batches, epoch * length, (epoch + 1) * length))
+        assert [counts["a", f"clip{i}"] for i in range(13)] == [1] * 13
+        assert [counts["b", f"clip{i}"] for i in range(6)] == [2] * 6
+        assert sum(counts["c", f"clip{i}"] for i in range(3)) == 2
+    counts = Counter(seen(batches, 0, 6 * length))
+    assert [counts["c", f"clip{i}"] for i in range(3)] == [4] * 3  # 6 epochs x 2 draws over 3
+
+
+def test_mixtures_are_the_same_for_everyone_and_differ_between_epochs(mixture):
+    options = {"weights": WEIGHTS, "num_batches": 20}
+    first, again = (make_batches(mixture, shuffle_seed=4, **options) for _ in range(2))
+    assert seen(first) == seen(again)
+    assert seen(first, 0, 4) != seen(first, 4, 8)
+    assert seen(first) != seen(make_batches(mixture, shuffle_seed=5, **options))
+    even = make_batches(mixture, shuffle_seed=4, weights=dict.fromkeys("abc", 1.0))
+    assert seen(even) == seen(make_batches(mixture, shuffle_seed=4))
+
+
+def test_weights_without_a_shuffle_are_an_error(rows):
+    with pytest.raises(ValueError, match="need a shuffle_seed"):
+        make_batches(rows, weights={"a": 2.0})
+
+
+def test_global_batch_is_split_over_the_devices(rows):
+    batches = make_batches(rows)
+    batch = batches.to_global(batches[0].batch)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(batch)} == {8}
+    assert batch.tokens.addressable_shards[0].data.shape[0] == 1
+    assert_same_batch(batch, batches[0].batch)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_padded(rows, caplog):
+    batches = make_batches(rows, batch_size=6)
+    assert "a multiple of 8 has none" in caplog.text
+    assert len(batches) == 3
+    for index in range(len(batches)):
+        members = batches.members(index)
+        assert len(members) == 8 and members[6:] == [None, None]
+        assert not batches[index].batch.label_valid[6:].any()
+    assert sorted(id for _, id in seen(batches)) == sorted(f"clip{i}" for i in range(13))

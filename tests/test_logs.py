@@ -1,0 +1,124 @@
+"""How a program shows its progress: bars on terminals, plain lines elsewhere."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from flax_projector.logs import progress_bar, quiet_other_processes
+
+log = logging.getLogger("flax_projector.test")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that progress bars see."""
+    clock = SimpleNamespace(secs=1000.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.secs)
+    return clock
+
+
+def work(clock, secs: int, *, label: str = "clips", **options) -> None:
+    """A unit of work per second."""
+    with progress_bar(log, label, total=secs, unit="clip", **options) as progress:
+        for _ in range(secs):
+            clock.secs += 1
+            progress.update()
+
+
+def test_off_a_terminal_a_line_appears_every_half_minute_and_one_at_the_end(clock, caplog, capsys):
+    caplog.set_level(logging.INFO)
+    work(clock, 100)
+    assert caplog.messages == [
+        "clips: 30/100 clip in 00:30, 1.00clip/s",
+        "clips: 60/100 clip in 01:00, 1.00clip/s",
+        "clips: 90/100 clip in 01:30, 1.00clip/s",
+        "clips: 100/100 clip in 01:40, 1.00clip/s",
+    ]
+    assert capsys.readouterr().err == "", "something was drawn"
+
+
+def test_an_end_when_a_line_was_due_anyway_is_written_once(clock, caplog):
+    caplog.set_level(logging.INFO)
+    work(clock, 60)
+    assert caplog.messages == [
+        "clips: 30/60 clip in 00:30, 1.00clip/s",
+        "clips: 60/60 clip in 01:00, 1.00clip/s",
+    ]
+
+
+def test_the_last_line_shows_the_last_numbers(clock, caplog):
+    caplog.set_level(logging.INFO)
+    with progress_bar(log, "train", total=1, unit="step") as progress:
+        clock.secs += 60
+        progress.update()
+        progress.set_postfix({"loss": "1.5"})
+    assert [message.endswith("loss=1.5") for message in caplog.messages] == [False, True]
+
+
+def test_short_work_writes_no_line(clock, caplog):
+    caplog.set_level(logging.INFO)
+    work(clock, 29)
+    assert not caplog.messages
+
+
+def test_slow_work_writes_a_line_when_there_is_something_new(clock, caplog):
+    caplog.set_level(logging.INFO)
+    with progress_bar(log, "clips", total=2, unit="clip") as progress:
+        clock.secs += 200
+        progress.update()
+        progress.set_postfix({"loss": "1.5"})  # a number that changes is no reason for a line
+        assert caplog.messages == ["clips: 1/2 clip in 03:20, 200.00s/clip"]
+        clock.secs += 200
+        progress.update()
+    assert caplog.messages[-1] == "clips: 2/2 clip in 06:40, 200.00s/clip, loss=1.5"
+
+
+def test_a_bar_that_starts_in_the_middle_says_so(clock, caplog):
+    caplog.set_level(logging.INFO)
+    with progress_bar(log, "train", total=100, initial=60, unit="step") as progress:
+        clock.secs += 30
+        progress.update(10)
+    assert caplog.messages[0].startswith("train: 70/100 step in 00:30")
+
+
+def test_work_of_unknown_length_counts_what_is_done(clock, caplog):
+    caplog.set_level(logging.INFO)
+    with progress_bar(log, "rows", total=None, unit="row") as progress:
+        clock.secs += 40
+        progress.update(400)
+    assert caplog.messages[0].startswith("rows: 400/? row in 00:40")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_where_the_log_is_silent_nothing_is_shown(clock, caplog, capsys, monkeypatch, terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    caplog.set_level(logging.WARNING)
+    work(clock, 100)
+    assert not caplog.messages
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_nothing_logged(clock, caplog, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    caplog.set_level(logging.INFO)
+    work(clock, 100)
+    drawn = capsys.readouterr().err
+    assert drawn.count("\r") > 10 and "100/100" in drawn
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("process_index", "is_shown"), [(0, True), (1, False)])
+def test_only_the_first_process_talks(clock, caplog, process_index, is_shown):
+    loggers = [logging.getLogger(name) for name in ("flax_projector", "convert", "train")]
+    levels = [logger.level for logger in loggers]
+    caplog.set_level(logging.INFO)
+    try:
+        quiet_other_processes(process_index)
+        work(clock, 40)
+        log.warning("a warning of any process")
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert any(message.startswith("clips: ") for message in caplog.messages) == is_shown
+    assert "a warning of any process" in caplog.messages

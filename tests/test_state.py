@@ -1,0 +1,65 @@
+"""The optimizer and its schedule against PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from convert.torch_projector import ResidualAudioProjector as TorchProjector
+from convert.trees import flatten
+from flax_projector.config import CTCConfig, OptimizerConfig, ProjectorConfig
+from flax_projector.models.projector import ResidualAudioProjector
+from flax_projector.training.state import make_optimizer, make_schedule
+from tests.models import make_projector_pair, projector_to_flax
+from tests.parity import assert_close
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.mark.parity("PyTorch")
+def test_twenty_updates_equal_those_of_torch() -> None:
+    """Clipping, warm-up, cosine and decay of the kernels alone, against PyTorch's own."""
+    config = ProjectorConfig(7, 13, projector_pool_stride=3, projector_hidden_dim=29)
+    optim = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.1)
+    num_steps = 20
+    module, params = make_projector_pair(TorchProjector, config)
+    is_kernel = {name: p.ndim == 2 for name, p in module.named_parameters()}
+    groups = [
+        {
+            "params": [p for name, p in module.named_parameters() if is_kernel[name] == decayed],
+            "weight_decay": optim.weight_decay if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    adamw = torch.optim.AdamW(groups, lr=optim.learning_rate)
+    schedule = get_cosine_schedule_with_warmup(adamw, optim.warmup_steps, num_steps)
+    optimizer = make_optimizer(optim, make_schedule(optim, num_steps, CTCConfig()))
+
+    def loss(params, frames, target):
+        audio = ResidualAudioProjector(config).apply({"params": params}, frames)
+        return jnp.mean((jnp.asarray(audio) - target) ** 2)
+
+    @jax.jit
+    def update(params, state, frames, target):
+        updates, state = optimizer.update(jax.grad(loss)(params, frames, target), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, norms = jax.jit(optimizer.init)(params), []
+    rng = np.random.default_rng(3)
+    for _ in range(num_steps):
+        frames = rng.normal(size=(2, 11, 7)).astype(np.float32)
+        target = rng.normal(scale=rng.uniform(0, 3), size=(2, 4, 13)).astype(np.float32)
+        params, state = update(params, state, frames, target)
+        adamw.zero_grad()
+        error = module(torch.from_numpy(frames)) - torch.from_numpy(target)
+        error.square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm).item())
+        adamw.step()
+        schedule.step()
+    assert min(norms) < optim.clip_norm < max(norms)  # both sides of clipping were tried
+    expected = flatten(projector_to_flax(config, dict(module.named_parameters())))
+    for name, leaf in flatten(params).items():
+        assert_close(leaf, expected[name], 1e-5, name)
