@@ -78,7 +78,13 @@ def num_losses(config: TrainConfig) -> int:
 def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> None:
     """SIGTERM to one of them saves and ends both; started again they finish."""
     one, two = (
-        tiny_config(tmp_path / name, tiny_towers, num_steps=20, eval_every_steps=5)
+        tiny_config(
+            tmp_path / name,
+            tiny_towers,
+            num_steps=20,
+            eval_every_steps=5,
+            data={"bucket_secs": (2.0,)},
+        )
         for name in ("one", "two")
     )
     two = dataclasses.replace(two, distributed=True, save_every_steps=1)

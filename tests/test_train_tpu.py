@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_everything_behind(run):
     assert saved["projector_pool_stride"] == 4 and saved["audio_model_id"] == config.encoder
 
 
-NO_EVAL = {"data": {"eval": ()}}  # where the claim is about training alone
+LEAN = {"data": {"eval": (), "bucket_secs": (2.0,)}}  # where other lengths would show nothing more
 WARM_START = {"ctc": CTCConfig(num_steps=10, learning_rate=1e-2, blank="<|endoftext|>")}
 
 
@@ -69,17 +69,17 @@ WARM_START = {"ctc": CTCConfig(num_steps=10, learning_rate=1e-2, blank="<|endoft
 @pytest.mark.parametrize("stages", [{}, WARM_START], ids=["llm", "ctc, then llm"])
 def test_losses_do_not_depend_on_the_mesh(run, stages):
     sharded = [
-        run(name=f"mesh{i}", num_devices=8, num_steps=20, mesh=mesh, **stages, **NO_EVAL)
+        run(name=f"mesh{i}", num_devices=8, num_steps=20, mesh=mesh, **stages, **LEAN)
         for i, mesh in enumerate([MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
     ]
-    single = read_losses(run(name="single", num_steps=20, **stages, **NO_EVAL))
+    single = read_losses(run(name="single", num_steps=20, **stages, **LEAN))
     assert len(single) == 20
     for config in sharded:
         assert_within(np.array(read_losses(config), np.float32), single, 1e-4)
 
 
 def test_warm_start_learns_to_spell_before_the_llm_reads(run):
-    config = run(num_steps=21, log_every_steps=4, save_every_steps=100, **WARM_START, **NO_EVAL)
+    config = run(num_steps=21, log_every_steps=4, save_every_steps=100, **WARM_START, **LEAN)
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     records = [r for r in map(json.loads, lines) if "num_steps" in r]
     assert [(r["step"], r["num_steps"], "ctc_loss" in r) for r in records] == [
@@ -120,9 +120,9 @@ def test_resume_refuses_another_config(run):
 
 
 def test_a_run_may_start_from_a_converted_projector(run):
-    first = run(name="first", num_steps=2, **NO_EVAL)
+    first = run(name="first", num_steps=2, **LEAN)
     second = run(
-        name="second", num_steps=1, init_projector=str(Path(first.out) / "projector"), **NO_EVAL
+        name="second", num_steps=1, init_projector=str(Path(first.out) / "projector"), **LEAN
     )
     # Update 1 runs at learning rate 0: the parameters are still those of the first run.
     expected = final_params(first)
@@ -161,8 +161,8 @@ def test_a_run_refuses_a_projector_that_computes_something_else(run):
 
 @pytest.mark.consistency("ours with live features")
 def test_kept_features_give_the_losses_of_live_ones(run):
-    live = run(name="live", **NO_EVAL)
-    kept = run(name="kept", data={"cache_features": True, "eval": ()})
+    live = run(name="live", **LEAN)
+    kept = run(name="kept", data={"cache_features": True, **LEAN["data"]})
     assert_within(np.array(read_losses(kept), np.float32), read_losses(live), 1e-5)
 
 
@@ -300,7 +300,7 @@ def test_parts_of_a_batch_train_as_the_whole(run):
     whole, parts = (
         run(name=name, num_steps=4, accumulation_steps=steps, **more)
         for name, steps in (("whole", 1), ("parts", 2))
-        for more in [{"data": {"batch_size": 16, "eval": ()}, "ctc": CTCConfig(2)}]
+        for more in [{"data": {"batch_size": 16, **LEAN["data"]}, "ctc": CTCConfig(2)}]
     )
     np.testing.assert_allclose(read_losses(parts), read_losses(whole), atol=1e-4)
     lines = (Path(parts.out) / "metrics.jsonl").read_text().splitlines()
@@ -311,7 +311,7 @@ def test_parts_of_a_batch_train_as_the_whole(run):
 
 def test_a_checkpoint_is_written_when_its_minutes_have_passed(run):
     config = run(
-        num_steps=4, save_every_steps=100, save_every_mins=1e-9, keep_checkpoints=9, **NO_EVAL
+        num_steps=4, save_every_steps=100, save_every_mins=1e-9, keep_checkpoints=9, **LEAN
     )
     saved = {int(path.name) for path in (Path(config.out) / "checkpoints").iterdir()}
     assert saved == {1, 2, 3, 4}
