@@ -196,5 +196,5 @@ def test_demo_without_its_speech_says_where_it_is(run, towers, tmp_path):
     out = ["--out", tmp_path / "run"]
     done = run("flax-projector-train", "demo", *towers, *sizes, *out, code=1)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "examples/demo" in last
+    assert last.startswith("error: ") and "run the demo in a clone" in last
     assert "Traceback" not in done.stderr
