@@ -57,7 +57,7 @@ class Scores:
     num_left_out: int
 
 
-def never() -> None:
+def _never() -> None:
     """The default `check`, which never interrupts."""
 
 
@@ -112,7 +112,7 @@ class Evaluator:
         batches: Batches,
         *,
         name: str,
-        check: Callable[[], None] = never,
+        check: Callable[[], None] = _never,
     ) -> float:
         """Nats per label over one epoch of `batches`.
 
@@ -140,7 +140,7 @@ class Evaluator:
         batches: Batches,
         *,
         name: str,
-        check: Callable[[], None] = never,
+        check: Callable[[], None] = _never,
     ) -> list[Transcript]:
         """Greedy transcripts of every utterance, in the order of the batches; see `loss`."""
         transcripts = []
@@ -161,7 +161,7 @@ class Evaluator:
         batches: Batches,
         *,
         name: str,
-        check: Callable[[], None] = never,
+        check: Callable[[], None] = _never,
     ) -> Scores:
         """Loss, transcripts and word error rate of one epoch of `batches`; see `loss`."""
         transcripts = self.transcribe(params, batches, name=name, check=check)

@@ -1,8 +1,9 @@
 """What a run minimises: CTC during a warm start, then the LLM's cross-entropy."""
 
+import abc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,7 @@ from flax_projector.training.losses import can_spell, cross_entropy, ctc
 Metrics = dict[str, Float[Array, ""]]
 
 
-@runtime_checkable
-class Objective(Protocol):
+class Objective(abc.ABC):
     """A loss that is summed over labels, so that its mean gives every label the same weight.
 
     Attributes:
@@ -29,9 +29,15 @@ class Objective(Protocol):
     count_name: ClassVar[str]
     runs_llm: ClassVar[bool]
 
+    @abc.abstractmethod
     def num_labels(self, batch: Batch) -> Float[Array, ""]:
         """Number of labels that the loss is summed over."""
-        ...
+
+    @abc.abstractmethod
+    def score(
+        self, model: SpeechLLM, llm_params: Params, batch: Batch, audio: Float[Array, "B A D"]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The loss of audio tokens, summed over the labels of their batch; see `summed_loss`."""
 
     def summed_loss(
         self,
@@ -56,11 +62,12 @@ class Objective(Protocol):
         Returns:
           The sum in nats, and metrics that are means over the batch.
         """
-        ...
+        audio = model.hear(projector_params, encoder_params, batch, key=key)
+        return self.score(model, llm_params, batch, audio)
 
 
 @dataclass(frozen=True)
-class LLMObjective:
+class LLMObjective(Objective):
     """Cross-entropy of the transcript, predicted by the LLM."""
 
     loss_name: ClassVar[str] = "loss"
@@ -71,18 +78,10 @@ class LLMObjective:
         """Number of labels in the batch, including each row's end of turn."""
         return jnp.sum(batch.label_valid, dtype=jnp.float32)
 
-    def summed_loss(
-        self,
-        model: SpeechLLM,
-        projector_params: Params,
-        encoder_params: Params,
-        llm_params: Params,
-        batch: Batch,
-        *,
-        key: Array | None = None,
+    def score(
+        self, model: SpeechLLM, llm_params: Params, batch: Batch, audio: Float[Array, "B A D"]
     ) -> tuple[Float[Array, ""], Metrics]:
         """See `Objective`. "scale_ratio" is the audio tokens' RMS divided by the text tokens'."""
-        audio = model.hear(projector_params, encoder_params, batch, key=key)
         inputs = model.merge(llm_params, batch, audio)
         logits = model.label_logits(llm_params, inputs, batch.label_positions)
         text_rms = jnp.maximum(rms(inputs, batch.is_text), 1e-9)
@@ -91,7 +90,7 @@ class LLMObjective:
 
 
 @dataclass(frozen=True)
-class CTCObjective:
+class CTCObjective(Objective):
     """CTC between the audio tokens and the LLM's embeddings, without the LLM's layers.
 
     Attributes:
@@ -112,18 +111,10 @@ class CTCObjective:
         is_spelt = is_spoken & can_spell(audio_valid, labels, is_spoken)[:, None]
         return jnp.sum(is_spelt, dtype=jnp.float32)
 
-    def summed_loss(
-        self,
-        model: SpeechLLM,
-        projector_params: Params,
-        encoder_params: Params,
-        llm_params: Params,
-        batch: Batch,
-        *,
-        key: Array | None = None,
+    def score(
+        self, model: SpeechLLM, llm_params: Params, batch: Batch, audio: Float[Array, "B A D"]
     ) -> tuple[Float[Array, ""], Metrics]:
         """See `Objective`; there are no further metrics."""
-        audio = model.hear(projector_params, encoder_params, batch, key=key)
         logits = model.embedding_logits(llm_params, audio, np.array(self.classes))
         return ctc(logits, *self._targets(batch)), {}
 
