@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import jax
 
+from flax_projector.config.presets import DEMO_SPEECH
 from flax_projector.data.audio import (
     Audio,
     BadAudio,
@@ -162,6 +163,18 @@ def read_manifest(
     return check_rows(drafts, source, Durations(cache, source))
 
 
+def missing_manifest(path: str) -> ValueError:
+    """The error for a manifest that does not exist; says where a relative path was looked for."""
+    where = "" if is_url(path) or os.path.isabs(path) else f" in {os.getcwd()}"
+    hint = ""
+    if path.startswith(DEMO_SPEECH):
+        hint = (
+            f". The demo's speech is in {DEMO_SPEECH} of the repository and not part of the "
+            "installed package: run the demo in a clone"
+        )
+    return ValueError(f"manifest {path} does not exist{where}{hint}")
+
+
 def _read_text(path: str) -> str:
     if is_url(path):
         require_filesystem(path)
@@ -169,8 +182,7 @@ def _read_text(path: str) -> str:
         with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
             return file.read()  # pyright: ignore[reportAttributeAccessIssue]
     except FileNotFoundError as error:
-        where = "" if is_url(path) or os.path.isabs(path) else f" in {os.getcwd()}"
-        raise ValueError(f"manifest {path} does not exist{where}") from error
+        raise missing_manifest(path) from error
     except Exception as error:  # file systems raise the errors of their clients
         raise ValueError(
             f"manifest {path} cannot be read: {type(error).__name__}: {error}\n"

@@ -14,14 +14,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from flax_projector.config import TrainConfig
-from flax_projector.config.presets import DEMO_SPEECH
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batch_plan import Utterance, prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.features import keep_features
 from flax_projector.data.hf_data import PREFIX, read_hf
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
-from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.data.manifest import ManifestRow, missing_manifest, read_manifest
 from flax_projector.files import is_url
 from flax_projector.prompt import Prompt
 from flax_projector.run_folder import RunFolder
@@ -67,16 +66,8 @@ def check_sources(config: TrainConfig) -> None:
         raise ValueError("no training data: pass --data.train MANIFEST.jsonl")
     eval_names(config)
     for source in (*config.data.train, *config.data.eval):
-        if source.startswith(PREFIX) or is_url(source) or os.path.isfile(source):
-            continue
-        hint = ""
-        if source.startswith(DEMO_SPEECH):
-            hint = (
-                f". The demo's speech is in {DEMO_SPEECH} of the repository and not part of the "
-                "installed package: run the demo in a clone"
-            )
-        where = "" if os.path.isabs(source) else f" in {os.getcwd()}"
-        raise ValueError(f"manifest {source} does not exist{where}{hint}")
+        if not (source.startswith(PREFIX) or is_url(source) or os.path.isfile(source)):
+            raise missing_manifest(source)
 
 
 @dataclass(frozen=True)
