@@ -80,6 +80,14 @@ class _Conversion:
     no_verify: Annotated[bool, _shown()] = False
     """Do not convert back and compare."""
 
+    def options(self) -> dict[str, Any]:
+        """The options that both directions take."""
+        return {
+            "dtype": self.dtype,
+            "overwrite": self.overwrite,
+            "verify": not self.no_verify,
+        }
+
 
 @dataclass(frozen=True)
 class ToFlax(_Conversion):
@@ -105,9 +113,7 @@ class ToFlax(_Conversion):
             step=self.step,
             given=self.fields.given(),
             ignore=self.ignore,
-            dtype=self.dtype,
-            overwrite=self.overwrite,
-            verify=not self.no_verify,
+            **self.options(),
         )
         _log.info("wrote %s", dst)
         return 0
@@ -135,9 +141,7 @@ class ToTorch(_Conversion):
             self.dst,
             step=self.step,
             prefix=self.prefix,
-            dtype=self.dtype,
-            overwrite=self.overwrite,
-            verify=not self.no_verify,
+            **self.options(),
         )
         _log.info("wrote %s", dst)
         return 0
