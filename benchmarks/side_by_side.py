@@ -20,8 +20,9 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
 def flax_params(kind: ModelKind, config: Any, module: torch.nn.Module) -> dict[str, Any]:
-    """Returns a PyTorch module's parameters as our module with this config takes them."""
-    checkpoint = in_memory({name: x.detach().numpy() for name, x in module.state_dict().items()})
+    """Copies a PyTorch module's parameters into the tree our module with this config takes."""
+    copies = {name: x.detach().clone().numpy() for name, x in module.state_dict().items()}
+    checkpoint = in_memory(copies)
     plan = engine.plan_to_flax(kind.table, checkpoint.infos, kind.leaves(config))
     return read_tree(engine.as_flax(plan, checkpoint))
 

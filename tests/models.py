@@ -40,8 +40,13 @@ def load_on_one_device(kind: ModelKind, folder: Path) -> tuple[Any, dict]:
 
 
 def projector_to_flax(config: ProjectorConfig, tensors: Mapping[str, torch.Tensor]) -> dict:
-    """Parameters or gradients of a projector by torch name, as the Flax module's tree."""
-    arrays = in_memory({name: tensor.detach().numpy() for name, tensor in tensors.items()})
+    """Copies parameters or gradients of a projector by torch name into the Flax module's tree.
+
+    Copies, because JAX reads a NumPy array where it lies and after the call has returned: an
+    optimizer of PyTorch that updates in place would change what ours is still to read.
+    """
+    copies = {name: tensor.detach().clone().numpy() for name, tensor in tensors.items()}
+    arrays = in_memory(copies)
     plan = engine.plan_to_flax(PROJECTOR.table, arrays.infos, PROJECTOR.leaves(config))
     return unflatten(read_all(engine.as_flax(plan, arrays)))
 

@@ -63,3 +63,13 @@ def test_twenty_updates_equal_those_of_torch() -> None:
     expected = flatten(projector_to_flax(config, dict(module.named_parameters())))
     for name, leaf in flatten(params).items():
         assert_close(leaf, expected[name], 1e-5, name)
+
+
+def test_flax_parameters_share_no_memory_with_torch() -> None:
+    """Or an update in place by PyTorch would change them before JAX, which is late, reads them."""
+    config = ProjectorConfig(7, 13, projector_pool_stride=3, projector_hidden_dim=29)
+    module, params = make_projector_pair(TorchProjector, config)
+    theirs = [parameter.detach().numpy() for parameter in module.parameters()]
+    assert not any(
+        np.shares_memory(leaf, array) for leaf in flatten(params).values() for array in theirs
+    )
