@@ -12,7 +12,6 @@ option of a preset with its default.
 """
 
 import contextlib
-import functools
 import logging
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
 from flax_projector.data.sources import check_sources
 from flax_projector.logs import lines_above_bars, quiet_other_processes, setup_logging
-from flax_projector.run import LoadedModel, load_model, write_projector
+from flax_projector.run import LoadedModel, load_model
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.best import Best
@@ -156,7 +155,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
             MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
         )
         if jax.process_index() == 0:
-            folder.claim(config)  # no user input can fail from here on
+            folder.claim(config, loaded.prompt.to_json())  # no user input can fail from here on
         step_log = StepLog(
             writer,
             batches,
@@ -168,8 +167,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
             num_compiled=num_compiled,
         )
         stack.enter_context(contextlib.closing(step_log))
-        write = functools.partial(write_projector, config=config, mesh=mesh)
-        best = Best(folder, write)
+        best = Best(folder, loaded.write_projector)
         evaluator = loaded.make_evaluator(bad_rows)
         held_out = HeldOut(evaluator, held_out_sets, loaded.frozen, writer, best, num_compiled)
         saver = Saver(manager, iterator, step_log, every_mins=config.save_every_mins)
@@ -208,7 +206,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
 
         # --- result --------------------------------------------------------------------------
         manager.wait_until_finished()
-        write(folder.projector, state.params)
+        loaded.write_projector(folder.projector, state.params)
         log.info("%s", bad_rows.summary())
         log.info("projector saved in %s", folder.projector)
         best.report(step)

@@ -20,12 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import soundfile
 import soxr
-from tokenizers import Tokenizer
+from made_up import prompt_of_ids
 
 from flax_projector.config import DataConfig, MeshConfig
 from flax_projector.data.batch_plan import Utterance
@@ -34,7 +33,6 @@ from flax_projector.data.inputs import Waveforms
 from flax_projector.data.manifest import ManifestRow
 from flax_projector.data.reader import BatchIterator
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
-from flax_projector.prompt import Prompt
 from flax_projector.sharding import make_mesh
 
 FORMATS = {  # suffix, sample rate, channels
@@ -46,7 +44,7 @@ FORMATS = {  # suffix, sample rate, channels
 }
 CLIPS, SECS, BATCH = 64, 12, 8
 DATA = DataConfig(bucket_secs=(15.0,), batch_size=BATCH)
-PROMPT = Prompt(cast(Tokenizer, None), before_audio=(3,), after_audio=(4,), end_of_turn=2)
+PROMPT = prompt_of_ids(before_audio=(3,), after_audio=(4,))
 
 
 def write_clips(folder: Path, suffix: str, rate: int, channels: int) -> list[Path]:

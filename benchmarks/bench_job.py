@@ -25,13 +25,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_train_step import CONFIG, OPTIMIZER, JaxStep, TorchStep
-from tokenizers import Tokenizer
+from made_up import prompt_of_ids
 
 from flax_projector.batch import Bucket
 from flax_projector.config import DataConfig, MeshConfig
@@ -39,14 +39,12 @@ from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
 from flax_projector.data.manifest import ManifestRow
 from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
-from flax_projector.prompt import Prompt
 from flax_projector.sharding import make_mesh
 
 MANIFEST = Path(__file__).parents[1] / "examples/demo/speech/train.jsonl"
 BATCH = 8
 LABELS_PER_SEC = 3.5  # tokens of read English
-UNUSED = cast(Tokenizer, None)  # token ids are random here
-PROMPT = Prompt(UNUSED, before_audio=tuple(range(24)), after_audio=tuple(range(5)), end_of_turn=2)
+PROMPT = prompt_of_ids(before_audio=range(24), after_audio=range(5))
 
 
 def demo_lengths() -> np.ndarray:

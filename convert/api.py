@@ -14,7 +14,7 @@ from convert.checkpoint import DTYPES, Checkpoint, TensorInfo
 from convert.compare import Comparison, compare
 from convert.extras import import_torch
 from convert.flax_files import FLAX_NAMES, fill_flax
-from convert.hf_config import CONFIG, architecture, with_dtype
+from convert.hf_config import CONFIG, architecture, rendered_prompt, with_dtype
 from convert.load import resolve_model
 from convert.models import PROJECTOR, ModelKind, config_text_of, detect
 from convert.paths import replacing
@@ -47,6 +47,7 @@ class Summary:
       config: dataclass of the config.json; None if there is none, or no `kind`.
       problem: why it cannot be converted as it is; None if it can.
       infos: shape and dtype of every tensor by torch key, or of every leaf by flax path.
+      prompt: what the LLM reads around the audio, if the projector's config.json has it as text.
     """
 
     architecture: str
@@ -54,6 +55,7 @@ class Summary:
     config: Any
     problem: str | None
     infos: Mapping[str, TensorInfo]
+    prompt: Mapping[str, Any] | None = None
 
 
 def to_flax(
@@ -154,7 +156,9 @@ def inspect(path: str | Path, *, step: int | None = None) -> Summary:
         problem = None
     except ValueError as error:
         problem = str(error)
-    return Summary(name if config else kind.name, kind, config, problem, infos)
+    said = stored.config_text
+    prompt = rendered_prompt(said) if kind is PROJECTOR and said is not None else None
+    return Summary(name if config else kind.name, kind, config, problem, infos, prompt)
 
 
 def verify(
@@ -267,6 +271,7 @@ def _convert(
         prefix = kind.table.prefix_of(stored.checkpoint.infos)  # the round trip restores it
     else:
         _warn_of_epsilon(config)
+        _warn_of_prompt(text)
     plan = _plan(stored, kind, config, prefix)
     with replacing(dst, names=names, overwrite=overwrite) as part:
         with _other_side(plan, stored).with_progress("converting") as shown:
@@ -358,4 +363,15 @@ def _warn_of_epsilon(config: Any) -> None:
             "use convert/torch_projector.py, which reads it from config.json",
             config.rms_norm_eps,
             upstream,
+        )
+
+
+def _warn_of_prompt(text: str) -> None:
+    """Warns of a prompt that tiny-audio will not render: it would ask the LLM in other words."""
+    if needs := (rendered_prompt(text) or {}).get("needs"):
+        _log.warning(
+            "WARNING: tiny-audio renders the messages with the LLM's chat template as it is, but "
+            "this projector was trained with %s. config.json has the prompt as text, under "
+            "rendered_prompt: give that to the LLM",
+            " and ".join(needs),
         )

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from convert.errors import ConversionError, Problem, raise_any
 from flax_projector.config import (
+    TINY_AUDIO_USER,
     Llama3RopeScaling,
     LlamaConfig,
     ProjectorConfig,
@@ -214,15 +215,55 @@ def projector_config_dict(config: ProjectorConfig, *, dtype: str) -> dict[str, A
     }
 
 
-def run_config_dict(config: TrainConfig) -> dict[str, Any]:
-    """A config.json for the projector of a training run, with the run's towers and prompt."""
-    return {
+def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
+    """A config.json for the projector of a training run, with the run's towers and prompt.
+
+    Args:
+      config: of the run.
+      prompt: the run's prompt, as it keeps it; None leaves it out. tiny-audio renders its messages
+        with the chat template of the LLM, as it is and on that day; "needs" lists what else there
+        is to it.
+    """
+    data = {
         **projector_config_dict(config.projector, dtype="float32"),
         "audio_model_id": config.encoder,
         "text_model_id": config.llm,
-        "system_prompt": config.prompt.system,
-        "user_prompt": f"{config.prompt.user}<audio>",
     }
+    if prompt is None:
+        return data
+    texts = json.loads(prompt)
+    args = config.prompt.template_args
+    needs = {
+        f"the date {texts['date']}": texts["date"],
+        f"--prompt.template-args {' '.join(args)}": args,
+        f"the user message {texts['user']!r}": texts["user"] != TINY_AUDIO_USER,
+        "--prompt.end": config.prompt.end,
+    }
+    rendered = {name: texts[name] for name in ("before_audio", "after_audio", "end")}
+    return {
+        **data,
+        "system_prompt": texts["system"],
+        "user_prompt": texts["user"],
+        "rendered_prompt": {**rendered, "needs": [what for what, is_so in needs.items() if is_so]},
+    }
+
+
+def messages(text: str) -> dict[str, str | None]:
+    """The messages that the projector of a config.json was trained with.
+
+    Returns:
+      {"system": ..., "user": ...}; None stands for what it does not say.
+    """
+    data = json.loads(text)
+    found = {"system": data.get("system_prompt"), "user": data.get("user_prompt")}
+    if "system_prompt" in data and found["system"] is None:
+        found["system"] = ""  # tiny-audio's null: no system turn
+    return found
+
+
+def rendered_prompt(text: str) -> dict[str, Any] | None:
+    """The prompt in a config.json of `run_config_dict`, if any."""
+    return json.loads(text).get("rendered_prompt")
 
 
 def config_file(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from convert import engine
 from convert.checkpoint import TensorInfo
 from convert.errors import Problem, raise_any
 from convert.flax_files import is_flax_folder, load_params
+from convert.hf_config import messages
 from convert.models import PROJECTOR, ModelKind
 from convert.stored import StoredModel, open_stored
 from convert.trees import flatten, unflatten
@@ -130,6 +131,12 @@ def load_projector_params(
             ],
         )
     return _load(PROJECTOR, stored, abstract)
+
+
+def read_messages(path: str | Path) -> dict[str, str | None]:
+    """The messages that a projector was trained with; see `hf_config.messages`."""
+    text = open_stored(path).config_text
+    return {"system": None, "user": None} if text is None else messages(text)
 
 
 def _place(

@@ -51,6 +51,10 @@ def summary_text(summary: Summary) -> str:
     if summary.config is not None:
         values = dataclasses.asdict(summary.config).items()
         lines.append("config  " + "\n        ".join(f"{name} = {value}" for name, value in values))
+    if summary.prompt is not None:
+        before, after, end = (summary.prompt[n] for n in ("before_audio", "after_audio", "end"))
+        prompt = f"{before}<audio>{after}TRANSCRIPT{end}"
+        lines.append("prompt  " + prompt.rstrip("\n").replace("\n", "\n        "))
     width = max((len(name) for name in summary.infos), default=0)
     lines += [
         f"{name:<{width}}  {info.dtype.name:<8}  {list(info.shape)}"

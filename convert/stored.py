@@ -97,6 +97,7 @@ def _choose(folder: Path, steps: dict[int, Path], step: int | None) -> Path:
 
 def _open_run(run: RunFolder, step_folder: Path) -> StoredModel:
     """The projector in a checkpoint of a training run, which holds the optimizer state as well."""
-    text = config_text(run_config_dict(run.read_config()))
+    prompt = run.prompt.read_text("utf-8") if run.prompt.is_file() else None
+    text = config_text(run_config_dict(run.read_config(), prompt))
     checkpoint = open_orbax(step_folder.resolve() / STATE, subtree="params/")
     return StoredModel(step_folder, "flax", checkpoint, text)

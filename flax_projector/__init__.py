@@ -5,8 +5,9 @@
 Folders are layers; each one's docstring says what is in it and what it may import:
 
   config       every setting and its default
-  lengths, files, logs, run_folder, batch, prompt, sharding
+  lengths, files, logs, run_folder, batch, sharding
                shared by several layers
+  chat         what the LLM reads around the audio
   models       the modules
   data         from a manifest to batches
   training     learning from them, evaluating, saving and logging
@@ -33,8 +34,8 @@ Masks are True where VALID and named for it (`frame_valid`, `label_valid`).
 import os
 from typing import TYPE_CHECKING, Any
 
-# transformers would warn at every start that PyTorch is missing. We only use its mel filters and
-# its text normaliser, which do not need it.
+# transformers would warn at every start that PyTorch is missing. We only use its mel filters, its
+# text normaliser and its tokenizers, which do not need it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:

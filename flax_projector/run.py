@@ -1,30 +1,33 @@
-"""Loads the model that a config describes, and writes its projector to disk."""
+"""Loads the model that a config describes, and writes its projector."""
 
 import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from convert.checkpoint import in_memory
 from convert.flax_files import write_flax
 from convert.hf_config import config_text, run_config_dict
-from convert.load import load_tower, resolve_model
+from convert.load import load_tower, read_messages, resolve_model
 from convert.models import LLAMA, WHISPER_ENCODER
 from convert.trees import flatten
+from flax_projector.chat.prompt import Prompt, make_prompt, remake_prompt
+from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import TrainConfig
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
 from flax_projector.models.llama import abstract_decoder
 from flax_projector.models.speech_llm import Params, SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
-from flax_projector.prompt import Prompt, load_tokenizer, make_prompt
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import batch_sharding, replicated, use_mesh
 from flax_projector.training.evaluate import Evaluator
@@ -92,6 +95,18 @@ class LoadedModel:
             window_frames=0 if data.cache_features else data.window_frames,
         )
 
+    def write_projector(self, folder: Path, params: Params) -> None:
+        """Writes a projector as a Flax folder, replacing any earlier one; every process calls it.
+
+        Args:
+          folder: the folder to write.
+          params: the projector's parameters.
+        """
+        whole: Any = jax.device_get(jax.device_put(params, replicated(self.mesh)))
+        if jax.process_index() == 0:
+            text = config_text(run_config_dict(self.config, self.prompt.to_json()))
+            write_flax(folder, in_memory(flatten(whole)), text, overwrite=True)
+
     def log_parameters(self, projector_params: Params) -> None:
         """Logs what is trained and what is frozen, with parameter counts."""
         parts = {
@@ -128,7 +143,7 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     llm_params = load_tower(
         LLAMA, llm_folder, abstract_decoder(llama, param_dtype=dtype, mesh=mesh)
     )
-    prompt = make_prompt(load_tokenizer(llm_folder), config.prompt)
+    prompt = load_prompt(config, llm_folder)
     with use_mesh(mesh):
         prefix = encode_prefix(model, llm_params, prompt.before_audio, mesh)
     return LoadedModel(
@@ -142,16 +157,36 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     )
 
 
-def write_projector(folder: Path, params: Params, config: TrainConfig, mesh: Mesh) -> None:
-    """Writes a projector as a Flax folder, replacing any earlier one; every process must call it.
+def load_prompt(config: TrainConfig, llm_folder: Path) -> Prompt:
+    """The prompt of the run in `config.out`; if there is none yet, the one that it begins with.
 
-    Args:
-      folder: the folder to write.
-      params: the projector's parameters.
-      config: the run's config, for config.json.
-      mesh: the mesh that the parameters are on.
+    Raises:
+      ValueError: if the LLM's tokenizer cannot make it.
     """
-    whole: Any = jax.device_get(jax.device_put(params, replicated(mesh)))
-    if jax.process_index() == 0:
-        leaves = in_memory(flatten(whole))
-        write_flax(folder, leaves, config_text(run_config_dict(config)), overwrite=True)
+    tokenizer = load_tokenizer(llm_folder)
+    saved = RunFolder.of(config).read_prompt()
+    if saved is not None:
+        return remake_prompt(tokenizer, config.prompt, saved)
+    messages = config.prompt
+    if config.init_projector:
+        heard = {n: x for n, x in read_messages(config.init_projector).items() if x is not None}
+        given = {n: getattr(messages, n) for n in heard if getattr(messages, n) is not None}
+        for name, text in given.items():
+            if text != heard[name]:
+                log.warning(
+                    "--prompt.%s is %r, but %s was trained with %r",
+                    name,
+                    text,
+                    config.init_projector,
+                    heard[name],
+                )
+        messages = dataclasses.replace(messages, **(heard | given))
+    return make_prompt(tokenizer, messages, date=_time_of_process_0())
+
+
+def _time_of_process_0() -> datetime:
+    """The local time of process 0, so that hosts agree on the date around midnight."""
+    secs = np.int64(datetime.now().replace(tzinfo=UTC).timestamp())
+    if jax.process_count() > 1:
+        secs = multihost_utils.broadcast_one_to_all(secs)
+    return datetime.fromtimestamp(int(secs), UTC).replace(tzinfo=None)

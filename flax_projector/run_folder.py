@@ -41,6 +41,11 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def prompt(self) -> Path:
+        """The run's prompt, as text and as token ids."""
+        return self.path / "prompt.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Orbax checkpoints, one folder per saved step."""
         return self.path / "checkpoints"
@@ -117,6 +122,21 @@ class RunFolder:
             text = f"{self.config} is not the config of a training run: {error}"
             raise ValueError(text) from error
 
+    def read_prompt(self) -> str | None:
+        """What `claim` saved of the prompt; None if the folder holds no run.
+
+        Raises:
+          ValueError: if it holds a run without a prompt.
+        """
+        if not self.config.is_file():
+            return None
+        if not self.prompt.is_file():
+            raise ValueError(
+                f"{self.prompt} is missing: the run was begun by an earlier version, which did not "
+                "keep its prompt. Use that version, or start another run"
+            )
+        return self.prompt.read_text("utf-8")
+
     def check(self, config: TrainConfig) -> None:
         """Checks that the folder holds either no run or this one.
 
@@ -137,7 +157,8 @@ class RunFolder:
         for change in allowed:
             _log.info("the run continues with %s", change)
 
-    def claim(self, config: TrainConfig) -> None:
-        """Saves the config unless there is one already; from then on the folder is this run's."""
+    def claim(self, config: TrainConfig, prompt: str) -> None:
+        """Saves config and prompt unless there is a config; then the folder is this run's."""
         if not self.config.is_file():
+            write_atomically(self.prompt, prompt)
             write_atomically(self.config, to_json(config))

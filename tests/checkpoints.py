@@ -57,13 +57,24 @@ def write_weights(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
     return folder
 
 
+PROMPT = """{
+  "system": "Be brief.",
+  "user": "Write: <audio>",
+  "date": "",
+  "before_audio": "<|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\nWrite: ",
+  "after_audio": "<|im_end|>\\n<|im_start|>assistant\\n",
+  "end": "<|im_end|>\\n"
+}"""
+"""As a run keeps it, without its ids."""
+
+
 def write_run(path: Path, config: ProjectorConfig, params: dict, *, steps: Sequence[int]) -> None:
     """Writes the folder of a training run, with the same parameters at every step."""
     from flax_projector.training.checkpoints import open_manager, save
     from flax_projector.training.state import TrainState
 
     run = RunFolder(path)
-    run.claim(TrainConfig(encoder="some/whisper", llm="some/llama", projector=config))
+    run.claim(TrainConfig(encoder="some/whisper", llm="some/llama", projector=config), PROMPT)
     state = TrainState(np.int32(0), params, {"count": np.int32(0)})
     with open_manager(run.checkpoints, keep=len(steps)) as manager:
         for step in steps:

@@ -7,12 +7,12 @@ import numpy as np
 import soundfile
 
 from flax_projector.batch import Batch
+from flax_projector.chat.prompt import Prompt, make_prompt
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
 from flax_projector.data.batch_plan import prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Inputs, Waveforms
 from flax_projector.data.manifest import ManifestRow, read_manifest
-from flax_projector.prompt import Prompt, make_prompt
 from flax_projector.sharding import make_mesh
 from tests.tiny import make_speech, make_tokenizer
 

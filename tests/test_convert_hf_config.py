@@ -10,11 +10,10 @@ from convert.errors import ConversionError
 from flax_projector.config import (
     LlamaConfig,
     ProjectorConfig,
-    PromptConfig,
     TrainConfig,
     WhisperConfig,
 )
-from tests.checkpoints import UPSTREAM
+from tests.checkpoints import PROMPT, UPSTREAM
 
 PROJECTOR = ProjectorConfig(5, 7, projector_pool_stride=3, rms_norm_eps=1e-8)
 WHISPER = WhisperConfig(5, 6, 3, 2, 11, max_source_positions=13)
@@ -274,14 +273,17 @@ def test_trained_projector_is_described_with_the_names_of_tiny_audio() -> None:
             encoder="openai/whisper-base",
             llm="some/llama",
             projector=PROJECTOR,
-            prompt=PromptConfig(system="Be brief.", user="Write: "),
-        )
+        ),
+        PROMPT,
     )
     assert data["user_prompt"] == "Write: <audio>"
     assert data["system_prompt"] == "Be brief."
     assert data["audio_model_id"] == "openai/whisper-base"
     upstream = json.loads((UPSTREAM / "config.json").read_text())
-    assert data.keys() - upstream.keys() == {"rms_norm_eps"}
+    assert data.keys() - upstream.keys() == {"rms_norm_eps", "rendered_prompt"}
+    needs = data["rendered_prompt"]["needs"]
+    assert needs == ["the user message 'Write: <audio>'"]
+    assert hf_config.messages(json.dumps(data)) == {"system": "Be brief.", "user": "Write: <audio>"}
 
 
 def test_cast_changes_the_text_only_where_it_must() -> None:

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
 
 import train_tpu
 from convert.load import load_tower
 from convert.models import LLAMA, WHISPER_ENCODER
+from flax_projector.chat.prompt import make_prompt
+from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import PRESETS, CTCConfig, MeshConfig, PromptConfig
 from flax_projector.data.audio import load_audio
 from flax_projector.data.manifest import read_manifest
@@ -25,9 +28,9 @@ from flax_projector.models.decode import generate
 from flax_projector.models.llama import LlamaDecoder, abstract_decoder
 from flax_projector.models.speech_llm import make_speech_llm
 from flax_projector.models.whisper import WhisperEncoder, abstract_encoder, log_mel
-from flax_projector.prompt import load_tokenizer, make_prompt
 from flax_projector.sharding import make_mesh, replicated
 from flax_projector.training.metrics import MetricsWriter
+from tests.chat import Reference, ids_of, transcripts
 from tests.parity import assert_close, assert_relative_l2, assert_within
 from tests.tiny import read_losses
 
@@ -132,7 +135,7 @@ def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
     folder, num_tokens = MODELS / "smollm2-135m-instruct", 64
     hf: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER)
     hf.eval().generation_config.eos_token_id = None  # goes on after the end of its turn, as ours
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder).backend_tokenizer
     prompts = [
         tokenizer.encode(f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n").ids
         for p in PROMPTS
@@ -172,20 +175,21 @@ def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
         assert_close(row, theirs[0, len(ids) :], 0, prompt)
 
 
-def test_tokenizer_makes_the_prompt_of_the_chat_template():
+@pytest.mark.parametrize("system", [None, "", "Be brief."], ids=repr)
+def test_ids_are_those_of_the_whole_conversation(system):
+    """Of tiny-audio's messages, of the user's alone, and of others; with 3 x 500 transcripts."""
     folder = MODELS / "smollm2-135m-instruct"
-    config = PromptConfig(system="Be brief.", user="Transcribe: ")
-    prompt = make_prompt(load_tokenizer(folder), config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    messages = [
-        {"role": "system", "content": config.system},
-        {"role": "user", "content": config.user},
-    ]
-    template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ours = prompt.tokenizer.decode(
-        [*prompt.before_audio, *prompt.after_audio], skip_special_tokens=False
-    )
-    assert ours == template
+    prompt = make_prompt(load_tokenizer(folder), PromptConfig(system))
+    reference = Reference(folder)
+
+    @given(transcript=transcripts(reference))
+    @settings(max_examples=500, deadline=None)
+    def check(transcript: str) -> None:
+        texts = prompt.rendering
+        expected = reference.ids(texts.system, texts.user, transcript)
+        assert [*ids_of(prompt, transcript), *prompt.encode_text(texts.end[-1])] == expected
+
+    check()
 
 
 class EnoughError(Exception):

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flax_projector.chat.prompt import make_prompt
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
 from flax_projector.data.batch_plan import prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Waveforms
 from flax_projector.data.manifest import ManifestRow
-from flax_projector.prompt import make_prompt
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh
 from flax_projector.training.metrics import MetricsWriter

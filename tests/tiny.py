@@ -10,7 +10,13 @@ import numpy as np
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, WhisperConfig, WhisperModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, in_memory
 from convert.engine import plan_to_torch
@@ -20,6 +26,7 @@ from convert.models import PROJECTOR, ModelKind
 from convert.torch_files import write_safetensors
 from convert.trees import read_tree
 from flax_projector.config import PRESETS, ProjectorConfig, TrainConfig
+from tests.chat import CHATML
 
 ENCODER_DIM, LLM_DIM = 24, 40
 
@@ -52,15 +59,15 @@ def make_projector(folder: Path, *, num_layers: int = 1, seed: int = 0) -> Path:
     return folder
 
 
-def make_tokenizer() -> Tokenizer:
-    """One token per byte, and ChatML's markers."""
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and ChatML."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: i for i, char in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML)
 
 
 def randomize(module: Any, seed: int) -> Any:
@@ -91,7 +98,7 @@ def make_towers(folder: Path) -> dict[str, str]:
     )
     tokenizer = make_tokenizer()
     llama = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=len(tokenizer),
         hidden_size=LLM_DIM,
         intermediate_size=56,
         num_hidden_layers=2,
@@ -104,7 +111,7 @@ def make_towers(folder: Path) -> dict[str, str]:
     paths = {"encoder": folder / "whisper", "llm": folder / "llama"}
     randomize(WhisperModel(whisper), 0).save_pretrained(paths["encoder"])
     randomize(LlamaForCausalLM(llama), 1).save_pretrained(paths["llm"])
-    tokenizer.save(str(paths["llm"] / "tokenizer.json"))
+    tokenizer.save_pretrained(paths["llm"])
     return {name: str(path) for name, path in paths.items()}
 
 

@@ -28,6 +28,7 @@ from convert.models import PROJECTOR
 from convert.torch_files import open_torch
 from convert.torch_projector import ResidualAudioProjector
 from flax_projector.batch import Bucket, empty_batch
+from flax_projector.chat.prompt import Prompt
 from flax_projector.config import TrainConfig
 from flax_projector.data.audio import load_audio
 from flax_projector.data.manifest import ManifestRow, read_manifest
@@ -35,7 +36,6 @@ from flax_projector.inference.listen import Listener
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, num_audio_tokens, num_encoder_frames
 from flax_projector.logs import is_terminal
 from flax_projector.models.whisper import log_mel
-from flax_projector.prompt import Prompt
 from flax_projector.run_folder import RunFolder
 
 log = logging.getLogger("flax_projector.demo")

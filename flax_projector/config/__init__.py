@@ -21,6 +21,9 @@ from flax_projector.config.models import (
 from flax_projector.config.presets import PRESETS
 from flax_projector.config.saved import changes, from_json, to_json
 from flax_projector.config.train import (
+    AUDIO,
+    TINY_AUDIO_SYSTEM,
+    TINY_AUDIO_USER,
     CTCConfig,
     DataConfig,
     MeshConfig,
@@ -31,7 +34,10 @@ from flax_projector.config.train import (
 )
 
 __all__ = [
+    "AUDIO",
     "PRESETS",
+    "TINY_AUDIO_SYSTEM",
+    "TINY_AUDIO_USER",
     "CTCConfig",
     "DTypeName",
     "DataConfig",

@@ -55,6 +55,13 @@ MESH_AXIS = Rule(
     lambda v: v >= 1 or v == -1, "must be at least 1, or -1 for all devices that are left over"
 )
 
+NAMES_WITH_VALUES = Rule(
+    lambda v: all(
+        name.isidentifier() and equals for name, equals, _ in (x.partition("=") for x in v)
+    ),
+    "must be given as NAME=VALUE",
+)
+
 
 def multiple_of(divisor: int, what: str) -> Rule:
     """The rule for a number that `divisor` must divide; `what` is the divisor's name."""

@@ -9,6 +9,7 @@ from flax_projector.config.fields import (
     ASCENDING,
     MAY_CHANGE,
     MESH_AXIS,
+    NAMES_WITH_VALUES,
     NO_REPEATS,
     Count,
     PositiveFloat,
@@ -21,15 +22,45 @@ from flax_projector.config.fields import (
 from flax_projector.config.models import DTypeName, ProjectorConfig, RematName
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
+AUDIO = "<audio>"
+"""Stands for the audio in the texts of a prompt; tiny-audio's placeholder."""
+TINY_AUDIO_SYSTEM, TINY_AUDIO_USER = "/no_think /system_override", f"Transcribe: {AUDIO}"
+"""The messages that tiny-audio trains with."""
+
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """The texts around the audio, in ChatML; inference must use the same prompt as training."""
+    """What the LLM reads around the audio: two messages in its own chat template.
 
-    system: str = "/no_think /system_override"
-    """System message; if empty, there is no system turn."""
-    user: str = "Transcribe: "
-    """User message; the audio follows it."""
+    An LLM without a template needs `end`, and usually `before` and `after`. The prompt is kept with
+    the run: evaluation and transcription use the same one.
+    """
+
+    system: str | None = None
+    """System message; with `--prompt.system ""` there is none. If not given: that of
+    `--init-projector`, or else tiny-audio's `/no_think /system_override`."""
+    user: str | None = None
+    """User message; the audio takes the place of `<audio>`, or follows it. If not given: that of
+    `--init-projector`, or else tiny-audio's `Transcribe: <audio>`."""
+    template_args: Annotated[tuple[str, ...], NAMES_WITH_VALUES] = ()
+    """Arguments of the chat template, as in `--prompt.template-args enable_thinking=false`."""
+    before: str = ""
+    """Instead of the template: text before the audio."""
+    after: str = ""
+    """Instead of the template: text between the audio and the transcript."""
+    end: str = ""
+    """Instead of the template: the token that ends the transcript, as in
+    `--prompt.end "<|endoftext|>"`."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            prefix="prompt.",
+            end=Rule(
+                lambda v: v or not (self.before or self.after),
+                "must be given with --prompt.before and --prompt.after",
+            ),
+        )
 
 
 @dataclass(frozen=True)

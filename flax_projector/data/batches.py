@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_projector.batch import Batch, Bucket, abstract_batch, empty_batch, to_global
+from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig
 from flax_projector.data.audio import BadAudio
 from flax_projector.data.bad_rows import BadRow
@@ -21,7 +22,6 @@ from flax_projector.data.batch_plan import (
 )
 from flax_projector.data.inputs import Inputs, bad_row
 from flax_projector.lengths import num_audio_tokens
-from flax_projector.prompt import Prompt
 from flax_projector.sharding import batch_sharding, local_rows, padded_batch_size
 
 

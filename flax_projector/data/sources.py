@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from flax_projector.chat.prompt import Prompt
 from flax_projector.config import TrainConfig
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batch_plan import Utterance, prepare
@@ -22,7 +23,6 @@ from flax_projector.data.hf_data import PREFIX, read_hf
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
 from flax_projector.data.manifest import ManifestRow, missing_manifest, read_manifest
 from flax_projector.files import is_url
-from flax_projector.prompt import Prompt
 from flax_projector.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

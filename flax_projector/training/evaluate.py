@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.batch import Batch
+from flax_projector.chat.prompt import Prompt
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
 from flax_projector.logs import progress_bar
 from flax_projector.models.decode import greedy_decode
 from flax_projector.models.speech_llm import Params, SpeechLLM
-from flax_projector.prompt import Prompt
 from flax_projector.sharding import replicated
 from flax_projector.training.objectives import LLMObjective
 from flax_projector.training.wer import word_error_rate
