@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ def load_prompt(config: TrainConfig, llm_folder: Path) -> Prompt:
 
 def _time_of_process_0() -> datetime:
     """The local time of process 0, so that hosts agree on the date around midnight."""
-    secs = np.int64(datetime.now().replace(tzinfo=UTC).timestamp())
+    now = np.frombuffer(datetime.now().isoformat(timespec="seconds").encode(), np.uint8)
     if jax.process_count() > 1:
-        secs = multihost_utils.broadcast_one_to_all(secs)
-    return datetime.fromtimestamp(int(secs), UTC).replace(tzinfo=None)
+        now = multihost_utils.broadcast_one_to_all(now)
+    return datetime.fromisoformat(bytes(now).decode())
