@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup
+from transformers import (
+    get_cosine_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from convert.trees import flatten
@@ -63,6 +66,26 @@ def test_twenty_updates_equal_those_of_torch() -> None:
     expected = flatten(projector_to_flax(config, dict(module.named_parameters())))
     for name, leaf in flatten(params).items():
         assert_close(leaf, expected[name], 1e-5, name)
+
+
+@pytest.mark.parity("transformers")
+@pytest.mark.parametrize("final_lr_rate", [0.0, 0.2])
+def test_learning_rates_of_warm_start_and_llm_equal_those_of_transformers(final_lr_rate) -> None:
+    """Each stage has a schedule of its own."""
+    config = OptimizerConfig(learning_rate=0.3, warmup_steps=4, final_lr_rate=final_lr_rate)
+    ctc = CTCConfig(num_steps=9, learning_rate=0.7)
+    num_steps, expected = 21, []
+    for peak, length in ((ctc.learning_rate, 9), (config.learning_rate, 12)):
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            sgd, config.warmup_steps, length, min_lr_rate=final_lr_rate
+        )
+        for _ in range(length):
+            expected += schedule.get_last_lr()
+            sgd.step()
+            schedule.step()
+    rates = jax.vmap(make_schedule(config, num_steps, ctc))(jnp.arange(num_steps))
+    assert_close(rates, np.array(expected), 1e-6)
 
 
 def test_flax_parameters_share_no_memory_with_torch() -> None:
