@@ -69,6 +69,8 @@ class Batch:
       samples: f32[B, N], 16 kHz waveforms in [-1, 1], zero-padded to the encoder's window; or None.
       frames: f32[B, S, E], encoder output, zero-padded; or None.
       max_frames: S; a static value.
+      whole_window: True if a clip's audio tokens are those of the whole window, the silence after
+        the clip included; a static value.
     """
 
     num_frames: Leaf
@@ -80,10 +82,13 @@ class Batch:
     samples: Leaf = None
     frames: Leaf = None
     max_frames: int = flax.struct.field(pytree_node=False, kw_only=True)
+    whole_window: bool = flax.struct.field(pytree_node=False, kw_only=True, default=False)
 
     @property
     def frame_valid(self) -> Bool[Array, "B S"]:
-        """True for encoder frames that contain part of the clip."""
+        """True for encoder frames that become audio tokens: none in a padding row."""
+        if self.whole_window:
+            return jnp.tile(self.num_frames[:, None] > 0, (1, self.max_frames))
         return jnp.arange(self.max_frames) < self.num_frames[:, None]
 
     @property
@@ -132,7 +137,12 @@ class Batch:
 
 
 def empty_batch(
-    bucket: Bucket, num_rows: int, *, fill: int, audio_shape: Mapping[str, tuple[int, ...]]
+    bucket: Bucket,
+    num_rows: int,
+    *,
+    fill: int,
+    audio_shape: Mapping[str, tuple[int, ...]],
+    whole_window: bool = False,
 ) -> Batch:
     """A batch of padding rows, as NumPy arrays.
 
@@ -141,6 +151,7 @@ def empty_batch(
       num_rows: B.
       fill: token id to pad with.
       audio_shape: {"samples": (N,)} or {"frames": (S, E)}, without the batch axis.
+      whole_window: see `Batch`.
     """
     labels = np.zeros((num_rows, bucket.text_len), np.int32)
     return Batch(
@@ -151,6 +162,7 @@ def empty_batch(
         labels=labels,
         label_valid=labels.astype(bool),
         max_frames=bucket.num_frames,
+        whole_window=whole_window,
         **{name: np.zeros((num_rows, *shape), np.float32) for name, shape in audio_shape.items()},
     )
 

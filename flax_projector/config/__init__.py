@@ -11,6 +11,7 @@ never a whole `TrainConfig`.
 """
 
 from flax_projector.config.models import (
+    AudioTokensName,
     DTypeName,
     Llama3RopeScaling,
     LlamaConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "PRESETS",
     "TINY_AUDIO_SYSTEM",
     "TINY_AUDIO_USER",
+    "AudioTokensName",
     "CTCConfig",
     "DTypeName",
     "DataConfig",

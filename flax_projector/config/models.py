@@ -17,6 +17,7 @@ from flax_projector.config.fields import (
 
 DTypeName = Literal["float32", "bfloat16"]
 RematName = Literal["none", "products", "layers"]
+AudioTokensName = Literal["clip", "window"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,12 @@ from flax_projector.config.fields import (
     Text,
     check,
 )
-from flax_projector.config.models import DTypeName, ProjectorConfig, RematName
+from flax_projector.config.models import (
+    AudioTokensName,
+    DTypeName,
+    ProjectorConfig,
+    RematName,
+)
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 AUDIO = "<audio>"
@@ -116,6 +121,10 @@ class DataConfig:
     proportionally less time, but gives different frames: compared with a window of 30 s, those of
     whisper-base change by 8% of their norm at 15 s, 12% at 10 s and 20% at 4 s. Use a projector
     with the window it was trained with."""
+    audio_tokens: AudioTokensName = "clip"
+    """Which audio tokens the LLM reads. "clip": those of the clip. "window": those of the whole
+    window, the silence after the clip included, so that all clips have the same length and there
+    is one bucket. Use a projector with the tokens it was trained with."""
     bucket_secs: Annotated[tuple[float, ...], ASCENDING] = (5.0, 10.0, 15.0)
     """Upper bounds of the audio-length buckets, in seconds; each bucket compiles one step. Clips
     longer than the last bound are left out, never cut."""
@@ -156,6 +165,16 @@ class DataConfig:
     def window_frames(self) -> int:
         """S, the number of encoder frames in the window."""
         return self.window_samples // SAMPLES_PER_FRAME
+
+    @property
+    def whole_window(self) -> bool:
+        """Whether the LLM reads the audio tokens of the whole window."""
+        return self.audio_tokens == "window"
+
+    @property
+    def bucket_bounds(self) -> tuple[float, ...]:
+        """`bucket_secs`, or only the last of them if all clips are as long as the window."""
+        return self.bucket_secs[-1:] if self.whole_window else self.bucket_secs
 
 
 @dataclass(frozen=True)

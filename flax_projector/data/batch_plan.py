@@ -20,7 +20,8 @@ class Utterance:
 
     Attributes:
       row: the row itself.
-      max_frames: the most encoder frames that it may fill; stated durations are rounded.
+      max_frames: the most encoder frames that it may fill; stated durations are rounded. With
+        `--data.audio-tokens window`, those of the window.
       target: label ids, including the end of turn.
     """
 
@@ -47,6 +48,8 @@ def prepare(
         elif len(target) > config.max_text_tokens:
             detail = f"{len(target)} labels; --data.max-text-tokens is {config.max_text_tokens}"
             bad.append(BadRow(row.id, row.source, Problem.TOO_MANY_LABELS, detail, row.text))
+        elif config.whole_window:
+            utterances.append(Utterance(row, window_frames, target))
         else:
             # With a margin, since manifests round durations and resampling rounds samples.
             secs = row.duration + DURATION_TOLERANCE_SECS
@@ -66,10 +69,10 @@ def assign(utterances: Sequence[Utterance], config: DataConfig) -> np.ndarray:
 
     Args:
       utterances: none may be longer than the last bucket.
-      config: gives `bucket_secs`.
+      config: gives `bucket_bounds`.
     """
     durations = [u.row.duration for u in utterances]
-    return np.searchsorted(np.asarray(config.bucket_secs), durations)
+    return np.searchsorted(np.asarray(config.bucket_bounds), durations)
 
 
 def make_buckets(
@@ -77,7 +80,7 @@ def make_buckets(
 ) -> list[Bucket]:
     """The tightest static lengths that hold the utterances of each bucket and of all before it."""
     assigned = assign(utterances, config)
-    lengths = np.zeros((len(config.bucket_secs), 3), int)
+    lengths = np.zeros((len(config.bucket_bounds), 3), int)
     for bucket, u in zip(assigned, utterances, strict=True):
         audio_tokens = num_audio_tokens(u.max_frames, pool_stride)
         needed = (audio_tokens, prompt.merged_length(audio_tokens, len(u.target)), len(u.target))

@@ -101,6 +101,7 @@ class Batches:
         self._weights = [(weights or {}).get(source, 1.0) for source in names]
         self._seed = shuffle_seed
         self._batch_size = batch_size
+        self._whole_window = config.whole_window
         self._rows = local_rows(mesh, self.num_rows)
         self._epoch_len = len(self._epoch(0))
         self._len = self._epoch_len if num_batches is None else num_batches
@@ -168,8 +169,9 @@ class Batches:
             except BadAudio as error:
                 bad.append(bad_row(utterance, error))
                 continue
+            num_heard = bucket.num_frames if self._whole_window else num_frames
             layout = self._prompt.layout(
-                num_audio_tokens(num_frames, self._pool_stride),
+                num_audio_tokens(num_heard, self._pool_stride),
                 utterance.target,
                 merged_len=bucket.merged_len,
                 text_len=bucket.text_len,
@@ -184,4 +186,5 @@ class Batches:
             len(self._rows),
             fill=self._prompt.end_of_turn,
             audio_shape={self._inputs.name: self._inputs.shape(bucket)},
+            whole_window=self._whole_window,
         )

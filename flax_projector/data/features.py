@@ -17,6 +17,7 @@ from flax_projector.data.audio import BadAudio, Problem, file_stamp
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.inputs import Waveforms
 from flax_projector.files import sync, write_atomically
+from flax_projector.lengths import num_encoder_frames
 from flax_projector.logs import progress_bar
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,14 @@ class _Index:
       encoder_dim: E.
       clips: by the utterance's key; the latest, if a clip was kept more than once.
       starts: index of each clip's first frame.
+      window_frames: number of frames that are kept of every clip; 0 if only those of the clip.
       num_frames: total number of frames.
       num_bytes: total length of the lines.
     """
 
     encoder: str
     encoder_dim: int
+    window_frames: int = 0
     clips: dict[str, _Clip] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
     num_frames: int = 0
@@ -58,6 +61,16 @@ class _Index:
     def num_frame_bytes(self) -> int:
         """Size of all frames in bytes."""
         return self.num_frames * self.encoder_dim * np.dtype(np.float32).itemsize
+
+    def add(self, key: str, clip: _Clip) -> None:
+        """Takes the next line."""
+        self.clips[key] = clip
+        self.starts[key] = self.num_frames
+        self.num_frames += self.num_kept(clip)
+
+    def num_kept(self, clip: _Clip) -> int:
+        """Number of frames that are kept of a clip."""
+        return self.window_frames if clip.num_frames and self.window_frames else clip.num_frames
 
     def has(self, utterance: Utterance) -> bool:
         """Whether frames of the clip, as it is now, are kept."""
@@ -83,9 +96,7 @@ def _read_index(folder: Path) -> _Index | None:
                 index = _Index(**values)
                 continue
             key, *clip = values
-            index.clips[key] = _Clip(*clip)
-            index.starts[key] = index.num_frames
-            index.num_frames += index.clips[key].num_frames
+            index.add(key, _Clip(*clip))
     if index is None or frames_path.stat().st_size < index.num_frame_bytes:
         return None
     index.num_bytes = num_bytes
@@ -100,7 +111,7 @@ def _version(utterance: Utterance) -> str:
 
 
 class FeatureStore:
-    """The frames of every utterance, without padding, in one memory-mapped file.
+    """The frames of every utterance, unpadded or of the whole window, in one memory-mapped file.
 
     Serves as the `Inputs` of `Batches`; pickled as the path of its folder.
     """
@@ -132,7 +143,7 @@ class FeatureStore:
         return (bucket.num_frames, self._index.encoder_dim)
 
     def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
-        """The kept frames f32[S, E], without padding, and their number.
+        """The kept frames f32[S, E], and how many of them contain part of the clip.
 
         Raises:
           BadAudio: if the clip could not be used when its frames were computed.
@@ -140,7 +151,7 @@ class FeatureStore:
         clip, start = self._index.clips[utterance.row.key], self._index.starts[utterance.row.key]
         if clip.problem:
             raise BadAudio(Problem[clip.problem], clip.detail)
-        return self._frames[start : start + clip.num_frames], clip.num_frames
+        return self._frames[start : start + self._index.num_kept(clip)], clip.num_frames
 
 
 def keep_features(
@@ -152,6 +163,7 @@ def keep_features(
     batch_size: int,
     encoder_dim: int,
     encoder_name: str,
+    whole_window: bool = False,
 ) -> FeatureStore:
     """Computes the frames that are missing in `folder`, then opens all that are kept there.
 
@@ -167,6 +179,7 @@ def keep_features(
       batch_size: utterances per call of `encode`.
       encoder_dim: E, the width of the frames.
       encoder_name: identifies the encoder's weights and dtype.
+      whole_window: keep the frames of the whole window, those after the clip included.
 
     Raises:
       ValueError: on several hosts, where each would need the whole file.
@@ -174,11 +187,13 @@ def keep_features(
     if jax.process_count() > 1:
         raise ValueError("--data.cache-features works on one host only: turn it off")
     encoder = f"{encoder_name}, {window_samples} samples"
+    window_frames = num_encoder_frames(window_samples) if whole_window else 0
     index = _read_index(folder)
-    if index is None or index.encoder != encoder:
-        header = json.dumps({"encoder": encoder, "encoder_dim": encoder_dim}) + "\n"
-        write_atomically(folder / _INDEX, header)
-        index = _Index(encoder, encoder_dim, num_bytes=len(header))
+    if index is None or (index.encoder, index.window_frames) != (encoder, window_frames):
+        made_by = {"encoder": encoder, "encoder_dim": encoder_dim}
+        header = json.dumps(made_by | ({"window_frames": window_frames} if window_frames else {}))
+        write_atomically(folder / _INDEX, f"{header}\n")
+        index = _Index(encoder, encoder_dim, window_frames, num_bytes=len(header) + 1)
     num_new, lines = 0, []
     with (
         (folder / _FRAMES).open("ab") as frames_file,
@@ -199,7 +214,7 @@ def keep_features(
             # A clip has the same row at every start, so that its frames are the same bit for bit.
             missing = {row: u for row, u in enumerate(members) if not index.has(u)}
             for utterance, clip, frames in _encode(missing, encode, batch_size, window_samples):
-                frames_file.write(frames.tobytes())
+                frames_file.write(frames[: index.num_kept(clip)].tobytes())
                 lines.append(json.dumps([utterance.row.key, *clip]) + "\n")
             if len(lines) >= _SAVE_EVERY_CLIPS:
                 save()
@@ -221,7 +236,7 @@ def _encode(
     batch_size: int,
     window_samples: int,
 ) -> list[tuple[Utterance, _Clip, np.ndarray]]:
-    """What to keep for the utterances in some rows of a batch, with their frames f32[S, E]."""
+    """What to keep for the utterances in some rows of a batch, with the window's f32[S, E]."""
     waveforms, batch = Waveforms(window_samples), np.zeros((batch_size, window_samples), np.float32)
     clips = {}
     for row, utterance in utterances.items():
@@ -234,4 +249,4 @@ def _encode(
             batch[row, : len(samples)] = samples
     is_any = any(clip.num_frames for clip in clips.values())
     frames = np.asarray(encode(batch), np.float32) if is_any else batch
-    return [(utterances[row], clip, frames[row, : clip.num_frames]) for row, clip in clips.items()]
+    return [(utterances[row], clip, frames[row]) for row, clip in clips.items()]

@@ -182,6 +182,7 @@ class BatchMaker:
             utterances,
             self.encode,
             window_samples=config.data.window_samples,
+            whole_window=config.data.whole_window,
             batch_size=config.data.eval_batch_size,
             encoder_dim=config.projector.encoder_dim,
             encoder_name=f"{config.encoder} {config.dtype}",
