@@ -31,20 +31,27 @@ def read_speech(folder: Path, count: int, *, source: str | None = None) -> list[
     return rows
 
 
-def make_batches(rows: list[ManifestRow], *, inputs: Inputs | None = None, **options) -> Batches:
+def make_batches(
+    rows: list[ManifestRow],
+    *,
+    inputs: Inputs | None = None,
+    config: DataConfig = CONFIG,
+    **options,
+) -> Batches:
     """Batches of 8 over 8 devices, in buckets of up to 0.7, 1.1 and 2 seconds.
 
     Args:
       rows: of the set.
       inputs: sound files by default.
+      config: of the data.
       options: for `Batches`.
     """
     prompt = tiny_prompt()
     return Batches(
-        prepare(rows, prompt, CONFIG)[0],
-        inputs=inputs or Waveforms(CONFIG.window_samples),
+        prepare(rows, prompt, config)[0],
+        inputs=inputs or Waveforms(config.window_samples),
         prompt=prompt,
-        config=CONFIG,
+        config=config,
         pool_stride=4,
         mesh=make_mesh(MeshConfig()),
         **{"batch_size": 8, **options},

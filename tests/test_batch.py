@@ -74,6 +74,13 @@ def test_valid_frames_are_the_first_of_the_clip(batch):
     np.testing.assert_array_equal(batch.num_samples, [5 * 320, 0, 320])
 
 
+def test_in_a_whole_window_every_frame_is_valid_but_none_of_padding(batch):
+    whole = batch.replace(whole_window=True)
+    expected = np.tile([[True], [False], [True]], 6)
+    np.testing.assert_array_equal(whole.frame_valid, expected)
+    np.testing.assert_array_equal(whole.num_samples, batch.num_samples)  # of the clip
+
+
 @pytest.mark.parametrize("num_samples", [0, 1, 320, 321, 5 * 320, 19 * 320])
 def test_valid_frames_hold_at_least_one_sample_of_the_clip(num_samples):
     batch = empty_batch(Bucket(19, 4, 1), 2, fill=FILL, audio_shape={"samples": (19 * 320,)})

@@ -1,12 +1,21 @@
 """Which utterances share a batch, an epoch of a mixture, and what no bucket holds."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from flax_projector.batch import Bucket
 from flax_projector.config import DataConfig
 from flax_projector.data.audio import Problem
-from flax_projector.data.batch_plan import epoch_members, epoch_plan, prepare
-from tests.clips import read_speech, tiny_prompt
+from flax_projector.data.batch_plan import (
+    assign,
+    epoch_members,
+    epoch_plan,
+    make_buckets,
+    prepare,
+)
+from tests.clips import CONFIG, read_speech, tiny_prompt
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
 
@@ -33,6 +42,17 @@ def test_no_utterance_of_a_source_is_drawn_twice_more_than_another(weight):
         assert len(members) == round(11 * weight)
         counts += np.bincount(members, minlength=11)
         assert np.ptp(counts) <= 1
+
+
+def test_clips_that_fill_the_window_have_one_bucket(tmp_path):
+    prompt, rows = tiny_prompt(), read_speech(tmp_path, 13)
+    config = dataclasses.replace(CONFIG, audio_tokens="window")
+    utterances, _ = prepare(rows, prompt, config)
+    assert {u.max_frames for u in utterances} == {100}
+    assert not assign(utterances, config).any()
+    longest = max(len(u.target) for u in utterances)
+    length = prompt.merged_length(25, longest)
+    assert make_buckets(utterances, prompt, config, 4) == [Bucket(100, length, longest)]
 
 
 def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):

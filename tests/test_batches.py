@@ -1,5 +1,6 @@
 """The batches of a set by number: whole epochs, mixtures, shapes, and shares of processes."""
 
+import dataclasses
 import pickle
 from collections import Counter
 
@@ -73,6 +74,27 @@ def test_batches_hold_the_clips_and_mark_what_is_real(rows):
             assert frame_valid[row].sum() == batch.num_frames[row] == num_frames
             assert (batch.tokens[row] == AUDIO_TOKEN).sum() == -(-num_frames // 4)
             assert batch.label_valid[row].sum() == len(utterance.target)
+
+
+def test_clips_may_fill_the_window_and_keep_their_length(rows):
+    """The silence after a clip becomes audio tokens; how long the clip is stays known."""
+    batches = make_batches(rows, config=dataclasses.replace(CONFIG, audio_tokens="window"))
+    plain, num_filled = make_batches(rows), 0
+    num_frames = {}
+    for index in range(len(plain)):
+        for utterance, count in zip(
+            plain.members(index), plain[index].batch.num_frames, strict=True
+        ):
+            num_frames[utterance and utterance.row.id] = count
+    for index in range(len(batches)):
+        batch = batches[index].batch
+        for row, utterance in enumerate(batches.members(index)):
+            is_filled = utterance is not None
+            num_filled += is_filled
+            assert batch.num_frames[row] == num_frames[utterance and utterance.row.id]
+            assert np.asarray(batch.frame_valid)[row].sum() == 100 * is_filled
+            assert (batch.tokens[row] == AUDIO_TOKEN).sum() == 25 * is_filled
+    assert num_filled == 13 and len(batches.abstract_batches()) == 1
 
 
 def test_number_of_shapes_is_at_most_the_number_of_buckets(rows):

@@ -50,7 +50,7 @@ class Encoder:
         return frames
 
 
-def keep(folder: Path, utterances: list[Utterance], encode, encoder_name: str = "tiny"):
+def keep(folder: Path, utterances: list[Utterance], encode, encoder_name: str = "tiny", **options):
     return keep_features(
         folder,
         utterances,
@@ -59,6 +59,7 @@ def keep(folder: Path, utterances: list[Utterance], encode, encoder_name: str = 
         batch_size=BATCH,
         encoder_dim=DIM,
         encoder_name=encoder_name,
+        **options,
     )
 
 
@@ -135,6 +136,35 @@ def test_only_what_changed_is_computed_again(tmp_path):
     records = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     assert records[0] == {"encoder": f"another, {WINDOW} samples", "encoder_dim": DIM}
     assert len(records) == 13
+
+
+def test_frames_of_the_whole_window_are_kept_apart_from_those_of_the_clip(tmp_path, monkeypatch):
+    """And a start that was killed continues as well."""
+    monkeypatch.setattr(features, "_SAVE_EVERY_CLIPS", BATCH)
+    utterances, folder = make_utterances(tmp_path, 10), tmp_path / "kept"
+    Path(str(utterances[2].row.audio)).unlink()
+    keep(folder, utterances, Encoder())
+    with pytest.raises(KeyboardInterrupt):
+        keep(folder, utterances, Encoder(killed_at=2), whole_window=True)
+    encoder = Encoder()
+    store = keep(folder, utterances, encoder, whole_window=True)
+    assert encoder.calls == 1
+    for i, utterance in enumerate(utterances):
+        for reader in (store, pickle.loads(pickle.dumps(store))):
+            if i == 2:
+                with pytest.raises(BadAudio, match="does not exist"):
+                    reader.read(utterance)
+                continue
+            frames, count = reader.read(utterance)
+            assert frames.shape == (20, DIM) and count == 4 + i
+            expected = np.zeros((20, DIM))
+            expected[:, 0] = i % BATCH  # what the encoder makes of silence
+            samples, _ = soundfile.read(str(utterance.row.audio), dtype="float32")
+            expected[:count] += samples.reshape(-1, 320)[:, :DIM]
+            np.testing.assert_allclose(frames, expected, rtol=1e-6)
+    encoder = Encoder()
+    keep(folder, utterances, encoder)
+    assert encoder.calls == 3, "frames of the window were taken for those of clips"
 
 
 def test_a_clip_that_can_be_read_by_now_is_computed(tmp_path):

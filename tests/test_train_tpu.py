@@ -1,5 +1,6 @@
 """`train_tpu.py` from end to end on tiny towers, on 8 fake devices."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 import train_tpu
 from convert import api
@@ -29,6 +31,7 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.metrics import MetricsWriter
+from flax_projector.training.step_log import StepLog
 from tests.parity import assert_within
 from tests.tiny import final_params, read_losses, tiny_config
 
@@ -90,18 +93,25 @@ def test_warm_start_learns_to_spell_before_the_llm_reads(run):
     assert all(("loss" in r) != ("ctc_loss" in r) for r in records)
 
 
-@pytest.mark.parametrize("stages", [{}, {"ctc": CTCConfig(4, 1e-2)}], ids=["llm", "ctc first"])
-def test_a_killed_run_ends_with_the_same_bytes(run, monkeypatch, stages):
-    whole = run(name="whole", **stages)
+@contextlib.contextmanager
+def killed_at(step, monkeypatch):
+    """A run in the block ends, without saving, when it logs this step."""
     write = MetricsWriter.write
 
-    def write_until_killed(self, step, scalars):
-        if step == 3:
+    def write_until_killed(self, at, scalars):
+        if at == step:
             raise KeyboardInterrupt
-        write(self, step, scalars)
+        write(self, at, scalars)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MetricsWriter, "write", write_until_killed)
+        yield
+
+
+@pytest.mark.parametrize("stages", [{}, {"ctc": CTCConfig(4, 1e-2)}], ids=["llm", "ctc first"])
+def test_a_killed_run_ends_with_the_same_bytes(run, monkeypatch, stages):
+    whole = run(name="whole", **stages)
+    with killed_at(3, monkeypatch):
         run(name="killed", **stages)
     resumed = run(name="killed", **stages)
     assert read_losses(resumed)[-2:] == read_losses(whole)[-2:]
@@ -121,9 +131,8 @@ def test_resume_refuses_another_config(run):
 
 def test_a_run_may_start_from_a_converted_projector(run):
     first = run(name="first", num_steps=2, **LEAN)
-    second = run(
-        name="second", num_steps=1, init_projector=str(Path(first.out) / "projector"), **LEAN
-    )
+    given = str(Path(first.out) / "projector")
+    second = run(name="second", num_steps=1, init_projector=given, init_output_scale="auto", **LEAN)
     # Update 1 runs at learning rate 0: the parameters are still those of the first run.
     expected = final_params(first)
     for name, leaf in final_params(second).items():
@@ -194,7 +203,7 @@ def test_missing_data_is_an_error_that_names_the_option(run):
 def test_non_finite_loss_stops_with_its_step_and_clips(run, tmp_path, tiny_towers):
     """The step where it happened, not all since the last line of the log."""
     options = {"num_steps": 6, "log_every_steps": 5, "save_every_steps": 100}
-    huge = OptimizerConfig(learning_rate=1e30, warmup_steps=2)  # rates 0, 5e29, 1e30, ...
+    huge = OptimizerConfig(learning_rate=1e15, warmup_steps=2)  # rates 0, 5e14, 1e15, ...
     with pytest.raises(FloatingPointError) as error:
         run(name="huge", optimizer=huge, **options)
     config = tiny_config(tmp_path / "huge", tiny_towers, optimizer=huge, **options)
@@ -202,6 +211,41 @@ def test_non_finite_loss_stops_with_its_step_and_clips(run, tmp_path, tiny_tower
     maker = loaded.make_batch_maker(RunFolder.of(config), BadRowLog(None, max_rate=0.0))
     ids = [u.row.id for u in maker.train().members(2) if u is not None]
     assert f"grad_norm is nan at step 3; utterances of the batch: {ids}." in str(error.value)
+
+
+@pytest.mark.parametrize("cache_features", [False, True], ids=["live", "kept"])
+def test_a_run_on_whole_windows_trains_scores_transcribes_and_resumes(
+    run, monkeypatch, capsys, cache_features
+):
+    """Every clip has the audio tokens of the window, and its own seconds of speech."""
+    data = {"audio_tokens": "window", "cache_features": cache_features}
+    add, steps = StepLog.add, []
+    with monkeypatch.context() as patch:
+        patch.setattr(StepLog, "add", lambda self, m: (steps.append(m), add(self, m)))
+        config = run(num_steps=4, data=data)
+    assert all(m["num_audio_tokens"] == 25 * m["num_clips"] for m in steps)
+    first_epoch = steps[:2]  # 13 clips in batches of 8
+    assert sum(m["num_clips"] for m in first_epoch) == 13
+    clips = Path(config.data.train[0]).parent.glob("*.wav")
+    secs = sum(soundfile.info(str(clip)).duration for clip in clips)
+    assert sum(m["audio_secs"] for m in first_epoch) == pytest.approx(secs, abs=13 * 0.02)
+
+    with killed_at(3, monkeypatch):
+        run(name="killed", num_steps=4, data=data)
+    resumed = run(name="killed", num_steps=4, data=data)
+    expected = final_params(config)
+    for name, leaf in final_params(resumed).items():
+        assert leaf.tobytes() == expected[name].tobytes(), name
+
+    lines = (Path(config.out) / "transcripts" / "clips-000004.jsonl").read_text().splitlines()
+    heard = {t["id"]: t["hypothesis"] for t in map(json.loads, lines)}
+    program.cli(["transcribe", config.out, str(Path(config.data.eval[0]).parent / "0.wav")])
+    assert capsys.readouterr().out.strip("\n").partition("\t")[2] == heard["clip0"]
+    of_clips = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, audio_tokens="clip")
+    )
+    with pytest.raises(ValueError, match=r"--data.audio-tokens: 'window' -> 'clip'"):
+        train_tpu.main(of_clips)
 
 
 def test_nothing_is_compiled_once_every_length_was_seen(run):
