@@ -75,12 +75,16 @@ def begin(
     if config.init_projector:
         params = load_projector_params(config.init_projector, config.projector, abstract.params)
         return begin_with(params, optimizer, abstract)
+    output_scale = config.init_output_scale
+    if output_scale == "auto":
+        output_scale = loaded.embedding_rms()
+        log.info("the last norm starts at %.4f, the RMS of the LLM's embeddings", output_scale)
     return begin_anew(
         loaded.model.projector,
         optimizer,
         abstract,
         seed=config.seed,
-        output_scale=config.init_output_scale,
+        output_scale=output_scale,
     )
 
 

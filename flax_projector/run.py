@@ -25,7 +25,7 @@ from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import TrainConfig
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
-from flax_projector.models.llama import abstract_decoder
+from flax_projector.models.llama import abstract_decoder, embedding_rms
 from flax_projector.models.speech_llm import Params, SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.run_folder import RunFolder
@@ -94,6 +94,10 @@ class LoadedModel:
             self.model.llm.config,
             window_frames=0 if data.cache_features else data.window_frames,
         )
+
+    def embedding_rms(self) -> float:
+        """Root mean square of the LLM's embedding table."""
+        return embedding_rms(self.llm_params, self.mesh)
 
     def write_projector(self, folder: Path, params: Params) -> None:
         """Writes a projector as a Flax folder, replacing any earlier one; every process calls it.

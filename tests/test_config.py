@@ -124,6 +124,22 @@ def test_presets_survive_the_run_folder(name):
     assert from_json(to_json(config)) == config
 
 
+@pytest.mark.parametrize("value", ["auto", 0.13, 3.0])
+def test_the_last_norm_starts_at_a_positive_number_or_auto(value):
+    config = dataclasses.replace(PRESETS["tiny"][1], init_output_scale=value)
+    assert from_json(to_json(config)).init_output_scale == value
+
+
+@pytest.mark.parametrize("value", [0, -0.5, float("nan"), float("inf"), True, None, "aut", "0.1"])
+def test_another_start_of_the_last_norm_is_an_error(value):
+    config = dataclasses.replace(PRESETS["tiny"][1])
+    object.__setattr__(config, "init_output_scale", value)  # types may be checked before the rule
+    with pytest.raises(ValueError) as error:
+        config.__post_init__()
+    rule = "must be a finite number greater than 0, or auto"
+    assert str(error.value) == f"--init-output-scale = {value!r}: {rule}"
+
+
 def test_unknown_saved_field_is_an_error():
     text = to_json(PRESETS["demo"][1]).replace('"seed"', '"sede"')
     with pytest.raises(ValueError, match=r"no field.*sede"):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import soundfile
 
 import train_tpu
 from convert import api
+from convert.torch_files import open_torch
 from flax_projector import __main__ as program
 from flax_projector.config import (
     PRESETS,
@@ -137,6 +139,18 @@ def test_a_run_may_start_from_a_converted_projector(run):
     expected = final_params(first)
     for name, leaf in final_params(second).items():
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_the_last_norm_may_start_at_the_scale_of_the_embeddings(run, caplog, mesh):
+    with caplog.at_level(logging.INFO, logger="train"):
+        config = run(num_devices=8, mesh=mesh, num_steps=1, init_output_scale="auto", **LEAN)
+    table = open_torch(config.llm).read("model.embed_tokens.weight").astype(np.float64)
+    rms = np.sqrt(np.mean(np.square(table)))
+    # Update 1 runs at learning rate 0.
+    scale = final_params(config)["['layer_norms_1']['scale']"]
+    np.testing.assert_allclose(scale, np.full(40, rms), rtol=1e-6)
+    assert f"the last norm starts at {rms:.4f}, the RMS of the LLM's embeddings" in caplog.text
 
 
 def test_any_checkpoint_of_a_run_converts(run, tmp_path):

@@ -51,6 +51,10 @@ ASCENDING = Rule(
     "must be ascending, without repeats and not empty",
 )
 NO_REPEATS = Rule(lambda v: len(v) == len(set(v)), "must not name anything twice")
+POSITIVE_OR_AUTO = Rule(
+    lambda v: v == "auto" or (_is_number(v, float) and v > 0),
+    "must be a finite number greater than 0, or auto",
+)
 MESH_AXIS = Rule(
     lambda v: v >= 1 or v == -1, "must be at least 1, or -1 for all devices that are left over"
 )

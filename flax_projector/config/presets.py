@@ -23,6 +23,7 @@ _WHISPER_BASE_SMOLLM2 = TrainConfig(  # with tiny-audio's recipe: batches of 3 x
     data=DataConfig(batch_size=24),
     accumulation_steps=3,
     spec_augment=SpecAugmentConfig(mask_time_prob=0.05),
+    init_output_scale="auto",
 )
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
@@ -47,7 +48,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             ),
             optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=40),
             ctc=CTCConfig(num_steps=600),
-            init_output_scale=0.13,  # the RMS of the LLM's own embeddings
             accumulation_steps=1,
             spec_augment=SpecAugmentConfig(),
             dtype="float32",

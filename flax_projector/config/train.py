@@ -1,7 +1,7 @@
 """All settings of a run."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
@@ -11,6 +11,7 @@ from flax_projector.config.fields import (
     MESH_AXIS,
     NAMES_WITH_VALUES,
     NO_REPEATS,
+    POSITIVE_OR_AUTO,
     Count,
     PositiveFloat,
     PositiveInt,
@@ -289,9 +290,10 @@ class TrainConfig:
     """Seeds initialisation, shuffling, dropout and SpecAugment."""
     init_projector: str | None = None
     """Start from this projector (a converted folder or an HF folder) instead of a random one."""
-    init_output_scale: PositiveFloat = 1.0
+    init_output_scale: Annotated[float | Literal["auto"], POSITIVE_OR_AUTO] = 1.0
     """Initial weight of the projector's last norm, and thus the initial RMS of an audio token. The
-    original's 1.0 is several times the RMS of an LLM's text embeddings."""
+    original's 1.0 is several times the RMS of an LLM's text embeddings; "auto" is that RMS. Without
+    effect if `init_projector` is given."""
     distributed: Annotated[bool, MAY_CHANGE] = False
     """Run on several hosts: call jax.distributed.initialize first."""
     profile_steps: Annotated[Count, MAY_CHANGE] = 0

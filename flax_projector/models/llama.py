@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_projector.config import Llama3RopeScaling, LlamaConfig, RematName
 from flax_projector.models.attention import attend
 from flax_projector.models.layers import RMSNorm, dense
-from flax_projector.sharding import abstract_params
+from flax_projector.sharding import abstract_params, replicated
 
 _PRODUCT = "product"  # name of the linear layers' outputs, for the policy that keeps them
 _POLICIES = {
@@ -311,6 +311,22 @@ class LlamaDecoder(nn.Module):
             positions=jnp.arange(length)[None],
         )
         return self.logits(hidden)
+
+
+def embedding_rms(params: dict, mesh: Mesh) -> float:
+    """Root mean square of all elements of a decoder's embedding table, computed in its shards.
+
+    Args:
+      params: the decoder's parameters.
+      mesh: the mesh that they are on.
+    """
+
+    def run(table: Float[Array, "V D"]) -> Float[Array, ""]:
+        # Row by row first: a single sum over millions of elements would lose digits in f32.
+        return jnp.sqrt(jnp.mean(jnp.mean(jnp.square(table.astype(jnp.float32)), axis=-1)))
+
+    table = params["embed_tokens"]["embedding"]
+    return float(jax.jit(run, out_shardings=replicated(mesh))(table))
 
 
 def abstract_decoder(
