@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from convert.trees import flatten
 from flax_projector.batch import AUDIO_TOKEN, Bucket, abstract_batch, to_global
 from flax_projector.config import PRESETS, MeshConfig, OptimizerConfig, ProjectorConfig
 from flax_projector.models.llama import abstract_decoder
@@ -229,9 +230,26 @@ def test_the_loss_of_a_sharded_step_is_that_of_one_device(model, params, run):
 def test_steps_name_their_losses_and_counts(run):
     of_both = {"grad_norm", "audio_secs", "num_clips", "num_audio_tokens"}
     of_llm = {"loss", "num_labels", "scale_ratio", "num_tokens", "padding_rate"}
-    names = [set(metrics) for metrics in run[2]]
+    names = [{name for name in metrics if "/" not in name} for metrics in run[2]]
     assert names == [of_both | {"ctc_loss", "num_ctc_labels"}] * 2 + [of_both | of_llm] * 2
 
 
 def test_no_step_compiles_while_a_run_trains(run):
     assert run[3] == 0
+
+
+def test_norms_are_those_of_the_updated_weights(run, params):
+    _, (projector, _), metrics, _ = run
+    blocks = [f"layers_{i}/{name}" for i in range(2) for name in ("fc1", "fc2")]
+    kernels = {f"weight_norm/{name}": name for name in ("input_proj", *blocks)}
+    scales = {f"scale_rms/{n}": n for n in ("ln_input", "layer_norms_0", "layer_norms_1")}
+    assert {n for n in metrics[-1] if "/" in n} == kernels.keys() | scales.keys()
+    leaves = flatten(projector)
+    for name, layer in kernels.items():
+        expected = np.linalg.norm(leaves[f"{layer}/kernel"])
+        np.testing.assert_allclose(metrics[-1][name], expected, rtol=1e-6, err_msg=name)
+    for name, layer in scales.items():
+        expected = np.sqrt(np.mean(np.square(leaves[f"{layer}/scale"])))
+        np.testing.assert_allclose(metrics[-1][name], expected, rtol=1e-6, err_msg=name)
+    first = np.linalg.norm(params[0]["input_proj"]["kernel"])
+    assert metrics[-1]["weight_norm/input_proj"] != pytest.approx(first, rel=1e-6)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import math
 import time
 
 import jax
@@ -51,7 +52,8 @@ def train_step(
 
     Returns:
       The new state, and the metrics: the loss and the number of labels under the objective's names,
-      the objective's other metrics, "grad_norm" before clipping, and `batch_counts`.
+      the objective's other metrics, "grad_norm" before clipping, `weight_norms` of the new state,
+      and `batch_counts`.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     count = objective.num_labels(batch)
@@ -90,8 +92,30 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {objective.count_name: count, "grad_norm": optax.tree.norm(grads)}
+    metrics |= weight_norms(params)
     metrics |= batch_counts(batch, model, runs_llm=objective.runs_llm)
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def weight_norms(params: Params) -> Metrics:
+    """How large the projector's weights are.
+
+    A norm takes out the scale of the layer before it. The larger the kernel of that layer, the less
+    a step of the same length turns it.
+
+    Returns:
+      "weight_norm/PATH", the Frobenius norm of each kernel, and "scale_rms/PATH", the root mean
+      square of each norm's scale; PATH is that of the layer.
+    """
+    norms = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *layer, name = (part.key for part in path)
+        length = optax.tree.norm(leaf)
+        if name == "kernel":
+            norms["/".join(["weight_norm", *layer])] = length
+        elif name == "scale":
+            norms["/".join(["scale_rms", *layer])] = length / math.sqrt(leaf.size)
+    return norms
 
 
 def batch_counts(batch: Batch, model: SpeechLLM, *, runs_llm: bool = True) -> Metrics:
