@@ -15,6 +15,7 @@ from flax_projector.data.batch_plan import (
     make_buckets,
     prepare,
 )
+from flax_projector.data.manifest import ManifestRow
 from tests.clips import CONFIG, read_speech, tiny_prompt
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
@@ -42,6 +43,14 @@ def test_no_utterance_of_a_source_is_drawn_twice_more_than_another(weight):
         assert len(members) == round(11 * weight)
         counts += np.bincount(members, minlength=11)
         assert np.ptp(counts) <= 1
+
+
+@pytest.mark.parametrize(("case", "label"), [("keep", "Go LEFT"), ("lower", "go left")])
+def test_the_case_of_labels_is_not_that_of_the_reference(case, label):
+    prompt, rows = tiny_prompt(), [ManifestRow("0", "0.wav", "Go LEFT", 1.0)]
+    (utterance,), _ = prepare(rows, prompt, DataConfig(text_case=case))
+    assert prompt.decode(utterance.target) == label
+    assert utterance.row.text == "Go LEFT"
 
 
 def test_clips_that_fill_the_window_have_one_bucket(tmp_path):

@@ -153,3 +153,11 @@ def test_only_harmless_changes_pass_unnoticed():
     refused, allowed = changes(config, changed)
     assert refused == ["--data.batch-size: 4 -> 16"]
     assert [line.split(":")[0] for line in allowed] == ["--mesh.fsdp", "--keep-checkpoints"]
+
+
+def test_labels_and_audio_tokens_stay_those_that_a_run_began_with():
+    config = PRESETS["demo"][1]
+    data = dataclasses.replace(config.data, text_case="lower", audio_tokens="window")
+    refused, allowed = changes(config, dataclasses.replace(config, data=data))
+    assert [line.split(":")[0] for line in refused] == ["--data.audio-tokens", "--data.text-case"]
+    assert not allowed

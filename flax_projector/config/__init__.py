@@ -17,6 +17,7 @@ from flax_projector.config.models import (
     LlamaConfig,
     ProjectorConfig,
     RematName,
+    TextCaseName,
     WhisperConfig,
 )
 from flax_projector.config.presets import PRESETS
@@ -51,6 +52,7 @@ __all__ = [
     "PromptConfig",
     "RematName",
     "SpecAugmentConfig",
+    "TextCaseName",
     "TrainConfig",
     "WhisperConfig",
     "changes",

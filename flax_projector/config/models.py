@@ -18,6 +18,7 @@ from flax_projector.config.fields import (
 DTypeName = Literal["float32", "bfloat16"]
 RematName = Literal["none", "products", "layers"]
 AudioTokensName = Literal["clip", "window"]
+TextCaseName = Literal["keep", "lower"]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from flax_projector.config.models import (
     DTypeName,
     ProjectorConfig,
     RematName,
+    TextCaseName,
 )
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
@@ -131,6 +132,10 @@ class DataConfig:
     longer than the last bound are left out, never cut."""
     max_text_tokens: PositiveInt = 128
     """Maximum labels per utterance: transcript and end of turn. Longer transcripts are left out."""
+    text_case: TextCaseName = "keep"
+    """Case of the labels. "keep" leaves transcripts as they are. "lower" turns them into lower
+    case: those in capitals, as in LibriSpeech, take more tokens and read unlike the LLM's texts.
+    The references of an evaluation are reported as they are."""
     cache_features: bool = False
     """Compute the frozen encoder's frames once and keep them in the run folder."""
     num_threads: Annotated[PositiveInt, MAY_CHANGE] = 4

@@ -41,7 +41,8 @@ def prepare(
     utterances, bad = [], []
     limit, window_frames = config.bucket_secs[-1], num_encoder_frames(config.window_samples)
     for row in rows:
-        target = prompt.encode_target(row.text)
+        text = row.text.lower() if config.text_case == "lower" else row.text
+        target = prompt.encode_target(text)
         if row.duration > limit:
             detail = f"{row.duration:.2f} s; --data.bucket-secs ends at {limit:g}"
             bad.append(BadRow(row.id, row.source, Problem.TOO_LONG, detail, row.text))
