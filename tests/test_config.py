@@ -1,6 +1,7 @@
 """Configuration: defaults, checks, and what may change when a run is resumed."""
 
 import dataclasses
+import functools
 from typing import Annotated
 
 import pytest
@@ -138,6 +139,35 @@ def test_another_start_of_the_last_norm_is_an_error(value):
         config.__post_init__()
     rule = "must be a finite number greater than 0, or auto"
     assert str(error.value) == f"--init-output-scale = {value!r}: {rule}"
+
+
+RECIPE = {  # the residual experiment of tiny-audio at commit 060e18c
+    "projector.projector_pool_stride": 2,  # 25 audio tokens per second
+    "projector.projector_dropout": 0.0,
+    "data.batch_size": 8 * 3,
+    "accumulation_steps": 3,
+    "data.bucket_secs": 15.0,  # the last one: longer clips are dropped
+    "data.window_secs": 30.0,
+    "num_steps": 20_000,
+    "ctc.num_steps": 0,
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.warmup_steps": 500,
+    "optimizer.final_lr_rate": 0.0,  # the cosine ends at zero
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 1.0,
+    "spec_augment.mask_time_prob": 0.05,
+    "spec_augment.mask_time_length": 10,
+    "spec_augment.mask_time_min_masks": 2,
+}
+
+
+@pytest.mark.parametrize("preset", ["whisper-base-smollm2-135m", "whisper-turbo-smollm3-3b"])
+@pytest.mark.parametrize(("option", "expected"), RECIPE.items())
+def test_presets_of_real_sizes_equal_the_recipe_that_they_name(preset, option, expected):
+    description, config = PRESETS[preset]
+    assert "commit 060e18c" in description
+    value = functools.reduce(getattr, option.split("."), config)
+    assert (value[-1] if isinstance(value, tuple) else value) == expected
 
 
 def test_unknown_saved_field_is_an_error():

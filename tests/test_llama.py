@@ -158,7 +158,7 @@ def test_scan_equals_the_layers_one_by_one(pair) -> None:
 
 @pytest.mark.parity("transformers")
 def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
-    positions = np.arange(600)[None]  # 30 s of audio at 12.5 tokens per second, and its texts
+    positions = np.arange(900)[None]  # 30 s of audio at 25 tokens per second, and its texts
     cos_sin = run_rotary(positions, pair.config)
     expected = pair.torch.model.rotary_emb(torch.zeros(1), torch.from_numpy(positions))
     for got, theirs in zip(cos_sin, expected, strict=True):

@@ -15,10 +15,13 @@ from flax_projector.config.train import (
 DEMO_SPEECH = "examples/demo/speech"
 """Where the demo's clips are in the repository; they are not part of the installed package."""
 
-_WHISPER_BASE_SMOLLM2 = TrainConfig(  # with tiny-audio's recipe: batches of 3 x 8, SpecAugment
+RECIPE = "tiny-audio's recipe at commit 060e18c"
+"""What the presets of real sizes follow; docs/design.md lists what differs on purpose."""
+
+_WHISPER_BASE_SMOLLM2 = TrainConfig(
     encoder="openai/whisper-base",
     llm="HuggingFaceTB/SmolLM2-135M-Instruct",
-    projector=ProjectorConfig(encoder_dim=512, llm_dim=576),
+    projector=ProjectorConfig(encoder_dim=512, llm_dim=576, projector_pool_stride=2),
     out="runs/whisper-base-smollm2-135m",
     data=DataConfig(batch_size=24),
     accumulation_steps=3,
@@ -31,6 +34,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "Spoken commands on two CPU cores in minutes: what `make demo` runs.",
         dataclasses.replace(
             _WHISPER_BASE_SMOLLM2,
+            projector=ProjectorConfig(encoder_dim=512, llm_dim=576, projector_pool_stride=4),
             out="runs/demo",
             prompt=PromptConfig(system=""),
             data=DataConfig(
@@ -58,16 +62,16 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "whisper-base-smollm2-135m": (
-        "The smallest pair of real towers, with tiny-audio's recipe.",
+        f"The smallest pair of real towers, with {RECIPE}.",
         _WHISPER_BASE_SMOLLM2,
     ),
     "whisper-turbo-smollm3-3b": (
-        "tiny-audio's published pair, with its recipe.",
+        f"tiny-audio's published pair of towers, with {RECIPE}.",
         dataclasses.replace(
             _WHISPER_BASE_SMOLLM2,
             encoder="openai/whisper-large-v3-turbo",
             llm="HuggingFaceTB/SmolLM3-3B",
-            projector=ProjectorConfig(encoder_dim=1280, llm_dim=2048),
+            projector=ProjectorConfig(encoder_dim=1280, llm_dim=2048, projector_pool_stride=2),
             out="runs/whisper-turbo-smollm3-3b",
             remat="layers",
         ),
