@@ -76,6 +76,9 @@ def make_batch(num_rows: int, *, seed: int = 0, audio: str = "frames") -> Batch:
     num_labels = rng.integers(1, TEXT + 1, num_rows)
     shape = {"samples": (SAMPLES,), "frames": (FRAMES, WHISPER.d_model)}[audio]
     scale = {"samples": 0.1, "frames": 1.0}[audio]
+    heard: dict[str, Any] = {
+        audio: scale * rng.standard_normal((num_rows, *shape)).astype(np.float32)
+    }
     return Batch(
         num_frames=(4 * num_audio).astype(np.int32),
         tokens=tokens,
@@ -84,7 +87,7 @@ def make_batch(num_rows: int, *, seed: int = 0, audio: str = "frames") -> Batch:
         labels=rng.integers(0, LLAMA.vocab_size, (num_rows, TEXT), dtype=np.int32),
         label_valid=np.arange(TEXT) < num_labels[:, None],
         max_frames=FRAMES,
-        **{audio: scale * rng.standard_normal((num_rows, *shape)).astype(np.float32)},
+        **heard,
     )
 
 

@@ -29,7 +29,7 @@ from convert.torch_files import open_torch
 from convert.torch_projector import ResidualAudioProjector
 from flax_projector.batch import Bucket, empty_batch
 from flax_projector.chat.prompt import Prompt
-from flax_projector.config import TrainConfig
+from flax_projector.config import DataConfig, TrainConfig
 from flax_projector.data.audio import load_audio
 from flax_projector.data.manifest import ManifestRow, read_manifest
 from flax_projector.inference.listen import Listener
@@ -56,6 +56,7 @@ class TorchSpeechLLM:
         self.llm.eval()
         self.projector = _load_projector(projector)
         self.prompt, self.max_new_tokens = prompt, config.max_new_tokens
+        self.data = config.data
 
     @torch.no_grad()
     def __call__(self, samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -65,7 +66,7 @@ class TorchSpeechLLM:
         extracted = self.features(padded, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         mel = extracted.input_features
         frames = self.encoder(mel).last_hidden_state
-        audio = self.projector(frames[:, : num_encoder_frames(len(samples))])
+        audio = self.projector(frames[:, : num_heard_frames(samples, self.data)])
         embed = self.llm.get_input_embeddings()
         before, after = (
             embed(torch.tensor([ids]))
@@ -86,6 +87,11 @@ class TorchSpeechLLM:
         return {**arrays, "first logits": logits[0].numpy(), "tokens": tokens[0].numpy()}
 
 
+def num_heard_frames(samples: np.ndarray, data: DataConfig) -> int:
+    """Returns how many encoder frames of a clip become audio tokens."""
+    return data.window_frames if data.whole_window else num_encoder_frames(len(samples))
+
+
 def _shorten_window(encoder, window_secs: float):
     """Makes HF's encoder accept a window below 30 s; it demands as many frames as positions."""
     positions = round(window_secs / FRAME_SECS)
@@ -103,7 +109,7 @@ def jax_stages(listener: Listener, samples: np.ndarray) -> dict[str, np.ndarray]
     """Returns the output of every stage in JAX for one clip, up to the first logits."""
     loaded, config = listener.loaded, listener.config
     model, prompt = loaded.model, loaded.prompt
-    num_frames = num_encoder_frames(len(samples))
+    num_frames = num_heard_frames(samples, config.data)
     num_tokens = num_audio_tokens(num_frames, config.projector.projector_pool_stride)
     length = prompt.merged_length(num_tokens, 1)
     batch = empty_batch(
