@@ -299,7 +299,7 @@ def test_three_steps_with_real_weights_equal_those_of_torch(tmp_path, stage) -> 
     torch.manual_seed(0)
     projector = TorchProjector(config.projector)
     last_norm: Any = projector.layer_norms[-1]
-    torch.nn.init.constant_(last_norm.weight, config.init_output_scale)
+    torch.nn.init.constant_(last_norm.weight, loaded.embedding_rms())
     params = projector_to_flax(config.projector, projector.state_dict())
     theirs = train_torch(loaded, projector)
     ours = train_ours(loaded, params)
