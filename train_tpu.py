@@ -29,7 +29,7 @@ from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
 from flax_projector.data.sources import check_sources
 from flax_projector.logs import lines_above_bars, quiet_other_processes, setup_logging
-from flax_projector.run import LoadedModel, load_model
+from flax_projector.run import LoadedModel, load_model, resolve_config
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.best import Best
@@ -106,7 +106,8 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
             jax.distributed.initialize()
         quiet_other_processes(jax.process_index())
         guard = stack.enter_context(PreemptionGuard().watching())
-        folder = RunFolder.of(config)
+        config, folder = resolve_config(config), RunFolder.of(config)
+        log.info("config:\n%s", to_json(config))
         folder.check(config)
         check_sources(config)
         mesh = make_mesh(config.mesh, devices)
@@ -225,7 +226,6 @@ def cli(args: Sequence[str] | None = None) -> None:
     """Runs what the command line says; invalid input ends with a one-line error."""
     setup_logging()
     config = read_config(args)
-    log.info("config:\n%s", to_json(config))
     with lines_above_bars():
         try:
             main(config)

@@ -1,5 +1,6 @@
 """The public functions: the commands, and loading a projector."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -271,7 +272,7 @@ def _convert(
         prefix = kind.table.prefix_of(stored.checkpoint.infos)  # the round trip restores it
     else:
         _warn_of_epsilon(config)
-        _warn_of_prompt(text)
+        _warn_of_training(text)
     plan = _plan(stored, kind, config, prefix)
     with replacing(dst, names=names, overwrite=overwrite) as part:
         with _other_side(plan, stored).with_progress("converting") as shown:
@@ -366,8 +367,15 @@ def _warn_of_epsilon(config: Any) -> None:
         )
 
 
-def _warn_of_prompt(text: str) -> None:
-    """Warns of a prompt that tiny-audio will not render: it would ask the LLM in other words."""
+def _warn_of_training(text: str) -> None:
+    """Warns of what tiny-audio does otherwise: it would ask the LLM in other words, or more."""
+    if json.loads(text).get("audio_tokens") == "clip":
+        _log.warning(
+            "WARNING: this projector was trained with the audio tokens of the clip alone "
+            "(--data.audio-tokens clip), but tiny-audio's LLM reads those of the whole 30 s: many "
+            "words will be wrong there. Leave out the frames after the clip, or train for it with "
+            "--data.audio-tokens window"
+        )
     if needs := (rendered_prompt(text) or {}).get("needs"):
         _log.warning(
             "WARNING: tiny-audio renders the messages with the LLM's chat template as it is, but "

@@ -219,7 +219,7 @@ def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
     """A config.json for the projector of a training run, with the run's towers and prompt.
 
     Args:
-      config: of the run.
+      config: of the run; resolved.
       prompt: the run's prompt, as it keeps it; None leaves it out. tiny-audio renders its messages
         with the chat template of the LLM, as it is and on that day; "needs" lists what else there
         is to it.
@@ -228,6 +228,7 @@ def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
         **projector_config_dict(config.projector, dtype="float32"),
         "audio_model_id": config.encoder,
         "text_model_id": config.llm,
+        "audio_tokens": config.data.audio_tokens,
     }
     if prompt is None:
         return data
@@ -248,17 +249,24 @@ def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
     }
 
 
-def messages(text: str) -> dict[str, str | None]:
-    """The messages that the projector of a config.json was trained with.
+def training(text: str) -> dict[str, str]:
+    """What a projector's config.json says of its training, by the names of our options.
+
+    A projector that tiny-audio saved has heard the whole window.
 
     Returns:
-      {"system": ..., "user": ...}; None stands for what it does not say.
+      "prompt.system", "prompt.user" and "data.audio_tokens", as far as it says them.
     """
     data = json.loads(text)
-    found = {"system": data.get("system_prompt"), "user": data.get("user_prompt")}
-    if "system_prompt" in data and found["system"] is None:
-        found["system"] = ""  # tiny-audio's null: no system turn
-    return found
+    is_tiny_audios = "text_config" in data  # which ours leave out
+    found = {
+        "prompt.system": data.get("system_prompt"),
+        "prompt.user": data.get("user_prompt"),
+        "data.audio_tokens": data.get("audio_tokens", "window" if is_tiny_audios else None),
+    }
+    if "system_prompt" in data and data["system_prompt"] is None:
+        found["prompt.system"] = ""  # tiny-audio's null: no system turn
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def rendered_prompt(text: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from convert import engine
 from convert.checkpoint import TensorInfo
 from convert.errors import Problem, raise_any
 from convert.flax_files import is_flax_folder, load_params
-from convert.hf_config import messages
+from convert.hf_config import training
 from convert.models import PROJECTOR, ModelKind
 from convert.stored import StoredModel, open_stored
 from convert.trees import flatten, unflatten
@@ -133,10 +133,10 @@ def load_projector_params(
     return _load(PROJECTOR, stored, abstract)
 
 
-def read_messages(path: str | Path) -> dict[str, str | None]:
-    """The messages that a projector was trained with; see `hf_config.messages`."""
+def read_training(path: str | Path) -> dict[str, str]:
+    """What its config.json says of the training of a projector; see `hf_config.training`."""
     text = open_stored(path).config_text
-    return {"system": None, "user": None} if text is None else messages(text)
+    return {} if text is None else training(text)
 
 
 def _place(

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from convert.checkpoint import in_memory
 from convert.flax_files import write_flax
 from convert.hf_config import config_text, run_config_dict
-from convert.load import load_tower, read_messages, resolve_model
+from convert.load import load_tower, read_training, resolve_model
 from convert.models import LLAMA, WHISPER_ENCODER
 from convert.trees import flatten
 from flax_projector.chat.prompt import Prompt, make_prompt, remake_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
-from flax_projector.config import TrainConfig
+from flax_projector.config import TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, TrainConfig, option
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
 from flax_projector.models.llama import abstract_decoder, embedding_rms
@@ -123,6 +123,55 @@ class LoadedModel:
             log.info("%-9s %13s parameters, %s", name, f"{count:,}", role)
 
 
+def resolve_config(config: TrainConfig) -> TrainConfig:
+    """Fills in what a config leaves open: the messages of the prompt, and the audio tokens.
+
+    They are those of the run in `config.out`, if there is one; else those that the projector of
+    `config.init_projector` was trained with, if its config.json says so; else the defaults.
+
+    Raises:
+      ValueError: if the run or the projector cannot be read.
+    """
+    folder, heard = RunFolder.of(config), {}
+    if folder.config.is_file():
+        saved = folder.read_config()
+        heard = {name: _get(saved, name) for name in _LEFT_OPEN}
+    elif config.init_projector:
+        heard = read_training(config.init_projector)
+    for name, default in _LEFT_OPEN.items():
+        value, known = _get(config, name), heard.get(name)
+        if value is None:
+            config = _set(config, name, default if known is None else known)
+        elif known not in (None, value) and not folder.config.is_file():
+            log.warning(
+                "%s is %r, but %s was trained with %r",
+                option(name),
+                value,
+                config.init_projector,
+                known,
+            )
+    return config
+
+
+_LEFT_OPEN = {
+    "prompt.system": TINY_AUDIO_SYSTEM,
+    "prompt.user": TINY_AUDIO_USER,
+    "data.audio_tokens": "clip",
+}
+"""The options whose defaults are other things than values, with their last resort."""
+
+
+def _get(config: TrainConfig, name: str) -> Any:
+    section, field = name.split(".")
+    return getattr(getattr(config, section), field)
+
+
+def _set(config: TrainConfig, name: str, value: Any) -> TrainConfig:
+    section, field = name.split(".")
+    changed: Any = dataclasses.replace(getattr(config, section), **{field: value})
+    return dataclasses.replace(config, **{section: changed})
+
+
 def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     """Loads both towers straight into their shards.
 
@@ -167,25 +216,10 @@ def load_prompt(config: TrainConfig, llm_folder: Path) -> Prompt:
     Raises:
       ValueError: if the LLM's tokenizer cannot make it.
     """
-    tokenizer = load_tokenizer(llm_folder)
-    saved = RunFolder.of(config).read_prompt()
+    tokenizer, saved = load_tokenizer(llm_folder), RunFolder.of(config).read_prompt()
     if saved is not None:
         return remake_prompt(tokenizer, config.prompt, saved)
-    messages = config.prompt
-    if config.init_projector:
-        heard = {n: x for n, x in read_messages(config.init_projector).items() if x is not None}
-        given = {n: getattr(messages, n) for n in heard if getattr(messages, n) is not None}
-        for name, text in given.items():
-            if text != heard[name]:
-                log.warning(
-                    "--prompt.%s is %r, but %s was trained with %r",
-                    name,
-                    text,
-                    config.init_projector,
-                    heard[name],
-                )
-        messages = dataclasses.replace(messages, **(heard | given))
-    return make_prompt(tokenizer, messages, date=_time_of_process_0())
+    return make_prompt(tokenizer, config.prompt, date=_time_of_process_0())
 
 
 def _time_of_process_0() -> datetime:

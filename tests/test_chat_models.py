@@ -18,9 +18,10 @@ from flax_projector import __main__ as program
 from flax_projector import run as run_module
 from flax_projector.batch import AUDIO_TOKEN
 from flax_projector.config import PromptConfig, TrainConfig
-from flax_projector.run import load_prompt
+from flax_projector.run import load_prompt, resolve_config
 from flax_projector.training.metrics import MetricsWriter
 from tests.chat import Reference, save_chat_tokenizer
+from tests.checkpoints import UPSTREAM
 from tests.tiny import LLM_DIM, final_params, randomize, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -160,31 +161,48 @@ def test_an_exported_folder_has_the_messages_of_the_same_ids(finished, tmp_path,
     assert [*before, AUDIO_TOKEN, *after] == theirs
 
 
-def test_a_projector_is_asked_as_it_was_trained(finished, tmp_path, caplog):
-    """Its folder says how, whether tiny-audio wrote it or we did; what is given goes first."""
+def test_a_run_takes_over_how_its_projector_was_trained(finished, tmp_path, caplog):
+    """Its folder says it, whether tiny-audio wrote it or we did; what is given goes first."""
     exported = api.to_torch(finished["chatml"].out, tmp_path / "hf")
     new = dataclasses.replace(
         finished["chatml"], out=str(tmp_path / "new"), init_projector=str(exported)
     )
-
-    def messages(given: PromptConfig) -> tuple[str, str]:
-        prompt = load_prompt(dataclasses.replace(new, prompt=given), Path(new.llm))
-        return prompt.rendering.system, prompt.rendering.user
-
-    default = "/no_think /system_override"
     caplog.clear()
-    assert messages(PromptConfig()) == (default, "<audio> Write it down.")
+
+    def resolve(prompt: PromptConfig, **data: Any) -> tuple[Any, ...]:
+        config = dataclasses.replace(new, prompt=prompt)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+        config = resolve_config(config)
+        return config.prompt.system, config.prompt.user, config.data.audio_tokens
+
+    system, user = "/no_think /system_override", "<audio> Write it down."
+    assert resolve(PromptConfig()) == (system, user, "clip")
     assert not caplog.records
-    assert messages(PromptConfig(user="Listen: ")) == (default, "Listen: <audio>")
-    (record,) = caplog.records
-    assert record.message.startswith("--prompt.user is 'Listen: ', but ")
+    given = resolve(PromptConfig(user="Listen: "), audio_tokens="window")
+    assert given == (system, "Listen: ", "window")
+    starts = ("--prompt.user is 'Listen: ', but ", "--data.audio-tokens is 'window', but ")
+    assert [r.message[: len(s)] for r, s in zip(caplog.records, starts, strict=True)] == [*starts]
 
     path = exported / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"system_prompt": None}))
-    assert messages(PromptConfig()) == ("", "<audio> Write it down.")  # tiny-audio's null
-    without = {k: v for k, v in json.loads(path.read_text()).items() if "_prompt" not in k}
-    path.write_text(json.dumps(without))
-    assert messages(PromptConfig()) == (default, "Transcribe: <audio>")
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"system_prompt": None}))  # tiny-audio's: no system turn
+    assert resolve(PromptConfig()) == ("", user, "clip")
+    path.write_text(json.dumps({k: v for k, v in said.items() if "prompt" not in k}))
+    assert resolve(PromptConfig()) == (system, "Transcribe: <audio>", "clip")
+
+
+def test_a_projector_of_tiny_audio_has_heard_the_whole_window(tmp_path):
+    config = tiny_config(tmp_path, {}, init_projector=str(UPSTREAM))
+    resolved = resolve_config(config)
+    assert resolve_config(resolved) == resolved
+    assert resolved.prompt.user == "Transcribe: <audio>"
+    assert resolved.data.audio_tokens == "window"
+
+
+def test_a_resumed_run_takes_over_what_is_left_open(finished):
+    """Even if the projector that it began with is gone."""
+    config = dataclasses.replace(finished["chatml"], prompt=PromptConfig(), init_projector="/gone")
+    assert resolve_config(config).prompt.user == "<audio> Write it down."
 
 
 def test_another_template_stops_a_resumed_run(finished):
@@ -194,7 +212,7 @@ def test_another_template_stops_a_resumed_run(finished):
     try:
         path.write_text(template.replace("assistant", "scribe"))
         with pytest.raises(ValueError, match=r"(?s)another prompt than .*then: .*assistant.*now: "):
-            load_prompt(config, Path(config.llm))
+            load_prompt(resolve_config(config), Path(config.llm))
         with pytest.raises(SystemExit, match="another prompt than"):
             program.cli(["transcribe", config.out, str(path)])
     finally:

@@ -8,6 +8,7 @@ import pytest
 from convert import hf_config
 from convert.errors import ConversionError
 from flax_projector.config import (
+    DataConfig,
     LlamaConfig,
     ProjectorConfig,
     TrainConfig,
@@ -273,6 +274,7 @@ def test_trained_projector_is_described_with_the_names_of_tiny_audio() -> None:
             encoder="openai/whisper-base",
             llm="some/llama",
             projector=PROJECTOR,
+            data=DataConfig(audio_tokens="clip"),
         ),
         PROMPT,
     )
@@ -280,10 +282,14 @@ def test_trained_projector_is_described_with_the_names_of_tiny_audio() -> None:
     assert data["system_prompt"] == "Be brief."
     assert data["audio_model_id"] == "openai/whisper-base"
     upstream = json.loads((UPSTREAM / "config.json").read_text())
-    assert data.keys() - upstream.keys() == {"rms_norm_eps", "rendered_prompt"}
+    assert data.keys() - upstream.keys() == {"rms_norm_eps", "rendered_prompt", "audio_tokens"}
     needs = data["rendered_prompt"]["needs"]
     assert needs == ["the user message 'Write: <audio>'"]
-    assert hf_config.messages(json.dumps(data)) == {"system": "Be brief.", "user": "Write: <audio>"}
+    assert hf_config.training(json.dumps(data)) == {
+        "prompt.system": "Be brief.",
+        "prompt.user": "Write: <audio>",
+        "data.audio_tokens": "clip",
+    }
 
 
 def test_cast_changes_the_text_only_where_it_must() -> None:

@@ -220,7 +220,6 @@ def remake_prompt(tokenizer: PreTrainedTokenizerFast, config: PromptConfig, save
       ValueError: showing every difference, if the tokenizer makes another one now.
     """
     before = json.loads(saved)
-    config = dataclasses.replace(config, system=before["system"], user=before["user"])
     date = datetime.fromisoformat(before["date"]) if before["date"] else None
     prompt = make_prompt(tokenizer, config, date=date)
     now = json.loads(prompt.to_json())

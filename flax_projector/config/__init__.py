@@ -10,6 +10,7 @@ Imports only `flax_projector.lengths`; needs no JAX. Modules receive only their 
 never a whole `TrainConfig`.
 """
 
+from flax_projector.config.fields import option
 from flax_projector.config.models import (
     AudioTokensName,
     DTypeName,
@@ -57,5 +58,6 @@ __all__ = [
     "WhisperConfig",
     "changes",
     "from_json",
+    "option",
     "to_json",
 ]

@@ -123,10 +123,11 @@ class DataConfig:
     proportionally less time, but gives different frames: compared with a window of 30 s, those of
     whisper-base change by 8% of their norm at 15 s, 12% at 10 s and 20% at 4 s. Use a projector
     with the window it was trained with."""
-    audio_tokens: AudioTokensName = "clip"
+    audio_tokens: AudioTokensName | None = None
     """Which audio tokens the LLM reads. "clip": those of the clip. "window": those of the whole
     window, the silence after the clip included, so that all clips have the same length and there
-    is one bucket. Use a projector with the tokens it was trained with."""
+    is one bucket. If not given: those that `--init-projector` was trained with (tiny-audio's with
+    "window"), or else "clip"."""
     bucket_secs: Annotated[tuple[float, ...], ASCENDING] = (5.0, 10.0, 15.0)
     """Upper bounds of the audio-length buckets, in seconds; each bucket compiles one step. Clips
     longer than the last bound are left out, never cut."""
