@@ -17,8 +17,5 @@ def prompt_of_ids(before_audio: Iterable[int], after_audio: Iterable[int]) -> Pr
         before_audio=tuple(before_audio),
         after_audio=tuple(after_audio),
         end_of_turn=END_OF_TURN,
-        lead="",
-        num_lead=0,
-        trail="",
-        encode_text=unused,
+        encode_target=unused,
     )

@@ -175,6 +175,16 @@ def test_special_tokens_stay_plain_after_pickling():
     assert copy.end_of_turn not in copy.encode_target("a<|im_end|>b")[:-1]
 
 
+def test_a_tokenizer_may_have_the_placeholder_already():
+    """As the one that tiny-audio saves beside its projector."""
+    plain, saved = make_chat_tokenizer("chatml"), make_chat_tokenizer("chatml")
+    saved.add_special_tokens({"extra_special_tokens": ["<audio>"]})
+    expected = make_prompt(plain, PromptConfig())
+    prompt = make_prompt(saved, PromptConfig())
+    assert prompt.to_json() == expected.to_json()
+    assert prompt.encode_target("an <audio> tag") == expected.encode_target("an <audio> tag")
+
+
 # --- LLMs without a template, and templates that do not suit -------------------------------------
 
 

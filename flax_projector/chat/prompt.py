@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -26,6 +26,42 @@ _TRANSCRIPTS = ("hello", "Hello", "7", "\u00e9", "\u4f60", '"Oh', "(a)", "<b>", 
 
 
 @dataclass(frozen=True)
+class TranscriptEncoder:
+    """Makes the labels of transcripts.
+
+    Attributes:
+      encode_text: encodes lead, transcript and trail together.
+      lead: text of the prompt since its last control token.
+      lead_ids: the ids of `lead` that stay the same whatever follows; the prompt has them.
+      trail: text between the transcript and the end of turn.
+      end_of_turn: the last label.
+    """
+
+    encode_text: TextTokenizer
+    lead: str
+    lead_ids: tuple[int, ...]
+    trail: str
+    end_of_turn: int
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """The labels for a transcript: its token ids and the end of turn.
+
+        Whitespace around the transcript is removed, and special tokens in it are plain text.
+
+        Raises:
+          ValueError: if it changes the tokens of the prompt before it.
+        """
+        ids = self.encode_text(self.lead + text.strip() + self.trail)
+        count = len(self.lead_ids)
+        if tuple(ids[:count]) != self.lead_ids:
+            raise ValueError(
+                f"the transcript {text!r} changes the tokens of the prompt before it, "
+                f"{self.lead!r}: end --prompt.after with a special token, a newline or a space"
+            )
+        return (*ids[count:], self.end_of_turn)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Token ids around the audio.
 
@@ -42,10 +78,7 @@ class Prompt:
       before_audio: the beginning of the conversation.
       after_audio: what comes between the audio and the transcript.
       end_of_turn: the last label, which also ends decoding.
-      lead: text of the prompt since its last special token; tokenized with the transcript.
-      num_lead: how many tokens of `lead` are in `after_audio`.
-      trail: text between the transcript and the end of turn.
-      encode_text: encodes lead, transcript and trail.
+      encode_target: makes the labels of a transcript.
     """
 
     tokenizer: Tokenizer
@@ -53,27 +86,7 @@ class Prompt:
     before_audio: tuple[int, ...]
     after_audio: tuple[int, ...]
     end_of_turn: int
-    lead: str
-    num_lead: int
-    trail: str
-    encode_text: TextTokenizer
-
-    def encode_target(self, text: str) -> tuple[int, ...]:
-        """The labels for a transcript: its token ids and the end of turn.
-
-        Whitespace around the transcript is removed, and special tokens in it are plain text.
-
-        Raises:
-          ValueError: if it changes the tokens of the prompt before it.
-        """
-        ids = self.encode_text(self.lead + text.strip() + self.trail)
-        lead, label_ids = ids[: self.num_lead], ids[self.num_lead :]
-        if lead != list(self.after_audio[len(self.after_audio) - self.num_lead :]):
-            raise ValueError(
-                f"the transcript {text!r} changes the tokens of the prompt before it, "
-                f"{self.lead!r}: end --prompt.after with a special token, a newline or a space"
-            )
-        return (*label_ids, self.end_of_turn)
+    encode_target: TranscriptEncoder
 
     def token_id(self, token: str) -> int:
         """The id of a token in the vocabulary.
@@ -162,39 +175,25 @@ def make_prompt(
     before, after, end = rendering.before_audio, rendering.after_audio, rendering.end
     controls = control_tokens(backend, before + after + end)
     with_audio, audio_id = with_placeholder(backend, AUDIO)
+    end_of_turn, trail = _find_end(end, with_audio, controls)
 
-    # What ends the turn: the first control token after the transcript.
-    closing = encode(with_audio, AUDIO + end)
-    at = next((i for i, number in enumerate(closing.ids) if number in controls), None)
-    if at is None:
-        known = ", ".join(list(controls.values())[:20])
-        raise ValueError(
-            f"nothing ends the transcript: {end!r} contains none of the tokenizer's special "
-            f"tokens. Choose one of them with --prompt.end: {known}"
-        )
-    end_of_turn, trail = closing.ids[at], end[: closing.offsets[at][0] - len(AUDIO)]
-
-    # What is tokenized with the transcript: the text since the last control token before it.
     text = before + AUDIO + after
-    whole = encode(with_audio, text)
-    start = whole.ids.index(audio_id)
-    is_control = [number in controls or i == start for i, number in enumerate(whole.ids)]
-    cut = len(is_control) - is_control[::-1].index(True)
-    lead, lead_ids = text[whole.offsets[cut - 1][1] :], whole.ids[cut:]
+    opening = encode(with_audio, text)
+    start = opening.ids.index(audio_id)
+    # The text since the last control token, or the audio, is tokenized with the transcript.
+    breaks = [i for i, number in enumerate(opening.ids) if number in controls or i == start]
+    cut = breaks[-1] + 1
+    lead, lead_ids = text[opening.offsets[cut - 1][1] :], opening.ids[cut:]
     encode_text = TextTokenizer(backend, controls.values())
-    followed = [encode_text(lead + transcript + trail) for transcript in _TRANSCRIPTS]
-    num_lead = min(_num_shared(lead_ids, ids) for ids in followed)
-
+    continued = [encode_text(lead + transcript + trail) for transcript in _TRANSCRIPTS]
+    lead_ids = lead_ids[: min(_num_shared(lead_ids, ids) for ids in continued)]
     prompt = Prompt(
         tokenizer=backend,
         rendering=rendering,
-        before_audio=tuple(whole.ids[:start]),
-        after_audio=(*whole.ids[start + 1 : cut], *lead_ids[:num_lead]),
+        before_audio=tuple(opening.ids[:start]),
+        after_audio=(*opening.ids[start + 1 : cut], *lead_ids),
         end_of_turn=end_of_turn,
-        lead=lead,
-        num_lead=num_lead,
-        trail=trail,
-        encode_text=encode_text,
+        encode_target=TranscriptEncoder(encode_text, lead, tuple(lead_ids), trail, end_of_turn),
     )
     for transcript in _TRANSCRIPTS:
         target = prompt.encode_target(transcript)
@@ -203,9 +202,22 @@ def make_prompt(
             raise ValueError(
                 f"the tokenizer in {tokenizer.name_or_path} is not supported: it tokenizes the "
                 f"transcript {transcript!r} in another way within the prompt than after "
-                f"a special token"
+                "a special token"
             )
     return prompt
+
+
+def _find_end(end: str, tokenizer: Tokenizer, controls: Mapping[int, str]) -> tuple[int, str]:
+    """The first control token after the transcript, which ends the turn; and the text before it."""
+    closing = encode(tokenizer, AUDIO + end)
+    for number, (begins, _) in zip(closing.ids[1:], closing.offsets[1:], strict=True):
+        if number in controls:
+            return number, end[: begins - len(AUDIO)]
+    known = ", ".join(list(controls.values())[:20])
+    raise ValueError(
+        f"nothing ends the transcript: {end!r} contains none of the tokenizer's special tokens. "
+        f"Choose one of them with --prompt.end: {known}"
+    )
 
 
 def remake_prompt(tokenizer: PreTrainedTokenizerFast, config: PromptConfig, saved: str) -> Prompt:
