@@ -1,6 +1,7 @@
 """Manifests: which rows are used, which are not, and why."""
 
 import json
+import re
 from pathlib import Path
 
 import fsspec
@@ -43,6 +44,24 @@ def jsonl(*rows: dict) -> str:
             Problem.MALFORMED,
             "nan is not a number",
         ),
+        (
+            '{"audio": "0.wav", "text": "x", "duration": [2.5]}',
+            Problem.MALFORMED,
+            "duration: [2.5] is not a number",
+        ),
+        ('{"audio": "0.wav", "text": "x", "duration": true}', Problem.MALFORMED, "True is not a"),
+        (
+            f'{{"audio": "0.wav", "text": "x", "offset": 1{400 * "0"}}}',
+            Problem.MALFORMED,
+            "is not a number of seconds",
+        ),
+        (f'{{"audio": "0.wav", "offset": 1{5000 * "0"}}}', Problem.MALFORMED, "not JSON"),
+        ('{"audio": ' + 100_000 * "[", Problem.MALFORMED, "not JSON"),
+        (2_000 * "[" + 2_000 * "]", Problem.MALFORMED, ""),
+        ('{"audio": ["0.wav"], "text": "x"}', Problem.MALFORMED, "['0.wav'] is neither a path"),
+        ('{"audio": {"path": "0.wav"}, "text": "x"}', Problem.MALFORMED, "neither a path nor"),
+        ('{"audio": 7, "text": "x"}', Problem.MALFORMED, "the audio 7 is neither a path nor"),
+        ('{"id": ["a"], "audio": "0.wav", "text": "x"}', Problem.MALFORMED, "the id ['a'] is"),
         ('{"audio": "0.wav"}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "0.wav", "text": " "}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "no.wav", "text": "x"}', Problem.MISSING_FILE, "no.wav does not exist"),
@@ -101,6 +120,134 @@ def test_tsv_and_jsonl_give_the_same_rows(write):
     expected, actual = (read_manifest(path, source="x") for path in (first, second))
     assert actual == expected
     assert [(r.duration, r.offset) for r in actual[0]] == [(1.0, None), (0.5, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("a.jsonl", "\n"), ("a.tsv", "\n"), ("b.tsv", "\r\n")]
+)
+def test_byte_order_marks_lose_nothing(write, name, separator):
+    """Windows programs begin files with one; files that were joined have them in the middle."""
+    rows = [{"audio": "0.wav", "text": word, "id": word} for word in ("one", "two")]
+    lines = ["audio\ttext\tid", *("\t".join(row.values()) for row in rows)]
+    if name.endswith(".jsonl"):
+        lines = [json.dumps(row) for row in rows]
+    found, bad = read_manifest(write(separator.join(f"\ufeff{line}" for line in lines), name))
+    assert not bad and [(row.id, row.text) for row in found] == [("one", "one"), ("two", "two")]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.tsv"])
+def test_lines_end_as_on_any_system(write, name, end):
+    lines = ["path\ttext", "0.wav\tgo on", "\t", "", "0.wav\tstop"]
+    if name.endswith(".jsonl"):
+        lines = ['{"audio": "0.wav", "text": "go on"}', "", '{"path": "0.wav", "text": "stop"}']
+    manifest = write("", name)
+    manifest.write_bytes(end.join(lines).encode())
+    rows, bad = read_manifest(manifest)
+    assert not bad and [row.text for row in rows] == ["go on", "stop"]
+
+
+def test_a_row_of_a_tsv_that_is_cut_by_a_tab_or_a_line_end_is_bad(write):
+    lines = ["path\ttext\tseconds", "0.wav\tgo\ton\t1.0", "0.wav\tgo", "on\t1.0", "0.wav\tgo\t1.0"]
+    rows, bad = read_manifest(write("\n".join(lines) + "\n", "a.tsv"))
+    assert [row.text for row in rows] == ["go"]
+    assert [(row.id, row.reason) for row in bad] == [
+        (f"row {n}", Problem.MALFORMED) for n in (1, 2, 3)
+    ]
+    assert "4 fields, but the header has 3: texts with tabs or line ends need" in bad[0].detail
+
+
+def test_a_field_of_a_tsv_may_be_long_and_hold_anything_else(write):
+    text = 'say "go" \r ' + 150_000 * "x"
+    rows, bad = read_manifest(write(f"path\ttext\n0.wav\t{text}\n", "a.tsv"))
+    assert not bad and [row.text for row in rows] == [text]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "path\tsentence\n0.wav\tgo\n", "no column 'text', but ['path', 'sentence']"),
+        ("a.tsv", "0.wav\tgo\n0.wav\tgo\n", "no column 'audio' or 'path', but ['0.wav', 'go']"),
+        ("a.jsonl", '{"audio": "0.wav", "said": ""}', "no column 'text', but ['audio', 'said']"),
+        ("a.jsonl", '{"audio_filepath": "a", "text": "x"}', "no column 'audio' or 'path', but"),
+        ("a.tsv", "path\ttext\ttext\n0.wav\tgo\tgo\n", "two columns have one name"),
+    ],
+)
+def test_a_manifest_without_a_column_is_an_error_that_names_those_it_has(
+    write, name, text, message
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_manifest(write(text, name))
+
+
+@pytest.mark.parametrize(
+    ("times", "lasts"),
+    [
+        ({"duration": 120_000}, "lasts 120.00 s, not 120000.00 s as stated"),
+        ({"offset": 61_500, "duration": 4_200}, "lasts 0.00 s from 61500 s on, not 4200.00 s"),
+        ({"offset": 0, "duration": 4_200}, "lasts 120.00 s from 0 s on, not 4200.00 s"),
+    ],
+)
+def test_times_in_milliseconds_are_bad_rows_that_say_so(write, tmp_path, times, lasts):
+    """And not clips that are too long by design."""
+    manifest = write(jsonl({"audio": "long.wav", "text": "go", **times}))
+    soundfile.write(tmp_path / "long.wav", np.zeros(120 * 8_000), 8_000)
+    rows, (bad,) = read_manifest(manifest)
+    assert not rows and bad.reason == Problem.WRONG_DURATION
+    assert lasts in bad.detail and "seem to be in milliseconds" in bad.detail
+
+
+def test_stated_times_that_are_long_but_right_are_used(write, tmp_path):
+    times = [{"duration": 120.03}, {"offset": 20, "duration": 90}, {"offset": 20, "duration": 100}]
+    manifest = write(jsonl(*({"audio": "long.wav", "text": "go", **t} for t in times)))
+    soundfile.write(tmp_path / "long.wav", np.zeros(120 * 8_000), 8_000)
+    rows, bad = read_manifest(manifest)
+    assert not bad and [row.duration for row in rows] == [120.03, 90, 100]
+
+
+def test_rows_without_ids_are_told_apart(write, tmp_path):
+    segments = [{"offset": 12_345.67 + x, "duration": 0.5} for x in (0, 0.02)]
+    rows = [
+        {"audio": "0.wav", "text": "go"},
+        {"audio": "0.wav", "text": "go on"},  # another reference
+        {"audio": "0.flac", "text": "go"},
+        {"audio": "0.wav", "text": "go", "id": "0#2"},
+        {"audio": "0.wav", "text": "go", "offset": 0.25, "duration": 0.5},
+        {"audio": "0.wav", "text": "go", "offset": 0.25, "duration": 0.25},
+        *({"audio": "0.wav", "text": "go", **segment} for segment in segments),
+    ]
+    manifest = write(jsonl(*rows))
+    soundfile.write(tmp_path / "0.flac", np.zeros(16_000), 16_000)
+    found, bad = read_manifest(manifest)
+    assert not bad
+    assert [row.id for row in found] == [
+        "0",
+        "0#3",
+        "0#4",
+        "0#2",
+        "0@0.25",
+        "0@0.25#2",
+        "0@12345.67",
+        "0@12345.69",
+    ]
+
+
+@pytest.mark.parametrize("audio", ["0.wav", "no.wav"])
+def test_a_row_that_occurs_twice_is_used_and_counted_once(write, audio):
+    """With an id or without one, and even if its clip is bad."""
+    rows = [{"audio": audio, "text": "go"}, {"audio": audio, "text": "stop", "id": "x"}]
+    found, bad = read_manifest(write(jsonl(*rows, *rows)))
+    assert len({row.key for row in [*found, *bad]}) == 4
+    duplicates = [(row.id, row.detail) for row in bad if row.reason == Problem.DUPLICATE_ID]
+    assert [place for place, _ in duplicates] == ["row 3", "row 4"]
+    assert "0.wav occurs twice" in duplicates[0][1] or audio == "no.wav"
+    assert duplicates[1][1] == "id 'x' occurs twice"
+
+
+@pytest.mark.parametrize("number", [0, 7, 1.5])
+def test_an_id_may_be_a_number(write, number):
+    (row,), _ = read_manifest(write(jsonl({"id": number, "audio": "0.wav", "text": "go"})))
+    assert row.id == str(number)
 
 
 def test_segments_of_one_file_get_ids_and_durations(write):

@@ -1,7 +1,8 @@
 """From a manifest row to this host's part of a batch.
 
   audio        audio files -> 16 kHz mono, and what can be wrong with them
-  manifest     manifests -> rows; hf_data: Hugging Face data sets -> rows
+  manifest     manifests -> rows; manifest_text: how they are written
+  hf_data      Hugging Face data sets -> rows
   bad_rows     the rows that cannot be used: listed and counted; too many are an error
   batch_plan   which utterances share a batch, and its static lengths
   inputs       where a batch's audio comes from: audio files

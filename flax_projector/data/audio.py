@@ -14,7 +14,7 @@ import soundfile
 import soxr
 
 from flax_projector.files import is_url
-from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
+from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 # Manifests round durations: a clip may be this much longer or shorter than its manifest says.
 DURATION_TOLERANCE_SECS = 0.05
@@ -135,6 +135,37 @@ def read_duration(audio: Audio) -> float:
         return sound.frames / sound.samplerate
 
 
+def check_duration(audio: Audio, secs: float, *, offset: float | None, duration: float) -> None:
+    """Checks what a row states against the length of its file.
+
+    Args:
+      audio: the clip, for the message.
+      secs: length of the whole file.
+      offset: start of the segment, in seconds; None means the whole file.
+      duration: rounded length of the segment or of the whole file, in seconds.
+
+    Raises:
+      BadAudio: if the segment ends after the file, or the file does not last as long as stated.
+    """
+    start = offset or 0.0
+    left = max(secs - start, 0.0)
+    is_cut = offset is not None and left > duration
+    if is_cut or abs(left - duration) <= DURATION_TOLERANCE_SECS:
+        return
+    where = "" if offset is None else f" from {offset:g} s on"
+    way_out = "correct the duration, omit it, or give the offset of a segment"
+    excess = (start + duration) / 1000 - secs
+    fits_in_ms = excess <= DURATION_TOLERANCE_SECS and (
+        offset is not None or -excess <= DURATION_TOLERANCE_SECS
+    )
+    if fits_in_ms and duration >= 1000 * FRAME_SECS and max(start, duration) > secs:
+        way_out = "times are in seconds, and these seem to be in milliseconds"
+    raise BadAudio(
+        Problem.WRONG_DURATION,
+        f"{audio} lasts {left:.2f} s{where}, not {duration:.2f} s as stated: {way_out}",
+    )
+
+
 def load_audio(
     audio: Audio, *, offset: float | None = None, duration: float | None = None
 ) -> np.ndarray:
@@ -154,22 +185,18 @@ def load_audio(
         is shorter than an encoder frame, or does not have the stated duration.
     """
     with _open_sound(audio, whole=offset is None) as sound:
-        rate = sound.samplerate
-        left = sound.frames
-        if offset is not None:
-            start = min(round(offset * rate), sound.frames)
-            sound.seek(start)
-            left -= start
-        wanted = left if duration is None else duration * rate
-        tolerance = DURATION_TOLERANCE_SECS * rate
-        is_cut = offset is not None and left > wanted + tolerance
-        num_samples = round(wanted) if is_cut else left
-        # Before decoding: without an offset the file may be hours long.
-        if abs(num_samples - wanted) > tolerance:
-            raise _wrong_duration(audio, num_samples / rate, offset, duration)
-        samples = sound.read(num_samples, dtype="float32", always_2d=True)
-    if abs(len(samples) - wanted) > tolerance:  # the file is shorter than its header says
-        raise _wrong_duration(audio, len(samples) / rate, offset, wanted / rate)
+        rate, num_samples = sound.samplerate, sound.frames
+        start = min(round((offset or 0.0) * rate), num_samples)
+        left = num_samples - start
+        if duration is not None:
+            # Before decoding: without an offset the file may be hours long.
+            check_duration(audio, num_samples / rate, offset=offset, duration=duration)
+            if offset is not None and left > (duration + DURATION_TOLERANCE_SECS) * rate:
+                left = round(duration * rate)
+        sound.seek(start)
+        samples = sound.read(left, dtype="float32", always_2d=True)
+    # A file may be shorter than its header says.
+    check_duration(audio, (start + len(samples)) / rate, offset=offset, duration=left / rate)
     if not np.isfinite(samples).all():
         raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
     mono = samples[:, 0]
@@ -184,14 +211,3 @@ def load_audio(
             f"{SAMPLES_PER_FRAME}",
         )
     return mono
-
-
-def _wrong_duration(
-    audio: Audio, secs: float, offset: float | None, duration: float | None
-) -> BadAudio:
-    where = "" if offset is None else f" from {offset:g} s on"
-    return BadAudio(
-        Problem.WRONG_DURATION,
-        f"{audio} lasts {secs:.2f} s{where}, not {duration:.2f} s as stated: correct the "
-        "duration, omit it, or give the offset of a segment",
-    )

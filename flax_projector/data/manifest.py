@@ -1,31 +1,33 @@
 """Manifests: lists of clips and their transcripts."""
 
-import csv
+import collections
+import contextlib
+import dataclasses
 import hashlib
-import io
 import json
 import logging
 import math
 import os
+import reprlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax
 
-from flax_projector.config.presets import DEMO_SPEECH
 from flax_projector.data.audio import (
     Audio,
     BadAudio,
     Problem,
+    check_duration,
     file_stamp,
     read_duration,
     require_filesystem,
 )
 from flax_projector.data.bad_rows import BadRow
+from flax_projector.data.manifest_text import AUDIO, DURATION, OFFSET, read_raw_rows
 from flax_projector.files import is_url, write_atomically
 from flax_projector.lengths import FRAME_SECS
 from flax_projector.logs import progress_bar
@@ -33,6 +35,7 @@ from flax_projector.logs import progress_bar
 _log = logging.getLogger(__name__)
 
 _NUM_THREADS = 32  # they mostly wait for disks and networks
+_DOUBTFUL_SECS = 60  # longer than any window: stated durations above it are compared with the file
 _CHUNK = 4096  # rows handed to the threads at a time
 
 
@@ -65,13 +68,23 @@ class ManifestRow:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A row as written. If it has no duration, that will be read from the file."""
+    """A row as written. If it has no duration, that will be read from the file.
+
+    Attributes:
+      id: as written, or made from the audio's name and the offset.
+      audio: see `ManifestRow`, as for the attributes that follow.
+      text: transcript.
+      duration: in seconds.
+      offset: in seconds.
+      has_own_id: whether the id is written in the row.
+    """
 
     id: str
     audio: Audio
     text: str
     duration: float | None
     offset: float | None
+    has_own_id: bool = True
 
 
 class Durations:
@@ -139,20 +152,12 @@ def read_manifest(
       The rows that can be used, in the manifest's order, and the bad rows.
 
     Raises:
-      ValueError: if the manifest cannot be read, has another suffix, or has no rows.
+      ValueError: if the manifest cannot be read, has another suffix, has no rows, or has no column
+        for the audio or the text.
     """
     path = str(path)
     source = path if source is None else source
-    text = _read_text(path)
-    if path.endswith(".jsonl"):
-        # Not splitlines, which would also split a row at U+2028 in its transcript.
-        raw_rows = [_parse_json(line) for line in text.split("\n") if line.strip()]
-    elif path.endswith(".tsv"):
-        raw_rows = list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
-    else:
-        raise ValueError(f"manifest {path}: the name must end in .jsonl or .tsv")
-    if not raw_rows:
-        raise ValueError(f"manifest {path} has no rows")
+    raw_rows = read_raw_rows(path)
     folder = path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
     drafts = [
         _make_draft(raw, folder, f"row {n}", source) for n, raw in enumerate(raw_rows[:max_rows], 1)
@@ -163,67 +168,54 @@ def read_manifest(
     return check_rows(drafts, source, Durations(cache, source))
 
 
-def missing_manifest(path: str) -> ValueError:
-    """The error for a manifest that does not exist; says where a relative path was looked for."""
-    where = "" if is_url(path) or os.path.isabs(path) else f" in {os.getcwd()}"
-    hint = ""
-    if path.startswith(DEMO_SPEECH):
-        hint = (
-            f". The demo's speech is in {DEMO_SPEECH} of the repository and not part of the "
-            "installed package: run the demo in a clone"
-        )
-    return ValueError(f"manifest {path} does not exist{where}{hint}")
-
-
-def _read_text(path: str) -> str:
-    if is_url(path):
-        require_filesystem(path)
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
-            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except FileNotFoundError as error:
-        raise missing_manifest(path) from error
-    except Exception as error:  # file systems raise the errors of their clients
-        raise ValueError(
-            f"manifest {path} cannot be read: {type(error).__name__}: {error}\n"
-            "Name a .jsonl or .tsv file in UTF-8, or a data set as hf:NAME:SPLIT"
-        ) from error
-
-
-def _parse_json(line: str) -> dict[str, Any] | str:
-    """The row, or what is wrong with it."""
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error})"
-    return raw if isinstance(raw, dict) else f"need an object, got {line.strip()!r}"
-
-
 def _make_draft(raw: dict[str, Any] | str, folder: str, place: str, source: str) -> Draft | BadRow:
     if isinstance(raw, str):
         return BadRow(place, source, Problem.MALFORMED, raw)
-    name, text = raw.get("audio") or raw.get("path"), str(raw.get("text") or "").strip()
-    if not name:
-        return BadRow(place, source, Problem.MALFORMED, f"no 'audio' in {sorted(map(str, raw))}")
-    name = str(name)
+    text = str(raw.get("text") or "").strip()
+    row_id = _first(raw, ("id",))
     try:
-        duration = _read_number(raw.get("duration") or raw.get("seconds"))
-        offset = _read_number(raw.get("offset"))
+        if row_id is not None and not _is(row_id, str, int, float):
+            raise ValueError(f"the id {reprlib.repr(row_id)} is neither a string nor a number")
+        name = _first(raw, AUDIO)
+        if name is None:
+            raise ValueError(f"no 'audio' in {sorted(raw)[:20]}")
+        if not _is(name, str):
+            raise ValueError(f"the audio {reprlib.repr(name)} is neither a path nor a URL")
+        duration, offset = _read_number(raw, DURATION), _read_number(raw, OFFSET)
     except ValueError as error:
-        return BadRow(str(raw.get("id") or place), source, Problem.MALFORMED, str(error), text)
-    where = "" if offset is None else f"@{offset:g}"
+        return BadRow(place, source, Problem.MALFORMED, str(error), text)
+    where = "" if offset is None else f"@{offset:.15g}"
     default_id = f"{os.path.splitext(name)[0]}{where}"
     if not is_url(name) and not os.path.isabs(name):
         name = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
-    return Draft(str(raw.get("id") or default_id), name, text, duration or None, offset)
+    return Draft(
+        default_id if row_id is None else str(row_id),
+        name,
+        text,
+        duration or None,
+        offset,
+        has_own_id=row_id is not None,
+    )
 
 
-def _read_number(value: Any) -> float | None:
-    if value is None or value == "":
+def _first(raw: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The first value among columns that is not empty, or None."""
+    return next((raw[name] for name in names if raw.get(name) not in (None, "")), None)
+
+
+def _is(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)  # a bool is an int in Python
+
+
+def _read_number(raw: dict[str, Any], names: tuple[str, ...]) -> float | None:
+    value, number = _first(raw, names), math.nan
+    if value is None:
         return None
-    number = float(value)
+    if _is(value, str, int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
     if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{value!r} is not a number of seconds")
+        raise ValueError(f"{names[0]}: {reprlib.repr(value)} is not a number of seconds")
     return number
 
 
@@ -233,7 +225,7 @@ def check_rows(
     """Sorts rows into usable and bad ones.
 
     Checks that local files exist and reads missing durations, in threads. Clips are not decoded
-    until they are used.
+    until they are used. Ids must be unique; those that are made from the audio's name are made so.
 
     Args:
       drafts: rows as written, or already known to be bad.
@@ -243,8 +235,8 @@ def check_rows(
     Returns:
       Both lists, in the original order.
     """
+    drafts = _tell_apart(drafts, source)
     rows: list[ManifestRow | BadRow] = []
-    seen: set[str] = set()
     with (
         ThreadPoolExecutor(_NUM_THREADS) as pool,
         progress_bar(
@@ -253,19 +245,36 @@ def check_rows(
     ):
         for start in range(0, len(drafts), _CHUNK):
             chunk = drafts[start : start + _CHUNK]
-            for row in pool.map(lambda draft: _check_row(draft, source, durations), chunk):
-                if isinstance(row, ManifestRow):
-                    if row.id in seen:
-                        text = f"id {row.id!r} occurs twice"
-                        place = f"row {len(rows) + 1}"
-                        row = BadRow(place, source, Problem.DUPLICATE_ID, text)
-                    else:
-                        seen.add(row.id)
-                rows.append(row)
+            rows += pool.map(lambda draft: _check_row(draft, source, durations), chunk)
             progress.update(len(chunk))
     durations.save()
     good = [row for row in rows if isinstance(row, ManifestRow)]
     return good, [row for row in rows if isinstance(row, BadRow)]
+
+
+def _tell_apart(drafts: Sequence[Draft | BadRow], source: str) -> list[Draft | BadRow]:
+    """Numbers ids that are made from the same name; rows that occur twice become bad rows."""
+    own_ids = [d.id for d in drafts if isinstance(d, Draft) and d.has_own_id]
+    taken, counts = set(own_ids), collections.Counter()
+    seen: set[Any] = set()
+    apart: list[Draft | BadRow] = []
+    for n, draft in enumerate(drafts, 1):
+        if isinstance(draft, Draft):
+            values = (str(draft.audio), draft.text, draft.duration, draft.offset)
+            content = draft.id if draft.has_own_id else values
+            if content in seen:
+                what = f"id {draft.id!r}" if draft.has_own_id else f"the same row of {draft.audio}"
+                detail = f"{what} occurs twice"
+                draft = BadRow(f"row {n}", source, Problem.DUPLICATE_ID, detail)
+            elif not draft.has_own_id:
+                base = draft.id
+                while draft.id in taken:
+                    counts[base] += 1
+                    draft = dataclasses.replace(draft, id=f"{base}#{counts[base] + 1}")
+                taken.add(draft.id)
+            seen.add(content)
+        apart.append(draft)
+    return apart
 
 
 def _check_row(draft: Draft | BadRow, source: str, durations: Durations) -> ManifestRow | BadRow:
@@ -276,12 +285,20 @@ def _check_row(draft: Draft | BadRow, source: str, durations: Durations) -> Mani
         return BadRow(draft.id, source, Problem.EMPTY_TEXT, f"{audio} has no transcript")
     try:
         if duration is None:
-            duration = durations.read(audio) - (offset or 0)
+            duration = max(durations.read(audio) - (offset or 0), 0.0)
         elif isinstance(audio, str) and not is_url(audio) and not os.path.isfile(audio):
             raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist")
+        elif duration > _DOUBTFUL_SECS:
+            # Most often milliseconds; without a look at the file, the row would be left out as too
+            # long by design.
+            check_duration(audio, durations.read(audio), offset=offset, duration=duration)
         if duration < FRAME_SECS:
-            detail = f"{audio} lasts {duration:.4f} s, less than an encoder frame of {FRAME_SECS} s"
-            raise BadAudio(Problem.TOO_SHORT, detail)
+            where = "" if offset is None else f" from {offset:g} s on"
+            raise BadAudio(
+                Problem.TOO_SHORT,
+                f"{audio} lasts {duration:.4f} s{where}, less than an encoder frame of "
+                f"{FRAME_SECS} s",
+            )
     except BadAudio as error:
         return BadRow(draft.id, source, error.problem, str(error), text)
     return ManifestRow(draft.id, audio, text, duration, offset, source)

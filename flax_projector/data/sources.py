@@ -21,7 +21,8 @@ from flax_projector.data.batches import Batches
 from flax_projector.data.features import keep_features
 from flax_projector.data.hf_data import PREFIX, read_hf
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
-from flax_projector.data.manifest import ManifestRow, missing_manifest, read_manifest
+from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.data.manifest_text import missing_manifest
 from flax_projector.files import is_url
 from flax_projector.run_folder import RunFolder
 

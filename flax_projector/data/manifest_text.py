@@ -1,0 +1,103 @@
+"""The text of a manifest, and the rows that are written in it."""
+
+import json
+import os
+import reprlib
+from typing import Any
+
+import fsspec
+
+from flax_projector.config.presets import DEMO_SPEECH
+from flax_projector.data.audio import require_filesystem
+from flax_projector.files import is_url
+
+AUDIO, TEXT, DURATION, OFFSET = ("audio", "path"), ("text",), ("duration", "seconds"), ("offset",)
+"""The columns of a manifest: each has one or two names."""
+
+_BOM = "\ufeff"  # begins what Windows programs write, also within files that were joined
+
+
+def read_raw_rows(path: str) -> list[dict[str, Any] | str]:
+    """Reads the rows of a manifest as they are written.
+
+    Args:
+      path: a local path, or a URL that fsspec opens.
+
+    Returns:
+      Each row's values by column, or what is wrong with it.
+
+    Raises:
+      ValueError: if the manifest cannot be read, has another suffix than `.jsonl` or `.tsv`, has no
+        rows, or has no column for the audio or the text.
+    """
+    text = _read_text(path)
+    # Not splitlines, which would also split a row at U+2028 in its transcript.
+    lines = text.split("\n" if "\n" in text else "\r")
+    lines = [line.removeprefix(_BOM).removesuffix("\r") for line in lines]
+    lines = [line for line in lines if line.strip()]
+    if path.endswith(".jsonl"):
+        rows = [_parse_json(line) for line in lines]
+        columns = sorted({column for row in rows if isinstance(row, dict) for column in row})
+    elif path.endswith(".tsv"):
+        columns = [column.strip() for column in lines[0].split("\t")] if lines else []
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"manifest {path}: two columns have one name: {columns}")
+        rows = [_parse_fields(line, columns) for line in lines[1:]]
+    else:
+        raise ValueError(f"manifest {path}: the name must end in .jsonl or .tsv")
+    if not rows:
+        raise ValueError(f"manifest {path} has no rows")
+    for names in (AUDIO, TEXT):
+        if columns and not set(names) & set(columns):
+            raise ValueError(
+                f"manifest {path} has no column {' or '.join(map(repr, names))}, but "
+                f"{columns[:20]}: name its columns as docs/data.md says"
+            )
+    return rows
+
+
+def missing_manifest(path: str) -> ValueError:
+    """The error for a manifest that does not exist; says where a relative path was looked for."""
+    where = "" if is_url(path) or os.path.isabs(path) else f" in {os.getcwd()}"
+    hint = ""
+    if path.startswith(DEMO_SPEECH):
+        hint = (
+            f". The demo's speech is in {DEMO_SPEECH} of the repository and not part of the "
+            "installed package: run the demo in a clone"
+        )
+    return ValueError(f"manifest {path} does not exist{where}{hint}")
+
+
+def _read_text(path: str) -> str:
+    if is_url(path):
+        require_filesystem(path)
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
+            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+    except FileNotFoundError as error:
+        raise missing_manifest(path) from error
+    except Exception as error:  # file systems raise the errors of their clients
+        raise ValueError(
+            f"manifest {path} cannot be read: {type(error).__name__}: {error}\n"
+            "Name a .jsonl or .tsv file in UTF-8, or a data set as hf:NAME:SPLIT"
+        ) from error
+
+
+def _parse_json(line: str) -> dict[str, Any] | str:
+    """The row, or what is wrong with it."""
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits are ValueErrors, too
+        return f"not JSON ({error})"
+    return raw if isinstance(raw, dict) else f"need an object, got {reprlib.repr(raw)}"
+
+
+def _parse_fields(line: str, columns: list[str]) -> dict[str, Any] | str:
+    """The row, or what is wrong with it: a row cut by a tab or a line end is not used."""
+    fields = line.split("\t")
+    if len(fields) != len(columns):
+        return (
+            f"{len(fields)} fields, but the header has {len(columns)}: texts with tabs or line "
+            "ends need a .jsonl manifest"
+        )
+    return dict(zip(columns, fields, strict=True))
