@@ -1,5 +1,6 @@
 """From a manifest row to this host's part of a batch.
 
+  sound        sound files, with their real lengths
   audio        audio files -> 16 kHz mono, and what can be wrong with them
   manifest     manifests -> rows; manifest_text: how they are written
   hf_data      Hugging Face data sets -> rows

@@ -13,11 +13,14 @@ import numpy as np
 import soundfile
 import soxr
 
+from flax_projector.data.sound import (
+    DURATION_TOLERANCE_SECS,
+    DecodedSound,
+    EndMissing,
+    open_sound,
+)
 from flax_projector.files import is_url
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
-
-# Manifests round durations: a clip may be this much longer or shorter than its manifest says.
-DURATION_TOLERANCE_SECS = 0.05
 
 
 class Problem(enum.Enum):
@@ -32,8 +35,9 @@ class Problem(enum.Enum):
     NOT_FINITE = 7  # NaN or infinite samples
     TOO_SHORT = 8  # shorter than an encoder frame
     WRONG_DURATION = 9  # longer or shorter than the manifest says
-    TOO_LONG = 10  # for --data.bucket-secs
-    TOO_MANY_LABELS = 11  # for --data.max-text-tokens
+    INCOMPLETE = 10  # the end of the file is missing
+    TOO_LONG = 11  # for --data.bucket-secs
+    TOO_MANY_LABELS = 12  # for --data.max-text-tokens
 
     @property
     def is_defect(self) -> bool:
@@ -87,12 +91,15 @@ def require_filesystem(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _open_sound(audio: Audio, *, whole: bool) -> Iterator[soundfile.SoundFile]:
+def _open_clip(
+    audio: Audio, *, whole: bool, end_secs: float | None = None
+) -> Iterator[soundfile.SoundFile | DecodedSound]:
     """Opens a clip.
 
     Args:
       audio: the clip.
       whole: all of it will be read, so a remote file is fetched in one request.
+      end_secs: see `sound.open_sound`.
 
     Raises:
       BadAudio: for anything that goes wrong, here or in the body.
@@ -110,9 +117,11 @@ def _open_sound(audio: Audio, *, whole: bool) -> Iterator[soundfile.SoundFile]:
                 file = (
                     io.BytesIO(fs.cat_file(path)) if whole else stack.enter_context(fs.open(path))
                 )
-            yield stack.enter_context(soundfile.SoundFile(file))
+            yield stack.enter_context(open_sound(file, end_secs=end_secs))
         except BadAudio:
             raise
+        except EndMissing as error:
+            raise BadAudio(Problem.INCOMPLETE, f"{audio}: {error}") from error
         except soundfile.SoundFileError as error:
             if isinstance(file, str) and not os.path.exists(file):
                 raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
@@ -126,12 +135,12 @@ def _open_sound(audio: Audio, *, whole: bool) -> Iterator[soundfile.SoundFile]:
 
 
 def read_duration(audio: Audio) -> float:
-    """Length of a clip in seconds, from its header.
+    """Length of a clip in seconds, from its header, unless that is missing or wrong.
 
     Raises:
       BadAudio: if the clip is missing or cannot be read or decoded.
     """
-    with _open_sound(audio, whole=False) as sound:
+    with _open_clip(audio, whole=False) as sound:
         return sound.frames / sound.samplerate
 
 
@@ -184,7 +193,8 @@ def load_audio(
       BadAudio: if the clip is missing, cannot be read or decoded, has samples that are not finite,
         is shorter than an encoder frame, or does not have the stated duration.
     """
-    with _open_sound(audio, whole=offset is None) as sound:
+    end = None if offset is None or duration is None else offset + duration
+    with _open_clip(audio, whole=offset is None, end_secs=end) as sound:
         rate, num_samples = sound.samplerate, sound.frames
         start = min(round((offset or 0.0) * rate), num_samples)
         left = num_samples - start
@@ -195,8 +205,12 @@ def load_audio(
                 left = round(duration * rate)
         sound.seek(start)
         samples = sound.read(left, dtype="float32", always_2d=True)
-    # A file may be shorter than its header says.
-    check_duration(audio, (start + len(samples)) / rate, offset=offset, duration=left / rate)
+    if len(samples) < left - DURATION_TOLERANCE_SECS * rate:
+        raise BadAudio(
+            Problem.INCOMPLETE,
+            f"{audio}: its end is missing: it ends after {(start + len(samples)) / rate:.2f} s of "
+            f"{num_samples / rate:.2f} s",
+        )
     if not np.isfinite(samples).all():
         raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
     mono = samples[:, 0]

@@ -8,9 +8,10 @@ import numpy as np
 from flax_projector.batch import Bucket
 from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig
-from flax_projector.data.audio import DURATION_TOLERANCE_SECS, Problem
+from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.sound import DURATION_TOLERANCE_SECS
 from flax_projector.lengths import SAMPLE_RATE, num_audio_tokens, num_encoder_frames
 
 
