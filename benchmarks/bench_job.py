@@ -37,6 +37,7 @@ from flax_projector.batch import Bucket
 from flax_projector.config import DataConfig, MeshConfig
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
+from flax_projector.data.inputs import Clip
 from flax_projector.data.manifest import ManifestRow
 from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
 from flax_projector.sharding import make_mesh
@@ -87,11 +88,11 @@ class Noise:
             return (bucket.num_frames, CONFIG.encoder_dim)
         return self._array.shape
 
-    def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
-        """Returns the clip and its number of encoder frames."""
+    def read(self, utterance: Utterance) -> Clip:
+        """Returns the clip."""
         num_frames = utterance.max_frames - 1
         length = num_frames if self.name == "frames" else num_frames * SAMPLES_PER_FRAME
-        return self._array[:length], num_frames
+        return Clip(self._array[:length], num_frames)
 
 
 def make_utterances(lengths: np.ndarray) -> list[Utterance]:
@@ -181,7 +182,7 @@ def measure(lengths: np.ndarray, bucket_secs: Any, theirs: PaddingLoop, rounds: 
             spent[way] += seconds(functools.partial(ours, batch))
         samples = np.zeros((len(members), 30 * SAMPLE_RATE), np.float32)
         for row, utterance in zip(samples, members, strict=True):
-            clip, _ = noise.read(utterance)
+            clip = noise.read(utterance).audio
             row[: len(clip)] = clip
         targets = [u.target for u in members]
         spent["torch"] += seconds(functools.partial(theirs.train, samples, targets))

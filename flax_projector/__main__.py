@@ -100,7 +100,7 @@ def cli(argv: list[str] | None = None) -> None:
     with lines_above_bars():
         try:
             command()
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
 
 

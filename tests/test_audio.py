@@ -1,5 +1,6 @@
 """Decoding: any format, rate, channel count and place -> 16 kHz mono, or a named problem."""
 
+import re
 from pathlib import Path
 
 import fsspec
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.data.audio import BadAudio, Problem, load_audio, read_duration
+from flax_projector.data.audio import BadAudio, Problem, find_doubt, load_audio, read_duration
 
 FORMATS = ["wav", "flac", "ogg", "mp3"]
 
@@ -86,6 +87,8 @@ def test_a_url_gives_the_samples_of_the_file(tmp_path, suffix, offset):
         (b"", {}, Problem.UNDECODABLE, "x.wav is not a readable audio file"),
         (np.array([0.1, np.nan] * 800), {}, Problem.NOT_FINITE, "not finite"),
         (np.array([0.1, np.inf] * 800), {}, Problem.NOT_FINITE, "not finite"),
+        (np.array([0.1, 16269.0] * 800), {}, Problem.IMPOSSIBLE, "a sample of 16269; full scale"),
+        (np.array([0.1, -1e19] * 800), {}, Problem.IMPOSSIBLE, "a sample of 1e[+]19; full scale"),
         (np.zeros(0), {}, Problem.TOO_SHORT, "has 0 samples"),
         (np.zeros(319), {}, Problem.TOO_SHORT, "319 samples at 16 kHz; an encoder frame takes 320"),
         (
@@ -136,6 +139,46 @@ def test_a_file_that_ends_before_its_header_says_is_not_used(tmp_path):
     with pytest.raises(BadAudio) as caught:
         load_audio(tmp_path / "x.flac")
     assert caught.value.problem in (Problem.WRONG_DURATION, Problem.UNDECODABLE)
+
+
+@pytest.mark.parametrize("gain", [-0.999, -0.97])
+@pytest.mark.parametrize("loudest", [0, 1])
+def test_of_channels_that_cancel_each_other_the_loudest_is_taken(tmp_path, gain, loudest):
+    left = tone(16_000)
+    channels = np.stack([left, gain * left], axis=1)[:, :: 1 - 2 * loudest]
+    soundfile.write(tmp_path / "x.wav", channels, 16_000, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(tmp_path / "x.wav"), left, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [([0], 1 / 2), ([0] * 7, 1 / 8), ([1], 1), ([-0.5], 1 / 4)],
+)
+def test_other_channels_are_averaged(tmp_path, others, expected):
+    left = tone(16_000)
+    channels = np.stack([left, *(gain * left for gain in others)], axis=1)
+    soundfile.write(tmp_path / "x.wav", channels, 16_000, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(tmp_path / "x.wav"), expected * left, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "problem", "message"),
+    [
+        (np.zeros(16_000), Problem.SILENT, "x.wav is silent"),
+        (np.full(16_000, 0.3), Problem.SILENT, "is silent"),  # an offset of the recorder
+        (2e-5 * tone(16_000), Problem.SILENT, "is silent: its level is"),
+        (6 * tone(16_000), Problem.TOO_LOUD, "has a sample of 3; full scale is 1"),
+        (np.clip(4 * tone(16_000), -1, 1), Problem.CLIPPED, "clipped: 6.% of its samples"),
+        (tone(16_000), None, ""),
+        (1e-3 * tone(16_000), None, ""),  # 66 dB below full scale
+        (1.9 * tone(16_000), None, ""),
+    ],
+)
+def test_what_may_be_no_speech_is_doubtful(samples, problem, message):
+    doubt = find_doubt("x.wav", samples.astype(np.float32))
+    assert (doubt and doubt.problem) == problem
+    if doubt:
+        assert re.search(message, str(doubt))
 
 
 def test_a_clip_that_cannot_be_fetched_does_not_end_the_run():

@@ -46,6 +46,27 @@ def test_the_summary_of_a_run_has_every_set_and_reason():
     assert bad_rows.summary() == expected
 
 
+def test_doubtful_rows_are_counted_and_listed_but_neither_left_out_nor_defects(tmp_path, caplog):
+    path = tmp_path / "bad.jsonl"
+    bad_rows = BadRowLog(path, max_rate=0.0)
+    bad_rows.start("train", [], num_rows=10)
+    bad_rows.add("train", defects(3, Problem.SILENT))
+    bad_rows.add("train", defects(1, Problem.CLIPPED, first=3))
+    bad_rows.add("train", defects(4, Problem.SILENT, first=4))
+    assert [line for line in caplog.messages if "left out" in line] == []
+    assert caplog.messages == [
+        "train: doubtful, but used: r0: why",
+        "train: doubtful, but used: r3: why",
+    ]
+    expected = "train 0 of 10, and used but doubtful: 7 silent, 1 clipped"
+    assert bad_rows.summary() == f"rows left out: {expected}"
+    assert listed(path) == [("train", f"r{i}") for i in range(8)]
+    again = BadRowLog(path, max_rate=0.0)
+    assert len(again.known("train")) == 8
+    again.start("train", [], num_rows=10, unreadable=defects(2, Problem.SILENT))
+    assert listed(path) == [("train", "r0"), ("train", "r1")]
+
+
 @pytest.mark.parametrize("at_start", [True, False])
 def test_the_run_stops_only_above_the_share(tmp_path, at_start):
     bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=0.03)

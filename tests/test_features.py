@@ -65,7 +65,8 @@ def keep(folder: Path, utterances: list[Utterance], encode, encoder_name: str = 
 
 def assert_same(store: FeatureStore, expected: FeatureStore, utterances: list[Utterance]) -> None:
     for utterance in utterances:
-        (frames, count), (expected_frames, _) = store.read(utterance), expected.read(utterance)
+        frames, count, _ = store.read(utterance)
+        expected_frames = expected.read(utterance).audio
         assert frames.shape == (count, DIM) and frames.any()
         np.testing.assert_array_equal(frames, expected_frames, err_msg=utterance.row.id)
 
@@ -78,7 +79,7 @@ def test_frames_are_kept_without_padding_and_computed_once(tmp_path):
         expected = samples.reshape(-1, 320)[:, :DIM].copy()
         expected[:, 0] += i % BATCH
         for reader in (store, pickle.loads(pickle.dumps(store))):
-            frames, count = reader.read(utterance)
+            frames, count, _ = reader.read(utterance)
             assert count == 4 + i and isinstance(frames, np.memmap)
             np.testing.assert_array_equal(frames, expected)
     again = keep(tmp_path / "kept", utterances, Encoder(killed_at=0))
@@ -155,7 +156,7 @@ def test_frames_of_the_whole_window_are_kept_apart_from_those_of_the_clip(tmp_pa
                 with pytest.raises(BadAudio, match="does not exist"):
                     reader.read(utterance)
                 continue
-            frames, count = reader.read(utterance)
+            frames, count, _ = reader.read(utterance)
             assert frames.shape == (20, DIM) and count == 4 + i
             expected = np.zeros((20, DIM))
             expected[:, 0] = i % BATCH  # what the encoder makes of silence
@@ -165,6 +166,17 @@ def test_frames_of_the_whole_window_are_kept_apart_from_those_of_the_clip(tmp_pa
     encoder = Encoder()
     keep(folder, utterances, encoder)
     assert encoder.calls == 3, "frames of the window were taken for those of clips"
+
+
+def test_a_doubtful_clip_is_kept_with_its_doubt(tmp_path):
+    utterances = make_utterances(tmp_path, 3)
+    path = str(utterances[1].row.audio)
+    soundfile.write(path, np.zeros(soundfile.info(path).frames), 16_000)
+    keep(tmp_path / "kept", utterances, Encoder())
+    store = keep(tmp_path / "kept", utterances, Encoder(killed_at=0))  # computes nothing again
+    clips = [store.read(utterance) for utterance in utterances]
+    assert [clip.doubt and clip.doubt.problem for clip in clips] == [None, Problem.SILENT, None]
+    assert clips[1].num_frames == 5 and len(clips[1].audio) == 5
 
 
 def test_a_clip_that_can_be_read_by_now_is_computed(tmp_path):

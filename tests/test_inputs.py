@@ -21,8 +21,21 @@ def test_clips_that_can_be_read_again_are_no_longer_bad(tmp_path):
     first, second = find_unreadable(utterances, inputs, num_threads=2)
     assert [first.key, second.key] == [u.row.key for u in utterances[:2]]
     assert first.reason == Problem.NOT_FINITE and f"{paths[0]} has samples" in first.detail
-    soundfile.write(paths[0], np.zeros(soundfile.info(paths[0]).frames), 16_000)
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, soundfile.info(paths[0]).frames)
+    soundfile.write(paths[0], noise, 16_000)
     assert find_unreadable(utterances, inputs, num_threads=2) == [second]
+
+
+def test_a_doubtful_clip_is_used_and_reported(tmp_path):
+    rows = read_speech(tmp_path, 13)
+    soundfile.write(str(rows[2].audio), np.zeros(round(rows[2].duration * 16_000)), 16_000)
+    batches = make_batches(rows)
+    found = [row for i in range(len(batches)) for row in batches[i].bad]
+    assert [(row.id, row.reason) for row in found] == [("clip2", Problem.SILENT)]
+    num_used = sum(np.count_nonzero(batches[i].batch.num_frames) for i in range(len(batches)))
+    assert num_used == 13
+    inputs = Waveforms(CONFIG.window_samples)
+    assert find_unreadable(batches.utterances, inputs, num_threads=2) == found
 
 
 def test_a_clip_longer_than_the_window_is_never_cut(tmp_path):

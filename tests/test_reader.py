@@ -17,7 +17,7 @@ import pytest
 from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batch_plan import Utterance
-from flax_projector.data.inputs import Waveforms
+from flax_projector.data.inputs import Clip, Waveforms
 from flax_projector.data.reader import BatchIterator, read_batch
 from tests.clips import CONFIG, assert_same_batch, break_clip, make_batches, read_speech
 
@@ -137,7 +137,7 @@ def test_no_clip_is_read_twice_to_say_what_is_wrong_with_it(tmp_path):
     reads = Counter()
 
     class CountedWaveforms(Waveforms):
-        def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
+        def read(self, utterance: Utterance) -> Clip:
             reads[utterance.row.id] += 1
             return super().read(utterance)
 

@@ -22,6 +22,12 @@ from flax_projector.data.sound import (
 from flax_projector.files import is_url
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
+# Full scale is 1. Lossy codecs overshoot it a little, and clips that were normalised badly more.
+_IMPOSSIBLE_PEAK, _LOUD_PEAK = 100.0, 2.0
+_SILENT_LEVEL = 1e-4  # the standard deviation: 80 dB below full scale
+_CLIPPED_LEVEL, _CLIPPED_SHARE = 0.99, 0.01
+_CANCELLED = 0.1  # level of the mean of channels, relative to that of one of them alone
+
 
 class Problem(enum.Enum):
     """Why a row cannot be used; the list of bad rows gives the name."""
@@ -33,16 +39,25 @@ class Problem(enum.Enum):
     UNREADABLE = 5  # permissions, network
     UNDECODABLE = 6
     NOT_FINITE = 7  # NaN or infinite samples
-    TOO_SHORT = 8  # shorter than an encoder frame
-    WRONG_DURATION = 9  # longer or shorter than the manifest says
-    INCOMPLETE = 10  # the end of the file is missing
-    TOO_LONG = 11  # for --data.bucket-secs
-    TOO_MANY_LABELS = 12  # for --data.max-text-tokens
+    IMPOSSIBLE = 8  # samples far beyond full scale
+    TOO_SHORT = 9  # shorter than an encoder frame
+    WRONG_DURATION = 10  # longer or shorter than the manifest says
+    INCOMPLETE = 11  # the end of the file is missing
+    TOO_LONG = 12  # for --data.bucket-secs
+    TOO_MANY_LABELS = 13  # for --data.max-text-tokens
+    SILENT = 14  # this and what follows is doubtful, but used
+    TOO_LOUD = 15
+    CLIPPED = 16
 
     @property
     def is_defect(self) -> bool:
         """Whether the row itself is at fault; if not, the run's limits leave it out by design."""
-        return self not in (Problem.TOO_LONG, Problem.TOO_MANY_LABELS)
+        return self not in (Problem.TOO_LONG, Problem.TOO_MANY_LABELS) and not self.is_doubt
+
+    @property
+    def is_doubt(self) -> bool:
+        """Whether the clip is used nevertheless: it may be no speech."""
+        return self in (Problem.SILENT, Problem.TOO_LOUD, Problem.CLIPPED)
 
     @property
     def label(self) -> str:
@@ -144,6 +159,38 @@ def read_duration(audio: Audio) -> float:
         return sound.frames / sound.samplerate
 
 
+def _mix(samples: np.ndarray) -> np.ndarray:
+    """The mean of f32[N, channels], or the loudest of channels that cancel each other."""
+    num_channels = samples.shape[1]
+    if num_channels == 1 or not len(samples):
+        return samples[:, 0]
+    mono, levels = samples.mean(axis=1), samples.std(axis=0)
+    if mono.std() < _CANCELLED * levels.max() / num_channels:
+        return samples[:, levels.argmax()]
+    return mono
+
+
+def find_doubt(audio: Audio, samples: np.ndarray) -> BadAudio | None:
+    """Why a clip may be no speech, though it can be used: it is silent, too loud or clipped.
+
+    Args:
+      audio: the clip, for the message.
+      samples: f32[N] as `load_audio` gives them.
+    """
+    loud = np.abs(samples)
+    if loud.max() > _LOUD_PEAK:
+        detail = f"{audio} has a sample of {loud.max():g}; full scale is 1"
+        return BadAudio(Problem.TOO_LOUD, detail)
+    level = samples.std()
+    if level < _SILENT_LEVEL:
+        return BadAudio(Problem.SILENT, f"{audio} is silent: its level is {level:.1g}")
+    clipped = np.mean(loud >= _CLIPPED_LEVEL)
+    if clipped > _CLIPPED_SHARE:
+        detail = f"{audio} is clipped: {100 * clipped:.0f}% of its samples are at full scale"
+        return BadAudio(Problem.CLIPPED, detail)
+    return None
+
+
 def check_duration(audio: Audio, secs: float, *, offset: float | None, duration: float) -> None:
     """Checks what a row states against the length of its file.
 
@@ -180,6 +227,8 @@ def load_audio(
 ) -> np.ndarray:
     """Reads a clip as 16 kHz mono: averages the channels, then resamples.
 
+    Of channels that cancel each other, it takes the loudest.
+
     Args:
       audio: path, URL or stored clip.
       offset: where the segment to read starts, in seconds; None means the whole file.
@@ -190,8 +239,9 @@ def load_audio(
       f32[N].
 
     Raises:
-      BadAudio: if the clip is missing, cannot be read or decoded, has samples that are not finite,
-        is shorter than an encoder frame, or does not have the stated duration.
+      BadAudio: if the clip is missing, cannot be read or decoded, lacks its end, has samples that
+        are not finite or far beyond full scale, is shorter than an encoder frame, or does not have
+        the stated duration.
     """
     end = None if offset is None or duration is None else offset + duration
     with _open_clip(audio, whole=offset is None, end_secs=end) as sound:
@@ -213,9 +263,13 @@ def load_audio(
         )
     if not np.isfinite(samples).all():
         raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
-    mono = samples[:, 0]
-    if samples.shape[1] > 1:
-        mono = samples.mean(axis=1)
+    peak = np.abs(samples).max(initial=0.0)
+    if peak > _IMPOSSIBLE_PEAK:
+        raise BadAudio(
+            Problem.IMPOSSIBLE,
+            f"{audio} has a sample of {peak:g}; full scale is 1: were integers written as floats?",
+        )
+    mono = _mix(samples)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
     if len(mono) < SAMPLES_PER_FRAME:

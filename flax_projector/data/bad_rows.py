@@ -1,4 +1,7 @@
-"""Rows that cannot be used: listed in a file and counted by reason; too many are an error."""
+"""Rows that cannot be used: listed in a file and counted by reason; too many are an error.
+
+Rows whose clips are doubtful are used, but listed and counted, too.
+"""
 
 import collections
 import dataclasses
@@ -44,7 +47,8 @@ class BadRowLog:
     """The current bad rows of all sets of a run.
 
     A row counts once, however many epochs come across it. Only defects count towards the share that
-    stops the run; clips beyond the limits are left out by design, and only listed.
+    stops the run; clips beyond the limits are left out by design, and only listed, as are clips
+    that are used but doubtful.
 
     The file survives restarts. Each start replaces what earlier ones found in a set with what it
     finds itself: rows that are bad in the manifest, and clips that it tries again because an
@@ -101,7 +105,7 @@ class BadRowLog:
         self._written[name] = {row.key: row for row in rows}
         self._unreadable[name] = {row.key: row for row in unreadable}
         self._rewrite()
-        if found := self._rows(name):
+        if found := _left_out(self._rows(name)):
             log.warning(
                 "%s: %d of %d rows are left out: %s",
                 name,
@@ -112,7 +116,7 @@ class BadRowLog:
         self._check(name)
 
     def add(self, name: str, rows: Iterable[BadRow]) -> None:
-        """Lists rows whose clips could not be read; rows that are already known change nothing.
+        """Lists rows whose clips could not be read or are doubtful; known rows change nothing.
 
         Raises:
           ValueError: if too many are now defective.
@@ -121,25 +125,34 @@ class BadRowLog:
         new = {row.key: row for row in rows if row.key not in known}
         if not new:
             return
+        before = {row.reason for row in known.values()}
         known.update(new)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(_to_line(name, row) for row in new.values())
-        listed = "; ".join(f"{row.id}: {row.detail}" for row in new.values())
-        log.warning("%s: left out %s", name, listed)
+        if left_out := _left_out(new.values()):
+            listed = "; ".join(f"{row.id}: {row.detail}" for row in left_out)
+            log.warning("%s: left out %s", name, listed)
+        for row in new.values():
+            if row.reason.is_doubt and row.reason not in before:
+                before.add(row.reason)  # one line for each reason: there may be many such clips
+                log.warning("%s: doubtful, but used: %s: %s", name, row.id, row.detail)
         self._check(name)
 
     def summary(self) -> str:
-        """One line for the end of a run: how many rows of each set were left out, by reason.
+        """One line for the end of a run: how many rows were left out or doubtful, by reason.
 
         Of the clips that could not be read, it counts only this process's.
         """
         parts = []
         for name, num_rows in self._num_rows.items():
             rows = self._rows(name)
-            reasons = f" ({_by_reason(rows)})" if rows else ""
-            parts.append(f"{name} {len(rows)} of {num_rows}{reasons}")
+            left_out, doubtful = _left_out(rows), [row for row in rows if row.reason.is_doubt]
+            part = f"{name} {len(left_out)} of {num_rows}"
+            part += f" ({_by_reason(left_out)})" if left_out else ""
+            part += f", and used but doubtful: {_by_reason(doubtful)}" if doubtful else ""
+            parts.append(part)
         return "rows left out: " + "; ".join(parts)
 
     def _rows(self, name: str) -> list[BadRow]:
@@ -172,6 +185,10 @@ class BadRowLog:
             f"more than --data.max-bad-rate {self._max_rate} allows{place}\n{examples}\n"
             "Repair these rows, remove them, or raise --data.max-bad-rate"
         )
+
+
+def _left_out(rows: Iterable[BadRow]) -> list[BadRow]:
+    return [row for row in rows if not row.reason.is_doubt]
 
 
 def _by_reason(rows: Iterable[BadRow]) -> str:

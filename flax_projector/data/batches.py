@@ -30,7 +30,8 @@ class LocalBatch(NamedTuple):
 
     Attributes:
       batch: this host's rows, as NumPy arrays.
-      bad: the rows whose clips cannot be used, and why; in `batch`, they are padding.
+      bad: the rows whose clips cannot be used, and why; in `batch`, they are padding. Also those
+        that are doubtful, which are used.
     """
 
     batch: Batch
@@ -165,10 +166,12 @@ class Batches:
             if utterance is None:
                 continue
             try:
-                audio, num_frames = self._inputs.read(utterance)
+                audio, num_frames, doubt = self._inputs.read(utterance)
             except BadAudio as error:
                 bad.append(bad_row(utterance, error))
                 continue
+            if doubt is not None:
+                bad.append(bad_row(utterance, doubt))
             num_heard = bucket.num_frames if self._whole_window else num_frames
             layout = self._prompt.layout(
                 num_audio_tokens(num_heard, self._pool_stride),

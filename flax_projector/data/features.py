@@ -15,7 +15,7 @@ import numpy as np
 from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio, Problem, file_stamp
 from flax_projector.data.batch_plan import Utterance
-from flax_projector.data.inputs import Waveforms
+from flax_projector.data.inputs import Clip, Waveforms
 from flax_projector.files import sync, write_atomically
 from flax_projector.lengths import num_encoder_frames
 from flax_projector.logs import progress_bar
@@ -31,7 +31,7 @@ class _Clip(NamedTuple):
 
     version: str
     num_frames: int
-    problem: str = ""  # name of a `Problem`
+    problem: str = ""  # name of a `Problem`; with frames, a doubt
     detail: str = ""
 
 
@@ -75,7 +75,7 @@ class _Index:
     def has(self, utterance: Utterance) -> bool:
         """Whether frames of the clip, as it is now, are kept."""
         clip = self.clips.get(utterance.row.key)
-        return clip is not None and not clip.problem and clip.version == _version(utterance)
+        return clip is not None and clip.num_frames > 0 and clip.version == _version(utterance)
 
 
 def _read_index(folder: Path) -> _Index | None:
@@ -142,16 +142,18 @@ class FeatureStore:
         """(S, E) for the bucket."""
         return (bucket.num_frames, self._index.encoder_dim)
 
-    def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
-        """The kept frames f32[S, E], and how many of them contain part of the clip.
+    def read(self, utterance: Utterance) -> Clip:
+        """The kept frames f32[S, E].
 
         Raises:
           BadAudio: if the clip could not be used when its frames were computed.
         """
         clip, start = self._index.clips[utterance.row.key], self._index.starts[utterance.row.key]
-        if clip.problem:
-            raise BadAudio(Problem[clip.problem], clip.detail)
-        return self._frames[start : start + self._index.num_kept(clip)], clip.num_frames
+        problem = BadAudio(Problem[clip.problem], clip.detail) if clip.problem else None
+        if problem is not None and not clip.num_frames:
+            raise problem
+        frames = self._frames[start : start + self._index.num_kept(clip)]
+        return Clip(frames, clip.num_frames, problem)
 
 
 def keep_features(
@@ -241,11 +243,12 @@ def _encode(
     clips = {}
     for row, utterance in utterances.items():
         try:
-            samples, num_frames = waveforms.read(utterance)
+            samples, num_frames, doubt = waveforms.read(utterance)
         except BadAudio as error:
             clips[row] = _Clip(_version(utterance), 0, error.problem.name, str(error))
         else:
-            clips[row] = _Clip(_version(utterance), num_frames)
+            noted = (doubt.problem.name, str(doubt)) if doubt else ()
+            clips[row] = _Clip(_version(utterance), num_frames, *noted)
             batch[row, : len(samples)] = samples
     is_any = any(clip.num_frames for clip in clips.values())
     frames = np.asarray(encode(batch), np.float32) if is_any else batch

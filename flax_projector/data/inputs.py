@@ -2,15 +2,29 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from flax_projector.batch import Bucket
-from flax_projector.data.audio import BadAudio, Problem, load_audio
+from flax_projector.data.audio import BadAudio, Problem, find_doubt, load_audio
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
+
+
+class Clip(NamedTuple):
+    """An utterance's audio.
+
+    Attributes:
+      audio: waveform or encoder frames, unpadded.
+      num_frames: number of encoder frames that contain part of the clip.
+      doubt: why it may be no speech.
+    """
+
+    audio: np.ndarray
+    num_frames: int
+    doubt: BadAudio | None = None
 
 
 @runtime_checkable
@@ -27,8 +41,8 @@ class Inputs(Protocol):
         """Static shape of one utterance."""
         ...
 
-    def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
-        """The utterance's array, unpadded, and its number of encoder frames.
+    def read(self, utterance: Utterance) -> Clip:
+        """The utterance's audio.
 
         Raises:
           BadAudio: if the clip cannot be used.
@@ -48,8 +62,8 @@ class Waveforms:
         """(N,): the samples of the whole window, whatever the bucket."""
         return (self._window_samples,)
 
-    def read(self, utterance: Utterance) -> tuple[np.ndarray, int]:
-        """f32[N] samples at 16 kHz, at most a whole window, and their number of encoder frames."""
+    def read(self, utterance: Utterance) -> Clip:
+        """f32[N] samples at 16 kHz, at most a whole window."""
         row = utterance.row
         samples = load_audio(row.audio, offset=row.offset, duration=row.duration)
         num_frames = num_encoder_frames(len(samples))
@@ -57,11 +71,11 @@ class Waveforms:
             secs = len(samples) / SAMPLE_RATE
             text = f"{row.audio} lasts {secs:.2f} s, more than its bucket holds"
             raise BadAudio(Problem.WRONG_DURATION, text)
-        return samples, num_frames
+        return Clip(samples, num_frames, find_doubt(row.audio, samples))
 
 
 def bad_row(utterance: Utterance, error: BadAudio) -> BadRow:
-    """The bad row for an utterance whose clip cannot be used."""
+    """The bad row for an utterance whose clip cannot be used or is doubtful."""
     row = utterance.row
     return BadRow(row.id, row.source, error.problem, str(error), row.text)
 
@@ -69,14 +83,14 @@ def bad_row(utterance: Utterance, error: BadAudio) -> BadRow:
 def find_unreadable(
     utterances: Sequence[Utterance], inputs: Inputs, *, num_threads: int
 ) -> list[BadRow]:
-    """Tries to read clips, and returns the rows of those that cannot be used."""
+    """Tries to read clips, and returns the rows of those that cannot be used or are doubtful."""
 
     def try_to_read(utterance: Utterance) -> BadRow | None:
         try:
-            inputs.read(utterance)
+            problem = inputs.read(utterance).doubt
         except BadAudio as error:
-            return bad_row(utterance, error)
-        return None
+            problem = error
+        return None if problem is None else bad_row(utterance, problem)
 
     with ThreadPoolExecutor(num_threads) as pool:
         return [row for row in pool.map(try_to_read, utterances) if row is not None]

@@ -101,7 +101,7 @@ class Durations:
           source: name of the source, with whatever distinguishes its versions.
         """
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-        self._path = folder / f"durations-{digest}.json" if folder else None
+        self._path = folder / f"lengths-{digest}.json" if folder else None
         self._known: dict[str, tuple[float, list[int]]] = {}
         self._is_changed = False
         if self._path is not None and self._path.is_file():

@@ -3,16 +3,19 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.batch import Batch
 from flax_projector.chat.prompt import Prompt
 from flax_projector.data.bad_rows import BadRowLog
+from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
 from flax_projector.logs import progress_bar
@@ -124,15 +127,44 @@ class Evaluator:
 
         Raises:
           ValueError: if no clip can be read.
+          FloatingPointError: if the loss is not finite; names the clips.
         """
         loss_sum = num_labels = 0.0  # labels of clips that cannot be read do not count
-        for _, batch in self._read(batches, f"{name} loss", check):
+        for index, batch in self._read(batches, f"{name} loss", check):
             sums = jax.device_get(self._loss(*params, batch))
+            if not np.isfinite(sums["loss_sum"]):
+                raise self._not_finite(params, batch, batches.members(index), name)
             loss_sum += float(sums["loss_sum"])
             num_labels += float(sums["num_labels"])
         if not num_labels:
             raise ValueError(f"{name}: no clip could be read: there is nothing to score")
         return loss_sum / num_labels
+
+    def _not_finite(
+        self,
+        params: ModelParams,
+        batch: Batch,
+        members: Sequence[Utterance | None],
+        name: str,
+    ) -> FloatingPointError:
+        """The error for a batch whose loss is not finite: scores each of its clips by itself."""
+
+        def loss_of_row(row: Int[Array, ""], *params: Params, batch: Batch) -> Float[Array, ""]:
+            alone = jax.tree.map(lambda x: jnp.broadcast_to(x[row], x.shape), batch)
+            return self._loss(*params, alone)["loss_sum"]
+
+        score = jax.jit(loss_of_row)
+        found = [
+            f"{utterance.row.id} ({utterance.row.audio})"
+            for row, utterance in enumerate(members)
+            if utterance is not None and not np.isfinite(score(np.int32(row), *params, batch=batch))
+        ]
+        count = sum(utterance is not None for utterance in members)
+        return FloatingPointError(
+            f"{name}: the loss of {len(found)} of {count} clips in a batch is not finite: "
+            f"{', '.join(found[:5])}. If these are few, listen to them; if they are all, the "
+            "projector or its towers are at fault"
+        )
 
     def transcribe(
         self,
