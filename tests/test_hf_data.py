@@ -113,7 +113,7 @@ def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
     (manifest,) = kept.glob("*/rows.jsonl")
     assert [json.loads(line)["text"] for line in manifest.read_text().splitlines()] == [
         *(f"word {i}" for i in range(6)),
-        " ",
+        "",
     ]
     read_hf(source, stream_config(hf_max_rows=100), kept)
     assert opened == list(range(7))
@@ -236,6 +236,25 @@ def test_what_cannot_be_opened_says_why(folders, tmp_path, streaming):
     message = r"no column \['audio', 'text'\], but \['said', 's.*:audio=COLUMN:text=COLUMN"
     with pytest.raises(ValueError, match=message):
         read_hf(f"hf:{folders['several']}:train", config, tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("texts", [[7], [["go"]], [{"a": "go"}], [b"go"], [None, 2.5]])
+def test_a_column_of_texts_that_holds_something_else_is_an_error(tmp_path, streaming, texts):
+    clips = [{"bytes": make_clip(0), "path": "0.flac"}] * len(texts)
+    table = datasets.Dataset.from_dict({"audio": clips, "text": texts})
+    table.save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(ValueError, match=r"column 'text' holds .*, not strings: name the column"):
+        read_hf(f"hf:{tmp_path / 'set'}:train", DataConfig(hf_streaming=streaming), tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_of_data_sets_are_in_nfc(tmp_path, streaming):
+    row = {"audio": [{"bytes": make_clip(0), "path": "0.flac"}], "text": ["cafe\u0301 "]}
+    datasets.Dataset.from_dict(row).save_to_disk(str(tmp_path / "set"))
+    source, config = f"hf:{tmp_path / 'set'}:train", DataConfig(hf_streaming=streaming)
+    (found,), _ = read_hf(source, config, tmp_path / "kept")
+    assert found.text == "caf\xe9"
 
 
 def test_without_datasets_the_error_names_the_extra(folders, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from flax_projector.data.audio import Problem, load_audio
+from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.manifest import read_manifest
 
 
@@ -62,6 +63,19 @@ def jsonl(*rows: dict) -> str:
         ('{"audio": {"path": "0.wav"}, "text": "x"}', Problem.MALFORMED, "neither a path nor"),
         ('{"audio": 7, "text": "x"}', Problem.MALFORMED, "the audio 7 is neither a path nor"),
         ('{"id": ["a"], "audio": "0.wav", "text": "x"}', Problem.MALFORMED, "the id ['a'] is"),
+        ('{"audio": "0.wav", "text": ["go"]}', Problem.MALFORMED, "['go'] is not a string"),
+        ('{"audio": "0.wav", "text": {"a": "go"}}', Problem.MALFORMED, "is not a string"),
+        ('{"audio": "0.wav", "text": 7}', Problem.MALFORMED, "the text 7 is not a string"),
+        ('{"audio": "0.wav", "text": NaN}', Problem.MALFORMED, "the text nan is not a string"),
+        ('{"audio": "0.wav", "text": false}', Problem.MALFORMED, "the text False is not"),
+        (
+            '{"audio": "0.wav", "text": "go \\ud83d"}',
+            Problem.MALFORMED,
+            "'go \\ud83d' is not UTF-8",
+        ),
+        ('{"audio": "\\udcff.wav", "text": "x"}', Problem.MALFORMED, "audio '\\udcff.wav' is not"),
+        ('{"id": "\\ud800", "audio": "0.wav", "text": "x"}', Problem.MALFORMED, "the id '\\ud800'"),
+        ('{"audio": "0.wav\\u0000x", "text": "x"}', Problem.MALFORMED, "neither a path nor a URL"),
         ('{"audio": "0.wav"}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "0.wav", "text": " "}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "no.wav", "text": "x"}', Problem.MISSING_FILE, "no.wav does not exist"),
@@ -74,9 +88,11 @@ def jsonl(*rows: dict) -> str:
 )
 def test_a_bad_row_is_left_out_with_its_reason(write, line, reason, detail):
     good = '{"id": "good", "audio": "0.wav", "text": "go"}\n'
-    rows, bad = read_manifest(write(good + line + "\n"))
+    manifest = write(good + line + "\n")
+    rows, bad = read_manifest(manifest)
     assert [row.id for row in rows] == ["good"]
     assert [row.reason for row in bad] == [reason]
+    BadRowLog(manifest.with_name("bad_rows.jsonl"), max_rate=1.0).start("x", bad, num_rows=2)
     assert detail in bad[0].detail and bad[0].source.endswith("a.jsonl")
 
 
@@ -87,6 +103,17 @@ def test_a_bad_row_is_left_out_with_its_reason(write, line, reason, detail):
 def test_a_manifest_of_nothing_is_an_error(write, name, text, message):
     with pytest.raises(ValueError, match=message):
         read_manifest(write(text, name))
+
+
+def test_texts_are_in_nfc(write):
+    text = json.dumps({"audio": "0.wav", "text": "cafe\u0301 \u1112\u1161\u11ab"})
+    (row,), _ = read_manifest(write(text))
+    assert row.text == "caf\xe9 \ud55c"
+
+
+def test_a_manifest_whose_name_is_not_utf8_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"the manifest .*udcff.jsonl' is not UTF-8"):
+        read_manifest("\udcff.jsonl")
 
 
 def test_a_manifest_that_is_not_there_is_an_error(tmp_path):

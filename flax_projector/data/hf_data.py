@@ -22,6 +22,7 @@ from flax_projector.config import DataConfig
 from flax_projector.data.audio import BadAudio, read_duration
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.manifest import Draft, Durations, ManifestRow, check_rows, read_manifest
+from flax_projector.data.manifest_text import read_text
 from flax_projector.files import sync, write_atomically
 from flax_projector.logs import progress_bar
 
@@ -132,7 +133,7 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
     texts = dataset[hf.text]
     ids = dataset[hf.id] if hf.id else range(len(dataset))
     drafts = [
-        Draft(str(row_id), TableClip(table, n), str(text or "").strip(), None, None)
+        Draft(str(row_id), TableClip(table, n), read_text(text), None, None)
         for n, (row_id, text) in enumerate(zip(ids, texts, strict=True))
     ]
     durations = Durations(cache, f"{source} {dataset._fingerprint}")
@@ -185,6 +186,12 @@ def _open(source: str, hf: HFSource, *, streaming: bool) -> Any:
                 f"{source} has no column {missing}, but {sorted(columns)}: append the names of its "
                 "columns, as in hf:NAME:SPLIT:audio=COLUMN:text=COLUMN:id=COLUMN"
             )
+        for column, known in (dataset.features or {}).items():
+            if column == hf.text and getattr(known, "dtype", "") not in ("string", "large_string"):
+                raise ValueError(
+                    f"{source}: column {column!r} holds {known}, not strings: name the column of "
+                    "the transcripts, as in hf:NAME:SPLIT:text=COLUMN"
+                )
         return dataset.cast_column(hf.audio, datasets.Audio(decode=False))
 
 
@@ -285,10 +292,10 @@ def _keep_row(row: dict[str, Any], hf: HFSource, folder: Path, number: int) -> d
     suffix = os.path.splitext((audio or {}).get("path") or "")[1]
     name = f"audio/{number // 1000:05d}/{number:08d}{suffix}"
     path = folder / name
-    record = {
+    record: dict[str, Any] = {
         "id": str(row[hf.id] if hf.id else number),
         "audio": name,
-        "text": row[hf.text],
+        "text": read_text(row[hf.text]),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -27,7 +27,14 @@ from flax_projector.data.audio import (
     require_filesystem,
 )
 from flax_projector.data.bad_rows import BadRow
-from flax_projector.data.manifest_text import AUDIO, DURATION, OFFSET, read_raw_rows
+from flax_projector.data.manifest_text import (
+    AUDIO,
+    DURATION,
+    OFFSET,
+    check_utf8,
+    read_raw_rows,
+    read_text,
+)
 from flax_projector.files import is_url, write_atomically
 from flax_projector.lengths import FRAME_SECS
 from flax_projector.logs import progress_bar
@@ -157,6 +164,7 @@ def read_manifest(
     """
     path = str(path)
     source = path if source is None else source
+    check_utf8("manifest", path)
     raw_rows = read_raw_rows(path)
     folder = path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
     drafts = [
@@ -171,16 +179,18 @@ def read_manifest(
 def _make_draft(raw: dict[str, Any] | str, folder: str, place: str, source: str) -> Draft | BadRow:
     if isinstance(raw, str):
         return BadRow(place, source, Problem.MALFORMED, raw)
-    text = str(raw.get("text") or "").strip()
-    row_id = _first(raw, ("id",))
+    row_id, text = _first(raw, ("id",)), ""
     try:
+        text = read_text(raw.get("text"))
         if row_id is not None and not _is(row_id, str, int, float):
             raise ValueError(f"the id {reprlib.repr(row_id)} is neither a string nor a number")
         name = _first(raw, AUDIO)
         if name is None:
             raise ValueError(f"no 'audio' in {sorted(raw)[:20]}")
-        if not _is(name, str):
+        if not _is(name, str) or "\0" in name:
             raise ValueError(f"the audio {reprlib.repr(name)} is neither a path nor a URL")
+        check_utf8("id", str(row_id))
+        check_utf8("audio", name)
         duration, offset = _read_number(raw, DURATION), _read_number(raw, OFFSET)
     except ValueError as error:
         return BadRow(place, source, Problem.MALFORMED, str(error), text)

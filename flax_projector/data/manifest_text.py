@@ -3,6 +3,7 @@
 import json
 import os
 import reprlib
+import unicodedata
 from typing import Any
 
 import fsspec
@@ -54,6 +55,30 @@ def read_raw_rows(path: str) -> list[dict[str, Any] | str]:
                 f"{columns[:20]}: name its columns as docs/data.md says"
             )
     return rows
+
+
+def read_text(value: Any) -> str:
+    """A transcript as it is used: in NFC, without spaces around it; empty if there is none.
+
+    Raises:
+      ValueError: if it is not a string, or not one that UTF-8 can hold.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"the text {reprlib.repr(value)} is not a string")
+    check_utf8("text", value)
+    return unicodedata.normalize("NFC", value).strip()
+
+
+def check_utf8(what: str, value: str) -> None:
+    """Raises ValueError if UTF-8 cannot hold a string, because of a lone surrogate."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the {what} {reprlib.repr(value)} is not UTF-8: {error.reason}"
+        ) from error
 
 
 def missing_manifest(path: str) -> ValueError:
