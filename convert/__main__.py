@@ -17,9 +17,10 @@ examples:
   flax-projector-convert inspect for-the-server/
 
 exit codes:
-  0  done, or from `verify`: both are the same model
-  1  from `verify`: they are not
-  2  an error
+  0    done, or from `verify`: both are the same model
+  1    from `verify`: they are not
+  2    an error
+  130  Ctrl-C
 """
 
 import dataclasses
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      The exit code, as of `diff`: 0 done or the same, 1 different, 2 an error.
+      The exit code, as of `diff`: 0 done or the same, 1 different, 2 an error; 130 on Ctrl-C.
     """
     command = tyro.cli(
         _Command,
@@ -213,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _log.error("error: %s", error)
         return 2
+    except KeyboardInterrupt:
+        _log.error("interrupted")
+        return 130
 
 
 def cli() -> int:

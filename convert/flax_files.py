@@ -1,7 +1,12 @@
 """Reads and writes Flax folders: a config.json, and params/ with an Orbax checkpoint."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +128,38 @@ def fill_flax(folder: Path, checkpoint: Checkpoint, config_text: str) -> None:
       folder: to be made; an absolute path, which Orbax requires.
       checkpoint: every leaf by flax path, each of them complete on this host.
       config_text: the config.json.
+
+    Raises:
+      OSError: if it cannot be written. What reading a leaf raises is passed on. In either case,
+        and on Ctrl-C, nothing is being written any more.
     """
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix="write_flax"
     )
+    leaves = _LeafHandler()
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=False,  # would double the time, and weights hardly shrink
         multiprocessing_options=alone,
         type_handler_registry=type_handlers.create_type_handler_registry(
-            (_Leaf, _LeafHandler(deepcopy_host_arrays=False)),
+            (_Leaf, leaves),
             (jax.Array, type_handlers.ArrayHandler()),  # unused, but Orbax warns without one
         ),
     )
     tree = unflatten({path: _Leaf(checkpoint, path) for path in checkpoint.infos})
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     folder.mkdir()
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder / _PARAMS, ocp.args.PyTreeSave(tree, save_args))
+
+    def save() -> None:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(folder / _PARAMS, ocp.args.PyTreeSave(tree, save_args))
+
+    try:
+        _run_to_its_end(save, leaves.stop)
+    except Exception as error:  # Orbax raises all kinds of errors
+        if leaves.unreadable is not None:
+            raise leaves.unreadable from None
+        raise _os_error(error) from error
     (folder / CONFIG).write_text(config_text, "utf-8")
 
 
@@ -154,7 +173,17 @@ class _Leaf:
 
 
 class _LeafHandler(type_handlers.NumpyHandler):
-    """Writes one leaf as a numpy array while it reads the next ones; holds no others."""
+    """Writes one leaf as a numpy array while it reads the next ones; holds no others.
+
+    Attributes:
+      stop: tells it to read no more leaves.
+      unreadable: what reading a leaf raised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self.stop = threading.Event()
+        self.unreadable: Exception | None = None
 
     async def serialize(
         self,
@@ -166,23 +195,78 @@ class _LeafHandler(type_handlers.NumpyHandler):
         # No need to wait until every byte is on the disk: a conversion can be repeated.
         settings = tensorstore.Context.Spec({"file_io_sync": False})
         unsynced = tensorstore.Context(settings, infos[0].ts_context)
-        read = values[0].checkpoint.read
         paths = [value.path for value in values]
-        leaves = map_ahead(lambda path: contiguous(read(path)), paths)
+        leaves = map_ahead(self._reader(values[0].checkpoint), paths)
         writing = []
-        for info, arg in zip(infos, args, strict=True):
-            _, leaf = await asyncio.to_thread(next, leaves)  # while the previous one is written
-            await _wait(writing)
-            info = info.replace(ts_context=unsynced)
-            writing = await super().serialize([leaf], [info], [arg])
-            del leaf
+        try:
+            for info, arg in zip(infos, args, strict=True):
+                _, leaf = await asyncio.to_thread(next, leaves)  # while another is being written
+                await _wait(writing)
+                info = info.replace(ts_context=unsynced)
+                writing = await super().serialize([leaf], [info], [arg])
+                del leaf
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                await _wait(writing)
+            raise
         await _wait(writing)
         return []
+
+    def _reader(self, checkpoint: Checkpoint) -> Callable[[str], np.ndarray]:
+        def read(path: str) -> np.ndarray:
+            if self.stop.is_set():
+                raise InterruptedError("stopped")
+            try:
+                return contiguous(checkpoint.read(path))
+            except Exception as error:
+                self.unreadable = self.unreadable or error
+                raise
+
+        return read
 
 
 async def _wait(writing: Sequence[Any]) -> None:
     for future in writing:
         await asyncio.to_thread(future.result)
+
+
+def _run_to_its_end(function: Callable[[], None], stop: threading.Event) -> None:
+    """Runs a function that Ctrl-C must not interrupt, but may stop; returns when it has ended.
+
+    Signals interrupt only the main thread, and so the function runs in another one.
+    """
+    with ThreadPoolExecutor(1) as worker, _without_tracebacks():
+        done = worker.submit(function)
+        try:
+            done.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps Orbax from logging the errors that it raises as well."""
+    logger = logging.getLogger("absl")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _os_error(error: Exception) -> OSError:
+    """The error of the system inside an error of tensorstore, or all of its first line."""
+    if isinstance(error, OSError):
+        return error
+    text = str(error)
+    if found := re.search(r"([^:]+) \[os_error_code='(\d+)'", text):
+        return OSError(int(found[2]), found[1].strip())
+    return OSError(text.partition(" [tensorstore_spec=")[0].partition("\n")[0])
 
 
 def _params_of(src: str | Path) -> Path:

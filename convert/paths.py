@@ -2,11 +2,14 @@
 
 import contextlib
 import glob
+import logging
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -24,6 +27,7 @@ def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Ite
     Raises:
       ValueError: if `dst` exists and `overwrite` is false, or if something else is there, which is
         never deleted.
+      OSError: naming `dst`, if it cannot be written.
     """
     dst = dst.resolve()
     for left in dst.parent.glob(f".{glob.escape(dst.name)}.*.part"):
@@ -38,8 +42,16 @@ def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Ite
         if dst.is_dir():  # a folder cannot be replaced in one step
             dst.rename(_moved_aside(staging, dst))
         (staging / dst.name).replace(dst)
-    finally:
-        _discard(staging, dst)
+    except BaseException as error:
+        try:
+            _discard(staging, dst)
+        except OSError as left:  # must not hide what failed first
+            _log.warning("WARNING: %s could not be removed: %s", staging, left)
+        if isinstance(error, OSError) and _is_of_writing(error, staging):
+            reason = error.strerror or error
+            raise OSError(f"{dst} could not be written: {reason}. Nothing was changed") from error
+        raise
+    _discard(staging, dst)
 
 
 def _check_destination(dst: Path, names: Collection[str], overwrite: bool) -> None:
@@ -59,6 +71,11 @@ def _check_destination(dst: Path, names: Collection[str], overwrite: bool) -> No
         f"{dst} will not be overwritten: it is {actual}, but an earlier conversion would have left "
         f"{expected}. Choose another destination"
     )
+
+
+def _is_of_writing(error: OSError, staging: Path) -> bool:
+    """Whether an error concerns the result, and not a file that is read."""
+    return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(staging)
 
 
 def _moved_aside(staging: Path, dst: Path) -> Path:

@@ -219,3 +219,13 @@ def test_llama_config_that_cannot_be_expressed_stops_the_conversion(tmp_path, ca
     assert "unsupported  hidden_act" in caplog.text
     assert "unsupported  mlp_bias" in caplog.text
     assert "missing      vocab_size" in caplog.text
+
+
+def test_ctrl_c_is_one_line(tmp_path, projector, monkeypatch, caplog) -> None:
+    def interrupt(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "check_round_trip", interrupt)
+    assert main(["to-flax", str(projector), str(tmp_path / "flax")]) == 130
+    assert caplog.messages[-1] == "interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["projector"]

@@ -1,5 +1,9 @@
 """Flax folders: what is written comes back, and damaged files are refused."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from convert.checkpoint import DTYPES, TensorInfo, in_memory
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, in_memory
 from convert.errors import ConversionError
 from convert.flax_files import is_flax_folder, load_params, open_flax, write_flax
 from convert.trees import flatten, unflatten
-from tests.checkpoints import assert_same_arrays, random_tensors
+from tests.checkpoints import REPO, assert_same_arrays, random_tensors
 from tests.tiny import read_all
 
 
@@ -117,3 +121,99 @@ def test_folder_with_other_files_is_never_overwritten(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"home will not be .* it is a folder with thesis.tex in"):
         write_tree(tmp_path / "home", {"a": np.ones(2)}, overwrite=True)
     assert (tmp_path / "home/thesis.tex").exists()
+
+
+LEAVES = {f"layer_{i}/kernel": np.full((300, 70), i, np.float32) for i in range(6)}
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("bad", LEAVES)
+@pytest.mark.parametrize(
+    "failure",
+    [ValueError("too large"), OSError("unreadable"), RuntimeError("of torch"), MemoryError("full")],
+    ids=repr,
+)
+def test_a_leaf_that_cannot_be_read_ends_the_writing_with_its_reason(
+    tmp_path, bad, failure
+) -> None:
+    """While the leaves before it are being written."""
+
+    def read(path: str) -> np.ndarray:
+        if path == bad:
+            fail_with(failure)
+        return LEAVES[path]
+
+    with pytest.raises(type(failure), match=str(failure)):
+        write_flax(tmp_path / "x", Checkpoint(in_memory(LEAVES).infos, read), "{}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def can_be_interrupted():
+    """Jobs that a shell starts in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("can_be_interrupted")
+@pytest.mark.parametrize("last", LEAVES)
+def test_ctrl_c_ends_the_writing(tmp_path, last) -> None:
+    def read(path: str) -> np.ndarray:
+        if path == last:
+            interrupt()
+        return LEAVES[path]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_flax(tmp_path / "x", Checkpoint(in_memory(LEAVES).infos, read), "{}")
+    assert not list(tmp_path.iterdir())
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from convert.checkpoint import in_memory
+from convert.flax_files import write_flax
+from convert.paths import replacing
+from convert.torch_files import write_safetensors
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing more is then an error, as on a full disk
+tensors = in_memory({f"layer_{i}.kernel": np.ones((300, 70)) for i in range(6)})
+
+def write_file(dst, tensors):
+    with replacing(dst, overwrite=False) as part:
+        write_safetensors(part, tensors)
+
+folder = Path(sys.argv[1])
+for limit in (100, 5000, 100_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for write in (lambda dst, tensors: write_flax(dst, tensors, "{}"), write_file):
+        try:
+            write(folder / "x", tensors)
+        except OSError as error:
+            print(error)
+        assert not list(folder.iterdir())
+"""
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        cwd=REPO,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = f"{tmp_path / 'x'} could not be written: File too large. Nothing was changed"
+    assert done.stdout.splitlines() == [reason] * 6
+    assert done.stderr == ""
