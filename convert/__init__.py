@@ -29,8 +29,8 @@ each of which imports only what stands above it:
   __main__         the command line
   torch_projector  the projector in PyTorch; stands alone, for a server
 
-Of `flax_projector` they may import config, lengths, logs, run_folder and models; never data or
-training. Importing this package, or `torch_projector`, imports neither JAX nor Orbax, and only
+Of `flax_projector` they may import config, files, lengths, logs, run_folder and models; never data
+or training. Importing this package, or `torch_projector`, imports neither JAX nor Orbax, and only
 what reads or runs PyTorch's own formats imports torch.
 
 Three kinds of names appear everywhere:

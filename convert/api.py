@@ -26,6 +26,7 @@ from convert.stored import StoredModel, has_steps, open_stored
 from convert.torch_files import TORCH_SUFFIXES, WEIGHTS, write_safetensors, write_torch
 from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
+from flax_projector.files import check_orbax_path, local_path
 from flax_projector.models.projector import ResidualAudioProjector
 
 _log = logging.getLogger(__name__)
@@ -94,7 +95,9 @@ def to_flax(
     if stored.side == "flax":
         raise ValueError(f"{src} is a Flax checkpoint already: `to-torch` converts it back")
     stored = replace(stored, checkpoint=_without(stored.checkpoint, ignore))
-    return _convert(stored, Path(dst), given=given, dtype=dtype, overwrite=overwrite, verify=verify)
+    dst = local_path(dst)
+    check_orbax_path(dst, is_new=True)
+    return _convert(stored, dst, given=given, dtype=dtype, overwrite=overwrite, verify=verify)
 
 
 def to_torch(
@@ -129,7 +132,7 @@ def to_torch(
     if stored.side == "torch":
         raise ValueError(f"{src} is a PyTorch checkpoint already: `to-flax` converts it")
     return _convert(
-        stored, Path(dst), prefix=prefix, dtype=dtype, overwrite=overwrite, verify=verify
+        stored, local_path(dst), prefix=prefix, dtype=dtype, overwrite=overwrite, verify=verify
     )
 
 
@@ -233,8 +236,9 @@ def load_projector(
 
 def _find(path: str | Path) -> Path:
     """The path itself; or where a model of the hub was downloaded to, if it is a hub id."""
-    if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
-        return Path(path)
+    found = local_path(path)
+    if found.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
+        return found
     return resolve_model(str(path))
 
 

@@ -21,6 +21,7 @@ from convert.errors import Problem, raise_any
 from convert.hf_config import CONFIG
 from convert.paths import replacing
 from convert.trees import flatten, unflatten
+from flax_projector.files import check_orbax_path
 
 _PARAMS = "params"
 FLAX_NAMES = frozenset({CONFIG, _PARAMS})
@@ -55,6 +56,7 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
       path: the folder that Orbax wrote.
       subtree: a path such as "params/"; only the leaves below it are opened, named without it.
     """
+    check_orbax_path(path, is_new=False)
     handler: Any = ocp.PyTreeCheckpointHandler()
     try:
         metadata = handler.metadata(path)

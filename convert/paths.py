@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -30,23 +31,29 @@ def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Ite
       OSError: naming `dst`, if it cannot be written.
     """
     dst = dst.resolve()
-    for left in dst.parent.glob(f".{glob.escape(dst.name)}.*.part"):
-        pid = re.fullmatch(r"\.(\d+)\.part", left.name.removeprefix(f".{dst.name}"))
+    stem = _stem(dst.name)
+    for left in dst.parent.glob(f".{glob.escape(stem)}.*.part"):
+        pid = re.fullmatch(r"\.(\d+)\.part", left.name.removeprefix(f".{stem}"))
         if pid and not _is_of_another(int(pid[1])):
             _discard(left, dst)
     _check_destination(dst, names, overwrite)
-    staging = dst.with_name(f".{dst.name}.{os.getpid()}.part")
-    staging.mkdir(parents=True)
+    staging = dst.with_name(f".{stem}.{os.getpid()}.part")
+    part = staging / "new" / dst.name
+    new_parents = [parent for parent in dst.parents if not parent.exists()]
     try:
-        yield staging / dst.name
+        part.parent.mkdir(parents=True)
+        yield part
         if dst.is_dir():  # a folder cannot be replaced in one step
-            dst.rename(_moved_aside(staging, dst))
-        (staging / dst.name).replace(dst)
+            dst.rename(_moved_aside(staging))
+        part.replace(dst)
     except BaseException as error:
         try:
             _discard(staging, dst)
         except OSError as left:  # must not hide what failed first
             _log.warning("WARNING: %s could not be removed: %s", staging, left)
+        with contextlib.suppress(OSError):  # not made yet, or in use by somebody else
+            for parent in new_parents:
+                parent.rmdir()
         if isinstance(error, OSError) and _is_of_writing(error, staging):
             reason = error.strerror or error
             raise OSError(f"{dst} could not be written: {reason}. Nothing was changed") from error
@@ -78,17 +85,24 @@ def _is_of_writing(error: OSError, staging: Path) -> bool:
     return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(staging)
 
 
-def _moved_aside(staging: Path, dst: Path) -> Path:
+def _stem(name: str) -> str:
+    """What the name of a staging folder begins with: the name, or a hash of one that is long."""
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return name if len(os.fsencode(name)) <= len(digest) else digest
+
+
+def _moved_aside(staging: Path) -> Path:
     """Where a folder is kept while another takes its place."""
-    return staging / f"{dst.name}.old"
+    return staging / "old"
 
 
 def _discard(staging: Path, dst: Path) -> None:
     """Removes a staging folder; first moves back a folder in it that has not been replaced."""
-    old = _moved_aside(staging, dst)
+    old = _moved_aside(staging)
     if old.exists() and not dst.exists():
         old.rename(dst)
-    shutil.rmtree(staging)
+    if staging.exists():
+        shutil.rmtree(staging)
 
 
 def _is_of_another(pid: int) -> bool:

@@ -10,6 +10,7 @@ from convert.checkpoint import Checkpoint
 from convert.flax_files import is_flax_folder, open_flax, open_orbax
 from convert.hf_config import config_file, config_text, read_config_text, run_config_dict
 from convert.torch_files import has_weights, open_torch
+from flax_projector.files import local_path
 from flax_projector.run_folder import STATE, RunFolder
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def open_stored(path: str | Path, *, step: int | None = None) -> StoredModel:
     Raises:
       ValueError: naming the path, if it is none of these or damaged.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if steps := RunFolder(path).steps():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flax_projector.config import TrainConfig, changes, from_json, to_json
-from flax_projector.files import is_url, write_atomically
+from flax_projector.files import check_orbax_path, local_path, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +29,14 @@ class RunFolder:
         """The run folder that a config names.
 
         Raises:
-          ValueError: if it is a URL.
+          ValueError: if it is not a local path, or one that checkpoints cannot be written to.
         """
-        if is_url(config.out):
-            raise ValueError(f"--out {config.out}: a run folder must be a local or mounted path")
-        return cls(Path(config.out))
+        try:
+            path = local_path(config.out)
+            check_orbax_path(path, is_new=True)
+        except ValueError as error:
+            raise ValueError(f"--out: {error}") from error
+        return cls(path)
 
     @property
     def config(self) -> Path:

@@ -193,3 +193,69 @@ def test_file_is_not_overwritten_unless_asked(tmp_path, projector, name) -> None
     assert file.read_bytes() == before
     api.to_torch(other, file, overwrite=True)
     assert_same_tensors(tmp_path / "other", file)
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a*b", "a?b", "a\\b", "gs:"])
+def test_a_flax_folder_is_refused_where_orbax_cannot_write(tmp_path, projector, name) -> None:
+    for dst in (tmp_path / name, tmp_path / name / "flax"):
+        with pytest.raises(ValueError, match="parameters cannot be written to a path with"):
+            api.to_flax(projector, dst)
+    assert [path.name for path in tmp_path.iterdir()] == ["projector"]
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]", "a*b", "a?b", "a b", "ä", "%41", "a#b"])
+def test_a_flax_folder_that_was_moved_converts_anywhere(tmp_path, projector, name) -> None:
+    moved = tmp_path / name
+    api.to_flax(projector, tmp_path / "flax").rename(moved)
+    api.to_torch(moved, tmp_path / f"{name}.safetensors")
+    assert_same_tensors(tmp_path / f"{name}.safetensors", projector)
+
+
+@pytest.mark.parametrize("dst", ["", "gs://bucket/x", "file:///tmp/x", "loop", "loop/x"])
+def test_a_destination_that_is_no_local_path_is_refused(
+    tmp_path, projector, monkeypatch, dst
+) -> None:
+    flax = api.to_flax(projector, tmp_path / "flax")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("loop").symlink_to("loop")
+    message = "the path is empty|is a URL|cannot be used as a path"
+    for convert, src in ((api.to_flax, projector), (api.to_torch, flax)):
+        with pytest.raises(ValueError, match=message):
+            convert(src, dst)
+        with pytest.raises(ValueError, match=message):
+            convert(dst, "x")
+    assert [path.name for path in Path().iterdir()] == ["loop"]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, projector, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert api.to_flax("~/projector", "~/flax") == tmp_path / "flax"
+    assert api.to_torch("~/flax", "~/hf") == tmp_path / "hf"
+
+
+@pytest.mark.parametrize("length", [64, 65, 255])
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path, projector, length) -> None:
+    for _ in range(2):
+        dst = api.to_flax(projector, tmp_path / ("x" * length), overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {dst.name, "projector"}
+
+
+def test_a_failure_leaves_no_folder_above_the_destination(tmp_path) -> None:
+    (tmp_path / "old").mkdir()
+    with (
+        pytest.raises(ValueError, match="stop"),
+        replacing(tmp_path / "old/new/deep/x", overwrite=False) as part,
+    ):
+        part.write_text("new")
+        raise ValueError("stop")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_a_destination_below_a_file_is_one_clear_error(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"file/x could not be written: Not a directory"),
+        replacing(tmp_path / "file/x", overwrite=False),
+    ):
+        pass

@@ -297,7 +297,9 @@ def test_what_stops_a_run_is_one_line(tmp_path):
 
 
 def test_a_run_folder_at_a_url_is_refused(run):
-    with pytest.raises(ValueError, match=r"--out gs://bucket/run: .*local or mounted path"):
+    with pytest.raises(
+        ValueError, match=r"--out: gs://bucket/run is a URL: .*local or mounted path"
+    ):
         run(out="gs://bucket/run")
 
 

@@ -1,0 +1,52 @@
+"""Run folders are where checkpoints can be written, and read again."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from convert.models import PROJECTOR
+from convert.stored import open_stored
+from convert.trees import unflatten
+from flax_projector.config import PRESETS
+from flax_projector.run_folder import RunFolder
+from tests.checkpoints import CONFIGS, write_run
+from tests.tiny import read_all
+
+CONFIG = PRESETS["tiny"][1]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("lr[0.1]", r"--out: .*lr\[0.1\]: parameters cannot be written to a path with \[ in it"),
+        ("lr[0.1]/run", "parameters cannot be written"),
+        ("a*b", r"a path with \* in it"),
+        ("a?b", r"a path with \? in it"),
+        ("a\\b", r"a path with \\ in it"),
+        ("", "--out = '': must not be empty"),
+        ("gs://bucket/run", "--out: gs://bucket/run is a URL"),
+        ("file:///tmp/run", "is a URL"),
+    ],
+)
+def test_a_run_that_could_not_be_restored_does_not_begin(tmp_path, monkeypatch, out, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        RunFolder.of(dataclasses.replace(CONFIG, out=out))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    folder = RunFolder.of(dataclasses.replace(CONFIG, out="~/run"))
+    assert str(folder.checkpoints) == "/home/me/run/checkpoints"
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "lr=0.1,seed=3", "a]b", "50%", "a#b", "{x}"])
+def test_whatever_is_not_refused_can_be_restored(tmp_path, name):
+    config = CONFIGS[PROJECTOR]
+    leaves = {path: np.full(x.shape, 3, x.dtype) for path, x in PROJECTOR.leaves(config).items()}
+    run = RunFolder.of(dataclasses.replace(CONFIG, out=str(tmp_path / name)))
+    write_run(run.path, config, unflatten(leaves), steps=[3])
+    for path, array in read_all(open_stored(run.path).checkpoint).items():
+        np.testing.assert_array_equal(array, leaves[path])
