@@ -1,5 +1,6 @@
 """Recognises and opens whatever is stored at a path, by its content."""
 
+import json
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -8,7 +9,12 @@ from typing import Literal
 
 from convert.checkpoint import Checkpoint
 from convert.flax_files import is_flax_folder, open_flax, open_orbax
-from convert.hf_config import config_file, config_text, read_config_text, run_config_dict
+from convert.hf_config import (
+    config_file,
+    config_text,
+    read_config_text,
+    run_config_dict,
+)
 from convert.torch_files import has_weights, open_torch
 from flax_projector.files import local_path
 from flax_projector.run_folder import STATE, RunFolder
@@ -55,7 +61,12 @@ def open_stored(path: str | Path, *, step: int | None = None) -> StoredModel:
     path = local_path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if steps := RunFolder(path).steps():
+    if is_flax_folder(path) and has_weights(path):
+        raise ValueError(
+            f"{path} holds a model in PyTorch's form and, in params/, one in Flax's: move one of "
+            "them to a folder of its own"
+        )
+    if steps := _run_steps(path):
         return _open_run(RunFolder(path), _choose(path, steps, step))
     steps = _trainer_steps(path)
     if steps and (step is not None or not has_weights(path)):
@@ -73,12 +84,24 @@ def open_stored(path: str | Path, *, step: int | None = None) -> StoredModel:
         names = ", ".join(sorted(file.name for file in path.iterdir()))
         raise ValueError(f"{path} contains {names or 'nothing'}, expected one of\n{_FOLDERS}")
     text = read_config_text(path) if config_file(path).exists() else None
+    named = json.loads(text).get("transformers_weights") if text is not None else None
+    if named and path.is_dir():  # transformers prefers it to any other file
+        raise ValueError(
+            f"{config_file(path)} says that the weights are in {named} (transformers_weights): "
+            f"pass {path}/{named}"
+        )
     return StoredModel(path, "torch", open_torch(path), text)
 
 
 def has_steps(path: str | Path) -> bool:
     """Whether there are several checkpoints to choose from, of the HF Trainer or of a run."""
-    return bool(RunFolder(Path(path)).steps() or _trainer_steps(Path(path)))
+    return bool(_run_steps(Path(path)) or _trainer_steps(Path(path)))
+
+
+def _run_steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a training run by step; other models may have a `checkpoints` as well."""
+    is_model = is_flax_folder(folder) or has_weights(folder)
+    return {} if is_model else RunFolder(folder).steps()
 
 
 def _trainer_steps(folder: Path) -> dict[int, Path]:

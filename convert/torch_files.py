@@ -22,11 +22,11 @@ from convert.extras import import_torch
 
 WEIGHTS = "model.safetensors"
 
-_FOLDER_FORMS = (  # the files that a folder is opened by, in order of preference
-    "model.safetensors.index.json",
+_FOLDER_FORMS = (  # the files that a folder is opened by, in transformers' order
     WEIGHTS,
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _SAFETENSORS_DTYPES = {
@@ -112,7 +112,7 @@ def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
 def _find_weights(folder: Path) -> Path | None:
     """The file that an HF folder is opened by; None if there is none."""
     for name in _FOLDER_FORMS:
-        if (folder / name).exists():
+        if (folder / name).is_file():
             return folder / name
     files = sorted(folder.glob("*.safetensors"))
     return files[0] if len(files) == 1 else None
@@ -186,7 +186,14 @@ def _open_sharded(index: Path) -> Checkpoint:
             "expected an object with a file name for each tensor"
         )
     shards = {name: _open_file(index.parent / name) for name in sorted(set(weight_map.values()))}
-    found = {key: name for name, shard in shards.items() for key in shard.infos}
+    found: dict[str, str] = {}
+    for name, shard in shards.items():
+        if twice := sorted(found.keys() & shard.infos.keys()):
+            raise ValueError(
+                f"{index.parent / name} and {index.parent / found[twice[0]]} both hold {twice[0]}: "
+                "save the model anew, or leave one of them out of the index"
+            )
+        found |= dict.fromkeys(shard.infos, name)
     wrong = sorted(
         key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)
     )
