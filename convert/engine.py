@@ -41,7 +41,7 @@ def plan_to_flax(
     """
     prefix = table.prefix_of(tensors)
     title = f"{table.name}: the checkpoint does not fit the config: {_ADVICE}"
-    raise_any(title, misfits.foreign_names(table, tensors))
+    raise_any(title, misfits.adapter_weights(tensors) or misfits.foreign_names(table, tensors))
     leaves, problems = _match(table, prefix, target)
     owner = by_key(leaves)
     copies = {

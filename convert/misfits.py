@@ -7,6 +7,19 @@ from convert.checkpoint import DTYPES, TensorInfo
 from convert.errors import Problem
 from convert.plan import LeafPlan, ShapeDtype
 from convert.rules import Table
+from convert.tables import ADAPTERS
+
+
+def adapter_weights(keys: Iterable[str]) -> list[Problem]:
+    """The problem of LoRA weights and the like, which are not in the model's own weights."""
+    found = [key for key in keys if any(part in f".{key}" for part in ADAPTERS)]
+    if not found:
+        return []
+    text = (
+        f"and {len(found) - 1} others are weights of an adapter (LoRA): merge them into the model, "
+        "with PEFT's `model.merge_and_unload()`, and save that"
+    )
+    return [Problem("adapter", min(found), text)]
 
 
 def foreign_names(table: Table, keys: Iterable[str]) -> list[Problem]:
@@ -17,8 +30,11 @@ def foreign_names(table: Table, keys: Iterable[str]) -> list[Problem]:
     expected = " or ".join(repr(prefix) for prefix in table.prefixes)
     for key in sorted(keys):
         parts = key.split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts))]
+        if any(ignore.matches(end) for ignore in table.ignore for end in ends):
+            continue  # a decoder must not be renamed to an encoder
         for i in range(1, len(parts)):
-            if table.num_known([".".join(parts[i:])], ""):
+            if table.num_known([ends[i]], ""):
                 found = ".".join(parts[:i]) + "."
                 return [Problem("prefix", found, f"expected {expected}: rename the tensors")]
     found = f", only others such as {min(keys)!r}" if keys else ": it is empty"
@@ -52,12 +68,20 @@ def misfitting_shapes(
 def unexpected_tensor(table: Table, prefix: str, key: str, info: TensorInfo) -> Problem:
     """The problem of a tensor that the model has no place for."""
     bare = key.removeprefix(prefix)
-    has_rule = any(rule.layer_of(key if rule.at_root else bare) is not None for rule in table.rules)
-    reason = (
-        "the config has no place for it"
-        if has_rule
-        else f"is not part of a {table.name}; `to-flax --ignore '{key}'` leaves it out"
-    )
+    parts = {rule.torch.partition(".")[0] for rule in table.rules}
+    if any(rule.layer_of(key if rule.at_root else bare) is not None for rule in table.rules):
+        reason = "the config has no place for it"
+        if not key.startswith(prefix):
+            reason = f"does not begin with {prefix!r}, as others do"
+    elif any(table.num_known([key], other) for other in table.prefixes):
+        reason = f"does not begin with {prefix!r}, as others do"
+    elif bare.partition(".")[0] in parts:
+        reason = f"is not in our {table.name}, which would compute something else without it"
+    else:
+        reason = (
+            f"is not part of a {table.name}; if that computes the same without it, "
+            f"`to-flax --ignore '{key}'` leaves it out"
+        )
     return Problem("unexpected", key, f"{list(info.shape)} {reason}")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from convert import hf_config, tables
+from convert import hf_config, misfits, tables
 from convert.checkpoint import TensorInfo
-from convert.errors import ConversionError, Problem
+from convert.errors import ConversionError, Problem, raise_any
 from convert.infer import infer_projector
 from convert.rules import Table
 from convert.stored import StoredModel
@@ -81,6 +81,8 @@ def detect(stored: StoredModel) -> ModelKind:
     Raises:
       ConversionError: if it is none of `KINDS`.
     """
+    title = f"{stored.path} is not a model that can be converted"
+    raise_any(title, misfits.adapter_weights(stored.checkpoint.infos))
     known = ", ".join(f"{kind.name} ({' or '.join(kind.model_types)})" for kind in KINDS)
     if stored.config_text is not None:
         model_type = json.loads(stored.config_text).get("model_type")
@@ -93,7 +95,7 @@ def detect(stored: StoredModel) -> ModelKind:
         text = f"of the {len(keys)} tensors fit no single model, supported: {known}"
         problem = Problem("unknown", "names", text)
     if len(found) != 1:
-        raise ConversionError(f"{stored.path} is not a model that can be converted", [problem])
+        raise ConversionError(title, [problem])
     return found[0]
 
 

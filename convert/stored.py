@@ -16,6 +16,7 @@ from convert.hf_config import (
     run_config_dict,
 )
 from convert.torch_files import has_weights, open_torch
+from convert.wrappers import without_wrappers
 from flax_projector.files import local_path
 from flax_projector.run_folder import STATE, RunFolder
 
@@ -90,7 +91,7 @@ def open_stored(path: str | Path, *, step: int | None = None) -> StoredModel:
             f"{config_file(path)} says that the weights are in {named} (transformers_weights): "
             f"pass {path}/{named}"
         )
-    return StoredModel(path, "torch", open_torch(path), text)
+    return StoredModel(path, "torch", without_wrappers(open_torch(path), str(path)), text)
 
 
 def has_steps(path: str | Path) -> bool:

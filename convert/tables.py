@@ -10,6 +10,20 @@ means one torch tensor for each layer; Flax stacks them on axis 0.
 
 from convert.rules import IDENTITY, Ignore, Rule, Table, Tied, permute, transpose
 
+WRAPPERS = {  # what a wrapper adds to the names of the module in it, at the start or further in
+    "_orig_mod.":                 "torch.compile",
+    "_fsdp_wrapped_module.":      "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "_forward_module.":           "Lightning",
+    "base_model.model.":          "PEFT",
+    "module.":                    "DistributedDataParallel, DataParallel or DeepSpeed",
+}
+
+ADAPTERS = (  # parts of the names of what is trained beside a frozen model, and must be merged into it
+    ".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".lora_magnitude_vector.",
+    ".base_layer.", ".hada_", ".lokr_", ".ia3_", ".modules_to_save.",
+)
+
 PROJECTOR = Table(
     name="projector",
     prefixes=("projector.", ""),

@@ -122,7 +122,7 @@ def without(names, infos):
         ),
         (
             lambda infos: infos | {"projector.gate.weight": infos["projector.input_proj.bias"]},
-            "unexpected  projector.gate.weight  [7] is not part of a projector; `to-flax --ignore",
+            "unexpected  projector.gate.weight  [7] is not part of a projector; if that comp",
         ),
         (
             lambda infos: (
@@ -166,7 +166,7 @@ def test_all_problems_are_reported_together_and_sorted() -> None:
         "  missing     projector.input_proj.bias    [7] -> input_proj/bias",
         "  missing     projector.layers.1.fc2.bias  [7] -> layers_1/fc2/bias",
         "  unexpected  projector.extra              [3, 2] is not part of a projector; "
-        "`to-flax --ignore 'projector.extra'` leaves it out",
+        "if that computes the same without it, `to-flax --ignore 'projector.extra'` leaves it out",
     ]
 
 
