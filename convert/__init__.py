@@ -10,6 +10,7 @@ each of which imports only what stands above it:
   rules            what a mapping consists of: names, and transforms that move elements
   tables           the mapping of each model, one row per kind of tensor
   checkpoint       named tensors that are read one at a time
+  bounds           refuses numbers and texts that would grow beyond any memory
   wrappers         takes what wrappers add out of the names of tensors
   plan             which torch tensors belong to which Flax leaf
   misfits          finds what is missing, unexpected or of another shape

@@ -336,7 +336,7 @@ def _fill_hf(folder: Path, tensors: Checkpoint, text: str) -> None:
 
 def _plan(stored: StoredModel, kind: ModelKind, config: Any, prefix: str | None = None) -> Plan:
     """The conversion to the other framework; `prefix` is that of the torch keys to be written."""
-    infos, target = stored.checkpoint.infos, kind.leaves(config)
+    infos, target = stored.checkpoint.infos, kind.leaves_for(config, stored)
     if stored.side == "torch":
         return engine.plan_to_flax(kind.table, infos, target)
     return engine.plan_to_torch(kind.table, infos, target, prefix=prefix)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import engine
+from convert.bounds import check_sizes
 from convert.checkpoint import Checkpoint, TensorInfo
 from convert.extras import import_torch
 from convert.hf_config import Json
@@ -118,6 +119,7 @@ def compare(a: StoredModel, b: StoredModel, given: Json) -> Comparison:
 def _torch_side(kind: ModelKind, stored: StoredModel, config: Any) -> Checkpoint:
     """Tensors by torch key without prefix, and without those that the table ignores."""
     infos, read = stored.checkpoint.infos, stored.checkpoint.read
+    check_sizes(config, infos, str(stored.path))
     if stored.side == "flax":
         plan = engine.plan_to_torch(kind.table, infos, kind.leaves(config), prefix="")
         return engine.as_torch(plan, stored.checkpoint)

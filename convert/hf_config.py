@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from convert.bounds import parse_json, too_large
 from convert.errors import ConversionError, Problem, raise_any
 from flax_projector.config import (
     TINY_AUDIO_USER,
@@ -120,7 +121,7 @@ def parse_llama(data: Json, where: str = CONFIG) -> LlamaConfig:
     `rope_theta` and `rope_scaling`. Absent fields get the defaults of transformers.
     """
     title = _title(LlamaConfig, where)
-    raise_any(title, _wrong_types(data, _LLAMA_TYPES))
+    raise_any(title, _wrong_types(data, _LLAMA_TYPES) + too_large(LlamaConfig, data))
     family = data.get("model_type", "")
     flat: dict[str, Any] = {
         "tie_word_embeddings": False,
@@ -291,7 +292,7 @@ def read_config_text(path: str | Path) -> str:
         raise ValueError(f"{file} does not exist")
     try:
         text = file.read_text("utf-8")
-        is_object = isinstance(json.loads(text), dict)
+        is_object = isinstance(parse_json(text), dict)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not is_object:
@@ -359,7 +360,8 @@ def _parse(
     }
     raise_any(
         _title(cls, where),
-        [Problem("missing", name, "is not in the file") for name in missing]
+        too_large(cls, data)
+        + [Problem("missing", name, "is not in the file") for name in missing]
         + [Problem("missing", name, "is null") for name in null]
         + [
             Problem("unsupported", name, f"= {data[name]!r}, supported: {_listed(rule.values)}")
@@ -372,7 +374,7 @@ def _parse(
 def _make(cls: type[_Made], values: Json, where: str) -> _Made:
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from convert import hf_config, misfits, tables
+from convert.bounds import check_sizes
 from convert.checkpoint import TensorInfo
 from convert.errors import ConversionError, Problem, raise_any
 from convert.infer import infer_projector
@@ -53,6 +54,15 @@ class ModelKind:
     def parse_text(self, text: str, where: str) -> Any:
         """The dataclass of the text of a config.json."""
         return self.parse_config(json.loads(text), where)
+
+    def leaves_for(self, config: Any, stored: StoredModel) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every leaf of the model, by flax path, unless its sizes are beyond the checkpoint's.
+
+        Raises:
+          ConversionError: naming the sizes that are.
+        """
+        check_sizes(config, stored.checkpoint.infos, str(stored.path))
+        return self.leaves(config)
 
     def leaves(self, config: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Every leaf of the model, by flax path."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from convert.bounds import parse_json
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
 from convert.extras import import_torch
 
@@ -177,7 +178,7 @@ def _header(path: Path, key: str, entry: Mapping[str, Any]) -> TensorInfo:
 
 def _open_sharded(index: Path) -> Checkpoint:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map: dict[str, str] = parse_json(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not the index of a checkpoint: {error!r}") from error
     if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
@@ -198,7 +199,8 @@ def _open_sharded(index: Path) -> Checkpoint:
         key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)
     )
     if wrong:
-        raise ValueError(f"{index} and its files disagree about {', '.join(wrong)}")
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(f"{index} and its files disagree about {', '.join(wrong[:20])}{more}")
     infos = {key: shards[name].infos[key] for key, name in weight_map.items()}
     files = frozenset({index}).union(*(shard.files for shard in shards.values()))
     return Checkpoint(infos, lambda key: shards[weight_map[key]].read(key), files)
