@@ -23,6 +23,10 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+CASTABLE = (*DTYPES.values(), np.dtype(np.float64))
+"""What `cast` casts. Integers and float8 are useless without their scales, which are elsewhere, and
+complex numbers without their imaginary part."""
+
 _Result = TypeVar("_Result")
 
 
@@ -58,12 +62,17 @@ class Checkpoint:
         return sum(info.nbytes for info in self.infos.values())
 
     def cast(self, dtype: np.dtype) -> "Checkpoint":
-        """The same tensors, converted to `dtype` when they are read.
+        """The same tensors, converted to `dtype` when they are read, if they are `CASTABLE`.
 
         Reading raises a ValueError if a finite value becomes infinite.
         """
-        infos = {name: TensorInfo(info.shape, dtype) for name, info in self.infos.items()}
-        return replace(self, infos=infos, read=lambda name: _cast(name, self.read(name), dtype))
+        infos = {
+            name: TensorInfo(info.shape, dtype) if info.dtype in CASTABLE else info
+            for name, info in self.infos.items()
+        }
+        return replace(
+            self, infos=infos, read=lambda name: _cast(name, self.read(name), infos[name].dtype)
+        )
 
     def only(self, names: Collection[str]) -> "Checkpoint":
         """Only the tensors with these names."""

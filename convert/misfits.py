@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from convert.checkpoint import DTYPES, TensorInfo
+from convert.checkpoint import CASTABLE, DTYPES, TensorInfo
 from convert.errors import Problem
 from convert.plan import LeafPlan, ShapeDtype
 from convert.rules import Table
@@ -112,8 +112,14 @@ def mixed_dtypes(leaf: LeafPlan, infos: Mapping[str, TensorInfo]) -> list[Proble
 def unsupported_dtypes(infos: Mapping[str, TensorInfo]) -> list[Problem]:
     """Tensors of a dtype that the converter does not write."""
     supported = ", ".join(sorted(DTYPES))
+    casts = "choose one with --dtype"
+    stays = "it cannot be cast without loss or scales, so save the model in one of these"
     return [
-        Problem("dtype", name, f"{info.dtype} is not one of {supported}: choose one with --dtype")
+        Problem(
+            "dtype",
+            name,
+            f"{info.dtype} is not one of {supported}: {casts if info.dtype in CASTABLE else stays}",
+        )
         for name, info in infos.items()
         if info.dtype not in DTYPES.values()
     ]

@@ -285,3 +285,16 @@ def test_only_the_forward_pass_catches_swapped_rows_of_equal_shape() -> None:
     np.testing.assert_allclose(project(PROJECTOR.table), expected, rtol=1e-5, atol=1e-5)
     wrong = swapped(PROJECTOR.table, "layers.{i}.fc1.weight", "layers.{i}.fc2.weight")
     assert np.abs(project(wrong) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn", "float8_e5m2", "int8", "bool"])
+def test_a_cast_that_would_lose_more_than_digits_is_refused(dtype) -> None:
+    """An imaginary part, or the scales that belong to the numbers."""
+    _, infos = make_checkpoint(PROJECTOR, CONFIGS[PROJECTOR])
+    odd = {**infos, "projector.ln_input.weight": TensorInfo((7,), np.dtype(dtype))}
+    zeros = {key: np.zeros(*info) for key, info in odd.items()}
+    cast = in_memory(zeros).cast(DTYPES["float16"])
+    assert cast.read("projector.ln_input.weight").dtype == dtype
+    assert cast.read("projector.input_proj.bias").dtype == np.float16
+    with pytest.raises(ConversionError, match=f"{dtype} is not one of .*: it cannot be cast"):
+        plan(PROJECTOR, CONFIGS[PROJECTOR], cast.infos)
