@@ -181,6 +181,7 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     encoder_folder, llm_folder = resolve_model(config.encoder), resolve_model(config.llm)
     whisper = WHISPER_ENCODER.read_config(encoder_folder)
     llama = LLAMA.read_config(llm_folder)
+    prompt = load_prompt(config, llm_folder)  # before the towers, which take their time
     dtype = jnp.dtype(config.dtype)
     model = make_speech_llm(
         whisper,
@@ -196,7 +197,6 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
     llm_params = load_tower(
         LLAMA, llm_folder, abstract_decoder(llama, param_dtype=dtype, mesh=mesh)
     )
-    prompt = load_prompt(config, llm_folder)
     with use_mesh(mesh):
         prefix = encode_prefix(model, llm_params, prompt.before_audio, mesh)
     return LoadedModel(
