@@ -164,10 +164,16 @@ def _mix(samples: np.ndarray) -> np.ndarray:
     num_channels = samples.shape[1]
     if num_channels == 1 or not len(samples):
         return samples[:, 0]
-    mono, levels = samples.mean(axis=1), samples.std(axis=0)
-    if mono.std() < _CANCELLED * levels.max() / num_channels:
-        return samples[:, levels.argmax()]
+    mono = samples.mean(axis=1)
+    energies = np.einsum("nc,nc->c", samples, samples)
+    if mono @ mono < (_CANCELLED / num_channels) ** 2 * energies.max():
+        return samples[:, energies.argmax()]
     return mono
+
+
+def _peak(samples: np.ndarray) -> float:
+    """The largest magnitude; not finite if a sample is not. Makes no copy."""
+    return float(np.maximum(samples.max(initial=0.0), -samples.min(initial=0.0)))
 
 
 def find_doubt(audio: Audio, samples: np.ndarray) -> BadAudio | None:
@@ -177,14 +183,13 @@ def find_doubt(audio: Audio, samples: np.ndarray) -> BadAudio | None:
       audio: the clip, for the message.
       samples: f32[N] as `load_audio` gives them.
     """
-    loud = np.abs(samples)
-    if loud.max() > _LOUD_PEAK:
-        detail = f"{audio} has a sample of {loud.max():g}; full scale is 1"
-        return BadAudio(Problem.TOO_LOUD, detail)
+    peak = _peak(samples)
+    if peak > _LOUD_PEAK:
+        return BadAudio(Problem.TOO_LOUD, f"{audio} has a sample of {peak:g}; full scale is 1")
     level = samples.std()
     if level < _SILENT_LEVEL:
         return BadAudio(Problem.SILENT, f"{audio} is silent: its level is {level:.1g}")
-    clipped = np.mean(loud >= _CLIPPED_LEVEL)
+    clipped = np.mean(np.abs(samples) >= _CLIPPED_LEVEL) if peak >= _CLIPPED_LEVEL else 0.0
     if clipped > _CLIPPED_SHARE:
         detail = f"{audio} is clipped: {100 * clipped:.0f}% of its samples are at full scale"
         return BadAudio(Problem.CLIPPED, detail)
@@ -261,9 +266,9 @@ def load_audio(
             f"{audio}: its end is missing: it ends after {(start + len(samples)) / rate:.2f} s of "
             f"{num_samples / rate:.2f} s",
         )
-    if not np.isfinite(samples).all():
+    peak = _peak(samples)
+    if not np.isfinite(peak):
         raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
-    peak = np.abs(samples).max(initial=0.0)
     if peak > _IMPOSSIBLE_PEAK:
         raise BadAudio(
             Problem.IMPOSSIBLE,
