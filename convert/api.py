@@ -1,6 +1,5 @@
 """The public functions: the commands, and loading a projector."""
 
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +14,7 @@ from convert.checkpoint import DTYPES, Checkpoint, TensorInfo
 from convert.compare import Comparison, compare
 from convert.extras import import_torch
 from convert.flax_files import FLAX_NAMES, fill_flax
-from convert.hf_config import CONFIG, architecture, rendered_prompt, with_dtype
+from convert.hf_config import CONFIG, architecture, rendered_prompt, training, with_dtype
 from convert.load import resolve_model
 from convert.models import PROJECTOR, ModelKind, config_text_of, detect
 from convert.paths import replacing
@@ -373,7 +372,7 @@ def _warn_of_epsilon(config: Any) -> None:
 
 def _warn_of_training(text: str) -> None:
     """Warns of what tiny-audio does otherwise: it would ask the LLM in other words, or more."""
-    if json.loads(text).get("audio_tokens") == "clip":
+    if training(text).get("data.audio_tokens") == "clip":
         _log.warning(
             "WARNING: this projector was trained with the audio tokens of the clip alone "
             "(--data.audio-tokens clip), but tiny-audio's LLM reads those of the whole 30 s: many "

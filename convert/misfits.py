@@ -70,11 +70,10 @@ def unexpected_tensor(table: Table, prefix: str, key: str, info: TensorInfo) -> 
     """The problem of a tensor that the model has no place for."""
     bare = key.removeprefix(prefix)
     parts = {rule.torch.partition(".")[0] for rule in table.rules}
-    if any(rule.layer_of(key if rule.at_root else bare) is not None for rule in table.rules):
+    has_rule = any(rule.layer_of(key if rule.at_root else bare) is not None for rule in table.rules)
+    if has_rule and key.startswith(prefix):
         reason = "the config has no place for it"
-        if not key.startswith(prefix):
-            reason = f"does not begin with {prefix!r}, as others do"
-    elif any(table.num_known([key], other) for other in table.prefixes):
+    elif has_rule or any(table.num_known([key], other) for other in table.prefixes):
         reason = f"does not begin with {prefix!r}, as others do"
     elif bare.partition(".")[0] in parts:
         reason = f"is not in our {table.name}, which would compute something else without it"

@@ -133,7 +133,8 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
       ValueError: if the run or the projector cannot be read.
     """
     folder, heard = RunFolder.of(config), {}
-    if folder.config.is_file():
+    has_run = folder.config.is_file()
+    if has_run:
         saved = folder.read_config()
         heard = {name: _get(saved, name) for name in _LEFT_OPEN}
     elif config.init_projector:
@@ -142,7 +143,7 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
         value, known = _get(config, name), heard.get(name)
         if value is None:
             config = _set(config, name, default if known is None else known)
-        elif known not in (None, value) and not folder.config.is_file():
+        elif known not in (None, value) and not has_run:
             log.warning(
                 "%s is %r, but %s was trained with %r",
                 option(name),

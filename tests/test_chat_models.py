@@ -22,7 +22,7 @@ from flax_projector.run import load_prompt, resolve_config
 from flax_projector.training.metrics import MetricsWriter
 from tests.chat import Reference, save_chat_tokenizer
 from tests.checkpoints import UPSTREAM
-from tests.tiny import LLM_DIM, final_params, randomize, read_losses, tiny_config
+from tests.tiny import final_params, read_losses, save_llm, tiny_config
 
 pytestmark = pytest.mark.torch
 
@@ -47,19 +47,7 @@ def llms(tmp_path_factory) -> dict[str, str]:
     folders = {}
     for family, (make_config, make_model, options) in FAMILIES.items():
         folder = save_chat_tokenizer(tmp_path_factory.mktemp(family), family)
-        config = make_config(
-            vocab_size=700,
-            hidden_size=LLM_DIM,
-            intermediate_size=56,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            **options,
-        )
-        randomize(make_model(config), 1).save_pretrained(folder)
+        save_llm(folder, make_config, make_model, vocab_size=700, pad_token_id=None, **options)
         folders[family] = str(folder)
     return folders
 

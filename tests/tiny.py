@@ -80,6 +80,21 @@ def randomize(module: Any, seed: int) -> Any:
     return module
 
 
+def save_llm(folder: Path, make_config: Any, make_model: Any, **options: Any) -> None:
+    """Writes a random LLM as an HF folder, without a tokenizer."""
+    config = make_config(
+        hidden_size=LLM_DIM,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        **options,
+    )
+    randomize(make_model(config), 1).save_pretrained(folder)
+
+
 def make_towers(folder: Path) -> dict[str, str]:
     """HF folders: {"encoder": ..., "llm": ...}."""
     whisper = WhisperConfig(
@@ -97,20 +112,10 @@ def make_towers(folder: Path) -> dict[str, str]:
         decoder_start_token_id=1,
     )
     tokenizer = make_tokenizer()
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=LLM_DIM,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     paths = {"encoder": folder / "whisper", "llm": folder / "llama"}
     randomize(WhisperModel(whisper), 0).save_pretrained(paths["encoder"])
-    randomize(LlamaForCausalLM(llama), 1).save_pretrained(paths["llm"])
+    options = {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    save_llm(paths["llm"], LlamaConfig, LlamaForCausalLM, **options)
     tokenizer.save_pretrained(paths["llm"])
     return {name: str(path) for name, path in paths.items()}
 
