@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.data.audio import BadAudio, Problem, find_doubt, load_audio, read_duration
+from flax_projector.data.audio import (
+    BadAudio,
+    Problem,
+    check_samples,
+    load_audio,
+    read_duration,
+)
 
 FORMATS = ["wav", "flac", "ogg", "mp3"]
 
@@ -85,10 +91,6 @@ def test_a_url_gives_the_samples_of_the_file(tmp_path, suffix, offset):
         (None, {}, Problem.MISSING_FILE, "x.wav does not exist"),
         (b"not audio", {}, Problem.UNDECODABLE, "x.wav is not a readable audio file"),
         (b"", {}, Problem.UNDECODABLE, "x.wav is not a readable audio file"),
-        (np.array([0.1, np.nan] * 800), {}, Problem.NOT_FINITE, "not finite"),
-        (np.array([0.1, np.inf] * 800), {}, Problem.NOT_FINITE, "not finite"),
-        (np.array([0.1, 16269.0] * 800), {}, Problem.IMPOSSIBLE, "a sample of 16269; full scale"),
-        (np.array([0.1, -1e19] * 800), {}, Problem.IMPOSSIBLE, "a sample of 1e[+]19; full scale"),
         (np.zeros(0), {}, Problem.TOO_SHORT, "has 0 samples"),
         (np.zeros(319), {}, Problem.TOO_SHORT, "319 samples at 16 kHz; an encoder frame takes 320"),
         (
@@ -175,10 +177,33 @@ def test_other_channels_are_averaged(tmp_path, others, expected):
     ],
 )
 def test_what_may_be_no_speech_is_doubtful(samples, problem, message):
-    doubt = find_doubt("x.wav", samples.astype(np.float32))
+    doubt = check_samples("x.wav", samples.astype(np.float32))
     assert (doubt and doubt.problem) == problem
     if doubt:
         assert re.search(message, str(doubt))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem", "message"),
+    [
+        (np.nan, Problem.NOT_FINITE, "x.wav has samples that are not finite"),
+        (np.inf, Problem.NOT_FINITE, "x.wav has samples that are not finite"),
+        (-np.inf, Problem.NOT_FINITE, "x.wav has samples that are not finite"),
+        (16_269.0, Problem.IMPOSSIBLE, r"x.wav has a sample of .*; full scale is 1"),
+        (-1e19, Problem.IMPOSSIBLE, r"x.wav has a sample of .*e[+]1.; full scale is 1"),
+    ],
+)
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+@pytest.mark.parametrize("channels", [(1,), (1, 0), (0, 1), (1, -1), (1, 1, 1)])
+def test_what_is_no_speech_cannot_be_used(tmp_path, value, problem, message, rate, channels):
+    mono = tone(rate)
+    mono[5000:5100] = value
+    with np.errstate(invalid="ignore"):  # 0 * inf
+        samples = mono[:, None] * channels
+    soundfile.write(tmp_path / "x.wav", samples, rate, subtype="FLOAT")
+    with pytest.raises(BadAudio, match=message) as caught:
+        check_samples("x.wav", load_audio(tmp_path / "x.wav"))
+    assert caught.value.problem == problem
 
 
 def test_a_clip_that_cannot_be_fetched_does_not_end_the_run():

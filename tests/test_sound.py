@@ -20,17 +20,18 @@ def make_speech() -> np.ndarray:
     return np.concatenate([scale * rng.uniform(-1, 1, RATE) for scale in (1e-4, 0.5)])
 
 
-def encode(suffix: str, subtype: str | None = None) -> bytes:
+def encode(suffix: str, subtype: str | None = None, endian: str | None = None) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, make_speech(), RATE, format=suffix, subtype=subtype)
+    soundfile.write(file, make_speech(), RATE, format=suffix, subtype=subtype, endian=endian)
     return file.getvalue()
 
 
-def with_wav_size(size: int, *, behind: bytes = b"") -> bytes:
+def with_wav_size(size: int, *, behind: bytes = b"", endian: str = "LITTLE") -> bytes:
     """A wav file whose header states another size of its samples."""
-    data = encode("wav")
+    data = encode("wav", endian=endian)
     at = data.index(b"data") + 4
-    return data[:at] + size.to_bytes(4, "little") + data[at + 4 :] + behind
+    order = "big" if endian == "BIG" else "little"
+    return data[:at] + size.to_bytes(4, order) + data[at + 4 :] + behind
 
 
 def without_length(flac: bytes) -> bytes:
@@ -64,9 +65,12 @@ MP3_DELAY = 0.13  # seconds that an encoder adds, which the tag says to drop; an
         (lambda: with_wav_size(0xFFFFFFFF), 2, 0),
         (lambda: with_wav_size(0x80000000), 2, 0),
         (lambda: with_wav_size(0x7FFFF000), 2, 0),
+        (lambda: with_wav_size(100, endian="BIG"), 2, 0),
         # These are right.
         (lambda: with_wav_size(4 * RATE, behind=b"LIST" + bytes([4, 0, 0, 0]) + b"INFO"), 2, 0),
         (lambda: with_wav_size(4 * RATE, behind=bytes(20_000)), 2, 0),
+        (lambda: encode("wav", endian="BIG"), 2, 0),
+        (lambda: encode("rf64"), 2, 0),
         (lambda: encode("mp3") + b"TAG" + 125 * b" ", 2, 0),
         (lambda: encode("ogg") + bytes(500), 2, 0),
     ],
@@ -96,10 +100,13 @@ def test_the_length_of_a_file_is_that_of_its_samples(tmp_path, make, secs, toler
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.9])
-@pytest.mark.parametrize("suffix", ["wav", "aiff", "au", "w64", "flac", "ogg", "opus", "mp3"])
+@pytest.mark.parametrize(
+    "suffix", ["wav", "rifx", "wavex", "rf64", "aiff", "au", "w64", "flac", "ogg", "opus", "mp3"]
+)
 def test_a_file_whose_end_is_missing_is_not_used(tmp_path, suffix, rate):
     path = tmp_path / "x.bin"
-    data = encode("ogg", "OPUS") if suffix == "opus" else encode(suffix)
+    unusual = {"opus": ("ogg", "OPUS"), "rifx": ("wav", None, "BIG")}
+    data = encode(*unusual.get(suffix, (suffix,)))
     path.write_bytes(data[: round(rate * len(data))])
     with pytest.raises(BadAudio) as caught:
         load_audio(path)

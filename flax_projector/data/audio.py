@@ -164,35 +164,48 @@ def _mix(samples: np.ndarray) -> np.ndarray:
     num_channels = samples.shape[1]
     if num_channels == 1 or not len(samples):
         return samples[:, 0]
-    mono = samples.mean(axis=1)
-    energies = np.einsum("nc,nc->c", samples, samples)
-    if mono @ mono < (_CANCELLED / num_channels) ** 2 * energies.max():
-        return samples[:, energies.argmax()]
+    channels = np.ascontiguousarray(samples.T)  # NumPy is ten times faster along the long axis
+    with np.errstate(invalid="ignore"):  # infinite samples: `check_samples` refuses the result
+        mono = channels.mean(axis=0)
+    energies = np.einsum("cn,cn->c", channels, channels)
+    if np.einsum("n,n", mono, mono) < (_CANCELLED / num_channels) ** 2 * energies.max():
+        return channels[energies.argmax()]
     return mono
 
 
-def _peak(samples: np.ndarray) -> float:
-    """The largest magnitude; not finite if a sample is not. Makes no copy."""
-    return float(np.maximum(samples.max(initial=0.0), -samples.min(initial=0.0)))
-
-
-def find_doubt(audio: Audio, samples: np.ndarray) -> BadAudio | None:
-    """Why a clip may be no speech, though it can be used: it is silent, too loud or clipped.
+def check_samples(audio: Audio, samples: np.ndarray) -> BadAudio | None:
+    """Checks that a clip can be speech; takes one pass over the samples of most clips.
 
     Args:
       audio: the clip, for the message.
       samples: f32[N] as `load_audio` gives them.
+
+    Returns:
+      Why it may be no speech, though it can be used: it is silent, too loud or clipped.
+
+    Raises:
+      BadAudio: if samples are not finite or far beyond full scale.
     """
-    peak = _peak(samples)
+    peak = float(np.maximum(samples.max(), -samples.min()))  # not finite if a sample is not
+    if not np.isfinite(peak):
+        raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
+    if peak > _IMPOSSIBLE_PEAK:
+        raise BadAudio(
+            Problem.IMPOSSIBLE,
+            f"{audio} has a sample of {peak:g}; full scale is 1: were integers written as floats?",
+        )
     if peak > _LOUD_PEAK:
         return BadAudio(Problem.TOO_LOUD, f"{audio} has a sample of {peak:g}; full scale is 1")
-    level = samples.std()
-    if level < _SILENT_LEVEL:
+    # The level of a sixteenth of the samples is at most four times that of all.
+    if samples[::16].std() < 4 * _SILENT_LEVEL and (level := samples.std()) < _SILENT_LEVEL:
         return BadAudio(Problem.SILENT, f"{audio} is silent: its level is {level:.1g}")
-    clipped = np.mean(np.abs(samples) >= _CLIPPED_LEVEL) if peak >= _CLIPPED_LEVEL else 0.0
-    if clipped > _CLIPPED_SHARE:
-        detail = f"{audio} is clipped: {100 * clipped:.0f}% of its samples are at full scale"
-        return BadAudio(Problem.CLIPPED, detail)
+    if peak >= _CLIPPED_LEVEL:
+        clipped = np.count_nonzero(samples >= _CLIPPED_LEVEL)
+        clipped += np.count_nonzero(samples <= -_CLIPPED_LEVEL)
+        if clipped > _CLIPPED_SHARE * len(samples):
+            percent = 100 * clipped / len(samples)
+            detail = f"{audio} is clipped: {percent:.0f}% of its samples are at full scale"
+            return BadAudio(Problem.CLIPPED, detail)
     return None
 
 
@@ -244,9 +257,8 @@ def load_audio(
       f32[N].
 
     Raises:
-      BadAudio: if the clip is missing, cannot be read or decoded, lacks its end, has samples that
-        are not finite or far beyond full scale, is shorter than an encoder frame, or does not have
-        the stated duration.
+      BadAudio: if the clip is missing, cannot be read or decoded, lacks its end, is shorter than an
+        encoder frame, or does not have the stated duration.
     """
     end = None if offset is None or duration is None else offset + duration
     with _open_clip(audio, whole=offset is None, end_secs=end) as sound:
@@ -265,14 +277,6 @@ def load_audio(
             Problem.INCOMPLETE,
             f"{audio}: its end is missing: it ends after {(start + len(samples)) / rate:.2f} s of "
             f"{num_samples / rate:.2f} s",
-        )
-    peak = _peak(samples)
-    if not np.isfinite(peak):
-        raise BadAudio(Problem.NOT_FINITE, f"{audio} has samples that are not finite")
-    if peak > _IMPOSSIBLE_PEAK:
-        raise BadAudio(
-            Problem.IMPOSSIBLE,
-            f"{audio} has a sample of {peak:g}; full scale is 1: were integers written as floats?",
         )
     mono = _mix(samples)
     if rate != SAMPLE_RATE:

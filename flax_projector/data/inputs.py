@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from flax_projector.batch import Bucket
-from flax_projector.data.audio import BadAudio, Problem, find_doubt, load_audio
+from flax_projector.data.audio import BadAudio, Problem, check_samples, load_audio
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
@@ -71,7 +71,7 @@ class Waveforms:
             secs = len(samples) / SAMPLE_RATE
             text = f"{row.audio} lasts {secs:.2f} s, more than its bucket holds"
             raise BadAudio(Problem.WRONG_DURATION, text)
-        return Clip(samples, num_frames, find_doubt(row.audio, samples))
+        return Clip(samples, num_frames, check_samples(row.audio, samples))
 
 
 def bad_row(utterance: Utterance, error: BadAudio) -> BadRow:

@@ -25,8 +25,8 @@ DURATION_TOLERANCE_SECS = 0.05
 _UNKNOWN_SIZE = 0x7FFFF000  # programs that write to pipes state this size in bytes, or more
 _UNKNOWN_LENGTH = 2**62  # libsndfile's number of samples for "no length" is above it
 _BLOCK = 1 << 16
-# What libsndfile logs about wav, au, aiff and w64 files that are shorter than they state.
-_SIZES = re.compile(r"^\s*(?:data|Data Size|SSND|riff)\s*: (\d+) \(should be (\d+)\)", re.M)
+# What libsndfile logs about au, aiff, w64 and rf64 files that are shorter than they state.
+_SIZES = re.compile(r"^\s*(?:Data Size|SSND|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.M)
 _MP3_TAGS = 4096  # bytes of tags behind the samples that do not make the file's size wrong
 _FIRST_PAGE = re.compile(rb"OggS\0[\2\6]")
 
@@ -103,13 +103,19 @@ def _distrusted(sound: soundfile.SoundFile, file: BinaryFile) -> list[bytes]:
         return _whole_ogg(file.read())
     if sound.format == "MP3":
         return _whole_mp3(file)
-    for stated, found in (map(int, sizes) for sizes in _SIZES.findall(sound.extra_info)):
-        missing_secs = (stated - found) / max(found, 1) * sound.frames / sound.samplerate
-        if stated < _UNKNOWN_SIZE and missing_secs > DURATION_TOLERANCE_SECS:
-            raise EndMissing(f"its end is missing: it has {found} of {stated} bytes")
     if sound.format in ("WAV", "WAVEX"):
-        return _whole_wav(file)
+        return _whole_wav(sound, file)
+    if sound.format != "FLAC":  # its decoder finds a missing end itself
+        for stated, found in _SIZES.findall(sound.extra_info):
+            _check_end(sound, stated=int(stated), found=int(found))
     return [file.read()] if sound.frames >= _UNKNOWN_LENGTH else []
+
+
+def _check_end(sound: soundfile.SoundFile, *, stated: int, found: int) -> None:
+    """Checks the number of bytes that a header states against those that there are."""
+    missing_secs = (stated - found) / max(found, 1) * sound.frames / sound.samplerate
+    if stated < _UNKNOWN_SIZE and missing_secs > DURATION_TOLERANCE_SECS:
+        raise EndMissing(f"its end is missing: it has {found} of {stated} bytes")
 
 
 def _whole_ogg(data: bytes) -> list[bytes]:
@@ -125,15 +131,17 @@ def _whole_ogg(data: bytes) -> list[bytes]:
     return [data[a:b] for a, b in zip(starts, ends, strict=True)] if len(starts) > 1 else []
 
 
-def _whole_wav(file: BinaryFile) -> list[bytes]:
+def _whole_wav(sound: soundfile.SoundFile, file: BinaryFile) -> list[bytes]:
     """A wav file with the size of its samples corrected, if what is behind them are samples too."""
     size = file.seek(0, os.SEEK_END)
+    order = "big" if sound.endian == "BIG" else "little"
     position, samples = 12, 0  # after RIFF, size, WAVE
     while position + 8 <= size:
         file.seek(position)
-        name, length = file.read(4), int.from_bytes(file.read(4), "little")
+        name, length = file.read(4), int.from_bytes(file.read(4), order)
         if name == b"data" and not samples:
             samples = position + 8
+            _check_end(sound, stated=length, found=size - samples)
         elif samples and not (name.isascii() and name.decode().isprintable()):
             break
         position += 8 + length + length % 2
@@ -145,7 +153,7 @@ def _whole_wav(file: BinaryFile) -> list[bytes]:
         return []
     file.seek(0)
     header = file.read(samples - 4)
-    return [header + len(behind).to_bytes(4, "little") + behind]
+    return [header + len(behind).to_bytes(4, order) + behind]
 
 
 def _whole_mp3(file: BinaryFile) -> list[bytes]:
