@@ -16,9 +16,10 @@ import pytest
 import soundfile
 
 from flax_projector.config import DataConfig
-from flax_projector.data import hf_data
+from flax_projector.data import hf_data, hf_source
 from flax_projector.data.audio import Problem, load_audio
-from flax_projector.data.hf_data import HFSource, parse_hf_source, read_hf
+from flax_projector.data.hf_data import read_hf
+from flax_projector.data.hf_source import HFSource, parse_hf_source
 
 COLUMNS = ":audio=sound:text=said"
 
@@ -122,7 +123,7 @@ def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
 def test_a_whole_stream_is_not_asked_for_again(folders, tmp_path, monkeypatch):
     source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
     whole = read_hf(source, stream_config(), kept)
-    monkeypatch.setattr(hf_data, "_open", lambda *args, **kwargs: pytest.fail("opened"))
+    monkeypatch.setattr(hf_data, "open_hf", lambda *args, **kwargs: pytest.fail("opened"))
     assert read_hf(source, stream_config(), kept) == whole
 
 
@@ -228,7 +229,10 @@ def test_what_cannot_be_opened_says_why(folders, tmp_path, streaming):
             "hf:no/such:train",
             "cannot be opened: .*\nName a data set on the hub, .* or a folder",
         ),
-        (f"hf:{folders['several']}:test{COLUMNS}", r"no split 'test' in \['train'\]"),
+        (
+            f"hf:{folders['several']}:test{COLUMNS}",
+            r"Unknown split \"test\". Should be one of \['train'\]",
+        ),
         (f"hf:{folders['parquet']}:test", "test"),
     ]:
         with pytest.raises(ValueError, match=r"(?s)" + message):
@@ -267,13 +271,13 @@ def test_without_datasets_the_error_names_the_extra(folders, tmp_path, monkeypat
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_datasets_is_left_as_it_was(folders, tmp_path, monkeypatch, streaming, split):
     """For this process, which may use it for other things: with torch, if it is installed."""
-    load, seen = hf_data._load, []
+    load, seen = hf_source._load, []
 
     def look(*args, **kwargs):
         seen.append((datasets.config.TORCH_AVAILABLE, datasets.Audio.encode_example))
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(hf_data, "_load", look)
+    monkeypatch.setattr(hf_source, "_load", look)
     before = datasets.config.TORCH_AVAILABLE, datasets.Audio.encode_example
     assert before[0], "the tests have torch"
     outcome = contextlib.nullcontext() if split == "train" else pytest.raises(ValueError)

@@ -85,12 +85,21 @@ class StoredClip(Protocol):
         """The encoded file, or its path."""
         ...
 
+    def stamp(self) -> list[int | str]:
+        """What changes when the clip does."""
+        ...
+
 
 Audio = str | Path | StoredClip
 
 
-def file_stamp(audio: Audio) -> list[int]:
-    """Size and time of a local file; empty for anything else, which is assumed not to change."""
+def file_stamp(audio: Audio) -> list[int | str]:
+    """What changes when a clip does: size and time of a local file, the version of a data set.
+
+    Empty for URLs, which are assumed not to change.
+    """
+    if isinstance(audio, StoredClip):
+        return audio.stamp()
     if isinstance(audio, str | Path) and not is_url(audio) and os.path.isfile(audio):
         stat = os.stat(audio)
         return [stat.st_size, stat.st_mtime_ns]

@@ -97,7 +97,7 @@ class Draft:
 class Durations:
     """Lengths of clips whose rows do not state them, kept from one start of a run to the next.
 
-    A local file that has changed is read again; anything else is assumed not to change.
+    A clip whose file or data set has changed is read again; URLs are assumed not to change.
     """
 
     def __init__(self, folder: Path | None, source: str):
@@ -105,11 +105,11 @@ class Durations:
 
         Args:
           folder: where they are kept; None keeps nothing.
-          source: name of the source, with whatever distinguishes its versions.
+          source: name of the source.
         """
         digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         self._path = folder / f"lengths-{digest}.json" if folder else None
-        self._known: dict[str, tuple[float, list[int]]] = {}
+        self._known: dict[str, tuple[float, list[int | str]]] = {}
         self._is_changed = False
         if self._path is not None and self._path.is_file():
             self._known = json.loads(self._path.read_text())

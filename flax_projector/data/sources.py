@@ -19,7 +19,8 @@ from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batch_plan import Utterance, prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.features import keep_features
-from flax_projector.data.hf_data import PREFIX, read_hf
+from flax_projector.data.hf_data import read_hf
+from flax_projector.data.hf_source import PREFIX
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
 from flax_projector.data.manifest import ManifestRow, read_manifest
 from flax_projector.data.manifest_text import missing_manifest
