@@ -1,6 +1,7 @@
 """From the names of sources to batches: what is checked before a run begins, and how sets start."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -75,33 +76,67 @@ def test_the_demo_without_its_speech_says_where_that_lies(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "sources",
+    "named",
     [
-        ("x/clips.jsonl", "y/clips.jsonl"),
-        ("clips.jsonl", "gs://bucket/clips.tsv"),
-        ("hf:owner/name:dev", "hf:owner-name:dev"),
-        ("speech/train.jsonl",),  # the name of the training set
+        {"dev": "x/dev.jsonl", "other": "x/other.jsonl"},
+        {"a-clean": "a/clean.jsonl", "b-clean": "b/clean.jsonl", "noisy": "a/noisy.jsonl"},
+        {"x-dev-clips": "/x/dev/clips.jsonl", "y-dev-clips": "/y/dev/clips.jsonl"},
+        {"clips": "clips.jsonl", "bucket-clips": "gs://bucket/clips.tsv"},
+        {"clips.jsonl": "x/clips.jsonl", "clips.tsv": "x/clips.tsv"},
+        {"x-Clips": "x/Clips.jsonl", "y-clips": "y/clips.jsonl"},  # one name on some systems
+        {
+            "clean.jsonl": "x/clean.jsonl",
+            "x-clean": "x-clean.jsonl",
+            "y-clean": "y/clean.jsonl",
+        },
+        {"x-train": "x/train.jsonl", "y-train": "y/train.jsonl"},
+        {
+            "owner-name-dev-14d4ae3e": "hf:owner/name:dev",
+            "owner-name-dev-546b20ff": "hf:owner-name:dev",
+        },
+        {"a-dev-10-a654400d": "hf:a:dev[:10]", "a-dev-10-7d659974": "hf:a:dev[:10%]"},
+        {"clean": "hf:clean", "b-clean": "b/clean.jsonl"},
+        {"gehört-词": "x/gehört 词.jsonl"},
     ],
 )
-def test_evaluation_sets_whose_names_clash_are_an_error(sources):
-    config = with_data(train=("hf:owner/name:train",), eval=sources)
-    message = re.escape(f"--data.eval {' '.join(sources)}: names must differ, and not be 'train'")
+def test_the_names_of_evaluation_sets_tell_them_apart(named):
+    """By the shortest part of their paths, whatever the order."""
+    sources = tuple(named.values())
+    assert eval_names(with_data(train=("a.jsonl",), eval=sources)) == named
+    assert eval_names(with_data(train=("a.jsonl",), eval=sources[::-1])) == named
+
+
+@pytest.mark.parametrize(
+    "path", ["a b\x1b[31m\n.jsonl", "???.jsonl", "...jsonl", "x" * 250 + ".jsonl", "\udcff.jsonl"]
+)
+def test_names_of_evaluation_sets_are_names_of_files(path, tmp_path):
+    (name,) = eval_names(with_data(train=("a.jsonl",), eval=(f"x/{path}",)))
+    assert re.fullmatch(r"\w[\w.-]*", name) and len(name.encode()) <= 100
+    assert RunFolder(tmp_path).features(name).parent == tmp_path / "features"
+
+
+def test_no_evaluation_set_is_called_like_the_training_set():
+    config = with_data(train=("hf:owner/name:train",), eval=("speech/train.jsonl",))
     for use in (check_sources, eval_names):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(
+            ValueError, match=r"--data.eval speech/train.jsonl: 'train' is the name"
+        ):
             use(config)
 
 
 def test_evaluation_sets_are_found_by_name(tmp_path):
+    """Every set keeps to its name: its rows, and its list of bad rows."""
     sources = tuple(make_speech(tmp_path / part, 2) for part in "xy")
-    clash = make_maker(with_data(eval=sources), tmp_path / "run")
-    with pytest.raises(ValueError, match="names must differ"):
-        clash.eval()
-    other = Path(sources[1]).rename(Path(sources[1]).with_name("other.jsonl"))
-    sets = make_maker(with_data(eval=(sources[0], str(other))), tmp_path / "run").eval()
+    Path(sources[1]).with_name("1.wav").unlink()
+    maker = make_maker(with_data(eval=sources, max_bad_rate=0.5), tmp_path / "run")
+    sets = maker.eval()
     assert {name: batches.utterances[0].row.source for name, batches in sets.items()} == {
-        "clips": sources[0],
-        "other": str(other),
+        "x-clips": sources[0],
+        "y-clips": sources[1],
     }
+    assert [batches.name for batches in sets.values()] == ["x-clips", "y-clips"]
+    (line,) = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["set"] == "y-clips"
 
 
 def test_hosts_that_see_different_rows_do_not_start(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """From the names of sources to the batches of a run."""
 
+import collections
+import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -32,29 +34,64 @@ log = logging.getLogger(__name__)
 Rows = tuple[list[ManifestRow], list[BadRow]]
 """Rows that can be used, and those that cannot."""
 
+_MAX_NAME_BYTES = 100
+
 Encode = Callable[[np.ndarray], jax.Array]
 """Maps f32[B, N] waveforms, zero-padded to the window, to encoder frames [B, S, E]."""
 
 
 def source_name(source: str) -> str:
     """The name that a source is reported under: a manifest's file name, or a data set's name."""
+    return _names(source, 0)[0]
+
+
+def _names(source: str, depth: int) -> list[str]:
+    """Names of a source, each telling it from more others: with folders, its suffix, a hash."""
+    path, folders = PurePath(source), []
     if source.startswith(PREFIX):
-        return re.sub(r"[^A-Za-z0-9_.-]+", "-", source.removeprefix(PREFIX)).strip("-.")
-    return PurePath(source).stem
+        ends = [source.removeprefix(PREFIX)]
+    else:
+        ends = [path.stem, path.name]
+        folders = [part for part in path.parent.parts if part not in ("/", "..")]
+    names = []
+    for end in ends:
+        for i in range(depth + 1):
+            name = "-".join([*folders[max(len(folders) - i, 0) :], end])
+            # They become names of files and metrics.
+            names.append(re.sub(r"[^\w.-]+", "-", name).strip("-."))
+    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:8]
+    fits = [bool(name) and len(name.encode()) <= _MAX_NAME_BYTES for name in names]
+    last = f"{names[0][:30] or 'set'}-{digest}"
+    return [name if fit else last for name, fit in zip(names, fits, strict=True)] + [last]
 
 
 def eval_names(config: TrainConfig) -> dict[str, str]:
     """The sources that a run is evaluated on, by name.
 
+    Those whose names would be the same are called by as much of their paths as tells them apart.
+
     Raises:
-      ValueError: if two have the same name, or one is named "train".
+      ValueError: if one is named "train".
     """
-    names = [source_name(source) for source in config.data.eval]
-    if len(set(names)) < len(names) or "train" in names:
+    sources = config.data.eval
+    depth = max((len(PurePath(source).parts) for source in sources), default=0)
+    options = {source: _names(source, depth) for source in sources}
+    while clashing := _clashing({source: names[0] for source, names in options.items()}):
+        for source in clashing:
+            options[source].pop(0)
+    names = {options[source][0]: source for source in sources}
+    if "train" in names:
         raise ValueError(
-            f"--data.eval {' '.join(config.data.eval)}: names must differ, and not be 'train'"
+            f"--data.eval {names['train']}: 'train' is the name of the training set: rename the "
+            "file or link to it"
         )
-    return dict(zip(names, config.data.eval, strict=True))
+    return names
+
+
+def _clashing(names: Mapping[str, str]) -> list[str]:
+    """The sources that share their names, also on file systems that ignore case."""
+    counts = collections.Counter(name.casefold() for name in names.values())
+    return [source for source, name in names.items() if counts[name.casefold()] > 1]
 
 
 def check_sources(config: TrainConfig) -> None:
