@@ -211,6 +211,9 @@ def test_a_clip_that_cannot_be_fetched_does_not_end_the_run():
         def fetch(self):
             raise RuntimeError("503")
 
+        def stamp(self):
+            return []
+
     with pytest.raises(BadAudio, match="RuntimeError: 503") as caught:
         load_audio(Broken())
     assert caught.value.problem == Problem.UNREADABLE

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,30 @@ def test_a_bad_clip_never_improves_the_word_error_rate(evaluate, tmp_path):
     assert {id for _, id, _ in bad} == {"clip4", "clip7", "clip9", "mute"}
     edits = scores.wer * sum(len(t.reference.split()) for t in scores.transcripts)
     assert edits >= sum(len(t.reference.split()) for t in scores.transcripts if t.id in unheard)
+
+
+def test_a_small_set_with_bad_clips_is_evaluated_and_lists_them(live, tmp_path, capsys):
+    """Whatever share of bad rows the training data may have. Too long a clip is no defect."""
+    manifest = Path(repeat_speech(tmp_path / "small", 6))
+    for i in (1, 2):
+        manifest.with_name(f"{i}.wav").unlink()
+    soundfile.write(manifest.with_name("3.wav"), np.full(32_480, 0.1), 16_000)  # 2.03 s
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows[3]["duration"] = 2.0
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program.cli(["evaluate", live.out, str(manifest)])
+    out, err = capsys.readouterr()
+    assert "over 5 utterances (2 defective, 1 left out)" in out
+    for listed in ("clip1: missing file: ", "clip2: missing file: ", "clip3: too long: 2.030 s"):
+        assert listed in err
+
+
+def test_an_evaluation_that_is_impossible_advises_no_option_that_evaluate_lacks(live, tmp_path):
+    manifest = Path(make_speech(tmp_path / "long", 1))
+    soundfile.write(manifest.with_name("0.wav"), np.full(48_000, 0.1), 16_000)
+    with pytest.raises(SystemExit, match=r"none of 1 .* fits the run: all are longer") as caught:
+        program.cli(["evaluate", live.out, str(manifest)])
+    assert not re.search("raise|pass|turn|lower", str(caught.value))
 
 
 def test_an_evaluation_set_of_bad_clips_only_is_an_error(evaluate, tmp_path):

@@ -113,6 +113,11 @@ class BadRowLog:
                 num_rows,
                 _by_reason(found),
             )
+            if self._path is None:  # then the log is the list
+                for row in found[:_MAX_LISTED]:
+                    log.warning("  %s: %s: %s", row.id, row.reason.label, row.detail)
+                if len(found) > _MAX_LISTED:
+                    log.warning("  and %d more", len(found) - _MAX_LISTED)
         self._check(name)
 
     def add(self, name: str, rows: Iterable[BadRow]) -> None:

@@ -45,7 +45,7 @@ def prepare(
         text = row.text.lower() if config.text_case == "lower" else row.text
         target = prompt.encode_target(text)
         if row.duration > limit:
-            detail = f"{row.duration:.2f} s; --data.bucket-secs ends at {limit:g}"
+            detail = f"{row.duration:.3f} s; --data.bucket-secs ends at {limit:g}"
             bad.append(BadRow(row.id, row.source, Problem.TOO_LONG, detail, row.text))
         elif len(target) > config.max_text_tokens:
             detail = f"{len(target)} labels; --data.max-text-tokens is {config.max_text_tokens}"
@@ -60,8 +60,9 @@ def prepare(
     if not utterances:
         bounds = " ".join(f"{secs:g}" for secs in config.bucket_secs)
         raise ValueError(
-            f"none of {len(rows)} utterances fits: raise --data.bucket-secs {bounds} or "
-            f"--data.max-text-tokens {config.max_text_tokens}"
+            f"none of {len(rows)} utterances fits the run: all are longer than its "
+            f"--data.bucket-secs {bounds}, or have more labels than its --data.max-text-tokens "
+            f"{config.max_text_tokens}"
         )
     return utterances, bad
 

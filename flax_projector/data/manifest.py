@@ -35,6 +35,7 @@ from flax_projector.data.manifest_text import (
     read_raw_rows,
     read_text,
 )
+from flax_projector.data.sound import DURATION_TOLERANCE_SECS
 from flax_projector.files import is_url, write_atomically
 from flax_projector.lengths import FRAME_SECS
 from flax_projector.logs import progress_bar
@@ -260,6 +261,42 @@ def check_rows(
     durations.save()
     good = [row for row in rows if isinstance(row, ManifestRow)]
     return good, [row for row in rows if isinstance(row, BadRow)]
+
+
+def settle_lengths(
+    rows: Sequence[ManifestRow], *, limit_secs: float, window_secs: float
+) -> list[ManifestRow]:
+    """Gives rows that are about as long as they may be the lengths of their files.
+
+    Stated durations are rounded, so such a clip may lie on either side of the limit. Headers of
+    files at URLs are not fetched for this.
+
+    Args:
+      rows: rows that can be used.
+      limit_secs: longer clips are left out.
+      window_secs: no clip can be longer.
+    """
+
+    def is_near(row: ManifestRow) -> bool:
+        if row.duration > limit_secs:
+            return row.duration <= limit_secs + DURATION_TOLERANCE_SECS
+        return row.duration + DURATION_TOLERANCE_SECS > window_secs
+
+    def settle(row: ManifestRow) -> ManifestRow:
+        try:
+            left = round(read_duration(row.audio) - (row.offset or 0.0), 6)
+        except BadAudio:  # reported when it is read for a batch
+            return row
+        if abs(left - row.duration) > DURATION_TOLERANCE_SECS:  # a segment, or reported then, too
+            return row
+        return dataclasses.replace(row, duration=left)
+
+    near = [i for i, row in enumerate(rows) if is_near(row) and not is_url(str(row.audio))]
+    settled = list(rows)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for i, row in zip(near, pool.map(settle, [rows[i] for i in near]), strict=True):
+            settled[i] = row
+    return settled
 
 
 def _tell_apart(drafts: Sequence[Draft | BadRow], source: str) -> list[Draft | BadRow]:

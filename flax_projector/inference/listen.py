@@ -49,7 +49,8 @@ class Listener:
         abstract = abstract_projector(config.projector, mesh=self.loaded.mesh)
         self.projector_params = load_projector_params(folder.projector, config.projector, abstract)
         self._params = (self.projector_params, *self.loaded.frozen)
-        bad_rows = BadRowLog(None, max_rate=config.data.max_bad_rate)
+        # Scores count defective clips, so that no share of them stops an evaluation.
+        bad_rows = BadRowLog(None, max_rate=1.0)
         self._batches = self.loaded.make_batch_maker(folder, bad_rows)
         self._evaluator = self.loaded.make_evaluator(bad_rows)
 
