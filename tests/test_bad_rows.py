@@ -9,8 +9,11 @@ from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 
 
-def defects(count: int, reason: Problem = Problem.UNDECODABLE, first: int = 0) -> list[BadRow]:
-    return [BadRow(f"r{i}", "a.jsonl", reason, "why") for i in range(first, first + count)]
+def defects(
+    count: int, reason: Problem = Problem.UNDECODABLE, first: int = 0, *, is_used: bool = False
+) -> list[BadRow]:
+    rows = range(first, first + count)
+    return [BadRow(f"r{i}", "a.jsonl", reason, "why", is_used=is_used) for i in rows]
 
 
 def listed(path: Path) -> list[tuple[str, str]]:
@@ -34,6 +37,7 @@ def test_bad_rows_are_counted_by_reason_and_listed(tmp_path, caplog):
         "reason": "not_finite",
         "detail": "why",
         "text": "",
+        "is_used": False,
     }
 
 
@@ -50,9 +54,9 @@ def test_doubtful_rows_are_counted_and_listed_but_neither_left_out_nor_defects(t
     path = tmp_path / "bad.jsonl"
     bad_rows = BadRowLog(path, max_rate=0.0)
     bad_rows.start("train", [], num_rows=10)
-    bad_rows.add("train", defects(3, Problem.SILENT))
-    bad_rows.add("train", defects(1, Problem.CLIPPED, first=3))
-    bad_rows.add("train", defects(4, Problem.SILENT, first=4))
+    bad_rows.add("train", defects(3, Problem.SILENT, is_used=True))
+    bad_rows.add("train", defects(1, Problem.CLIPPED, first=3, is_used=True))
+    bad_rows.add("train", defects(4, Problem.SILENT, first=4, is_used=True))
     assert [line for line in caplog.messages if "left out" in line] == []
     assert caplog.messages == [
         "train: doubtful, but used: r0: why",
@@ -65,6 +69,29 @@ def test_doubtful_rows_are_counted_and_listed_but_neither_left_out_nor_defects(t
     assert len(again.known("train")) == 8
     again.start("train", [], num_rows=10, unreadable=defects(2, Problem.SILENT))
     assert listed(path) == [("train", "r0"), ("train", "r1")]
+
+
+def test_doubtful_rows_that_are_dropped_are_left_out_but_no_defects(tmp_path, caplog):
+    path = tmp_path / "bad.jsonl"
+    bad_rows = BadRowLog(path, max_rate=0.0)
+    bad_rows.start("train", [], num_rows=10)
+    bad_rows.add("train", defects(2, Problem.SILENT))
+    assert caplog.messages == ["train: left out r0: why; r1: why"]
+    assert bad_rows.summary() == "rows left out: train 2 of 10 (2 silent)"
+    again = BadRowLog(path, max_rate=0.0)
+    again.start("train", [], num_rows=10, unreadable=defects(2, Problem.SILENT))
+    assert listed(path) == [("train", "r0"), ("train", "r1")]
+
+
+def test_without_a_file_the_log_is_the_list(caplog):
+    BadRowLog(None, max_rate=1.0).start("dev", defects(1), num_rows=6)
+    assert caplog.messages == [
+        "dev: 1 of 6 rows are left out: 1 undecodable",
+        "  r0: undecodable: why",
+    ]
+    caplog.clear()
+    BadRowLog(None, max_rate=1.0).start("dev", defects(500), num_rows=600)
+    assert len(caplog.messages) == 52 and caplog.messages[-1] == "  and 450 more"
 
 
 @pytest.mark.parametrize("at_start", [True, False])

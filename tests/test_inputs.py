@@ -1,15 +1,26 @@
 """Sound files as inputs: clips that do not fit, and clips that can be read again."""
 
+import dataclasses
+import pickle
+
 import numpy as np
 import pytest
 import soundfile
 
 from flax_projector.data.audio import Problem
+from flax_projector.data.bad_rows import BadRow
+from flax_projector.data.batch_plan import Utterance
+from flax_projector.data.features import keep_features
 from flax_projector.data.inputs import Waveforms, find_unreadable
-from flax_projector.data.manifest import ManifestRow
-from tests.clips import CONFIG, break_clip, make_batches, read_speech
+from flax_projector.data.manifest import ManifestRow, settle_lengths
+from tests.clips import CONFIG, assert_same_batch, break_clip, make_batches, read_speech
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
+
+
+def try_again(utterances: list[Utterance]) -> list[BadRow]:
+    inputs = Waveforms(CONFIG.window_samples)
+    return find_unreadable(utterances, inputs, num_threads=2, drop_doubtful=False)
 
 
 def test_clips_that_can_be_read_again_are_no_longer_bad(tmp_path):
@@ -17,13 +28,12 @@ def test_clips_that_can_be_read_again_are_no_longer_bad(tmp_path):
     paths = [str(u.row.audio) for u in utterances]
     for path in paths[:2]:
         break_clip(path, "nan")
-    inputs = Waveforms(CONFIG.window_samples)
-    first, second = find_unreadable(utterances, inputs, num_threads=2)
+    first, second = try_again(utterances)
     assert [first.key, second.key] == [u.row.key for u in utterances[:2]]
     assert first.reason == Problem.NOT_FINITE and f"{paths[0]} has samples" in first.detail
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, soundfile.info(paths[0]).frames)
     soundfile.write(paths[0], noise, 16_000)
-    assert find_unreadable(utterances, inputs, num_threads=2) == [second]
+    assert try_again(utterances) == [second]
 
 
 def test_a_doubtful_clip_is_used_and_reported(tmp_path):
@@ -34,17 +44,85 @@ def test_a_doubtful_clip_is_used_and_reported(tmp_path):
     assert [(row.id, row.reason) for row in found] == [("clip2", Problem.SILENT)]
     num_used = sum(np.count_nonzero(batches[i].batch.num_frames) for i in range(len(batches)))
     assert num_used == 13
-    inputs = Waveforms(CONFIG.window_samples)
-    assert find_unreadable(batches.utterances, inputs, num_threads=2) == found
+    assert try_again(batches.utterances) == found
+
+
+DOUBTFUL = {
+    Problem.SILENT: lambda x: 0 * x,
+    Problem.TOO_LOUD: lambda x: 30 * x,
+    Problem.CLIPPED: lambda x: np.clip(20 * x, -1, 1),
+}
+
+
+@pytest.mark.parametrize("problem", DOUBTFUL)
+@pytest.mark.parametrize("kept", [False, True], ids=["files", "kept frames"])
+def test_a_doubtful_clip_can_be_dropped(tmp_path, problem, kept):
+    """Then it leaves the same batches behind as one that cannot be read, and is listed."""
+    batches = {}
+    for name in ("doubtful", "nan"):
+        rows = read_speech(tmp_path / name, 13, source="clips.jsonl")
+        path = str(rows[2].audio)
+        samples, rate = soundfile.read(path)
+        changed = (
+            DOUBTFUL[problem](samples) if name == "doubtful" else np.full(len(samples), np.nan)
+        )
+        soundfile.write(path, changed, rate, subtype="FLOAT")
+        inputs = Waveforms(CONFIG.window_samples)
+        if kept:
+            inputs = keep_features(
+                tmp_path / f"{name} frames",
+                make_batches(rows).utterances,
+                lambda x: x.reshape(len(x), -1, 320)[..., :3],  # pyright: ignore
+                window_samples=CONFIG.window_samples,
+                batch_size=4,
+                encoder_dim=3,
+                encoder_name="tiny",
+            )
+        batches[name] = make_batches(rows, inputs=inputs, drop_doubtful=name == "doubtful")
+    dropped = pickle.loads(pickle.dumps(batches["doubtful"]))  # as workers have it
+    assert dropped.fingerprint == batches["nan"].fingerprint
+    found = []
+    for i in range(len(dropped)):
+        assert_same_batch(dropped[i].batch, batches["nan"][i].batch)
+        found += dropped[i].bad
+    assert [(row.id, row.reason, row.is_used) for row in found] == [("clip2", problem, False)]
+    assert not problem.is_defect
 
 
 def test_a_clip_longer_than_the_window_is_never_cut(tmp_path):
     samples = np.random.default_rng(0).uniform(-0.1, 0.1, 32_640)  # 2.04 s
     soundfile.write(tmp_path / "long.wav", samples, 16_000)
     batch, bad = make_batches([ManifestRow("long", str(tmp_path / "long.wav"), "go", 2.0)])[0]
-    assert [(row.id, row.reason) for row in bad] == [("long", Problem.WRONG_DURATION)]
-    assert "long.wav lasts 2.04 s, more than its bucket holds" in bad[0].detail
+    assert [(row.id, row.reason) for row in bad] == [("long", Problem.TOO_LONG)]
+    assert "long.wav lasts 2.040 s; --data.window-secs is 2" in bad[0].detail
     assert not batch.samples.any() and not batch.label_valid.any()
+
+
+@pytest.mark.parametrize(
+    ("stated", "lasts", "limit", "window", "expected"),
+    [
+        (2.0, 2.03, 2.0, 2.0, 2.03),  # longer than the window: left out as too long
+        (2.0, 1.97, 2.0, 2.0, 1.97),
+        (1.96, 2.0, 2.0, 2.0, 2.0),
+        (2.03, 1.99, 2.0, 2.0, 1.99),  # within the limit: used
+        (2.03, 1.99, 2.0, 30.0, 1.99),
+        (2.0, 2.03, 2.0, 30.0, 2.0),  # the window has room: used as it is
+        (1.9, 1.93, 2.0, 2.0, 1.9),  # not near
+        (2.06, 2.02, 2.0, 2.0, 2.06),
+        (2.0, 3.0, 2.0, 2.0, 2.0),  # not as long as stated: a defect, found when it is read
+        (2.0, None, 2.0, 2.0, 2.0),  # cannot be read: found then, too
+    ],
+)
+@pytest.mark.parametrize("offset", [None, 0.3])
+def test_clips_near_the_limit_are_judged_by_their_true_lengths(
+    tmp_path, stated, lasts, limit, window, expected, offset
+):
+    path = tmp_path / "clip.wav"
+    if lasts is not None:
+        soundfile.write(path, np.zeros(round(16_000 * (lasts + (offset or 0)))), 16_000)
+    row = ManifestRow("clip", str(path), "go", stated, offset)
+    (settled,) = settle_lengths([row], limit_secs=limit, window_secs=window)
+    assert settled == dataclasses.replace(row, duration=expected)
 
 
 def test_segments_are_batched_like_files(tmp_path):

@@ -114,6 +114,9 @@ class DataConfig:
     """Largest allowed share of defective rows (missing file, undecodable, no transcript, ...) in a
     set. Above it the run stops; otherwise such rows are left out and listed in `bad_rows.jsonl` in
     the run folder."""
+    drop_doubtful: bool = False
+    """Leave clips that are silent, too loud or clipped out of training. They are listed either way,
+    count as no defects, and are always evaluated."""
     batch_size: PositiveInt = 8
     """Utterances per optimizer step, over all devices."""
     eval_batch_size: Annotated[PositiveInt, MAY_CHANGE] = 16

@@ -45,19 +45,16 @@ class Problem(enum.Enum):
     INCOMPLETE = 11  # the end of the file is missing
     TOO_LONG = 12  # for --data.bucket-secs
     TOO_MANY_LABELS = 13  # for --data.max-text-tokens
-    SILENT = 14  # this and what follows is doubtful, but used
+    SILENT = 14  # this and what follows can be used, but may be no speech
     TOO_LOUD = 15
     CLIPPED = 16
 
     @property
     def is_defect(self) -> bool:
-        """Whether the row itself is at fault; if not, the run's limits leave it out by design."""
-        return self not in (Problem.TOO_LONG, Problem.TOO_MANY_LABELS) and not self.is_doubt
-
-    @property
-    def is_doubt(self) -> bool:
-        """Whether the clip is used nevertheless: it may be no speech."""
-        return self in (Problem.SILENT, Problem.TOO_LOUD, Problem.CLIPPED)
+        """Whether the row itself is at fault; if not, it is beyond the run's limits or doubtful."""
+        by_design = (Problem.TOO_LONG, Problem.TOO_MANY_LABELS)
+        doubtful = (Problem.SILENT, Problem.TOO_LOUD, Problem.CLIPPED)
+        return self not in (*by_design, *doubtful)
 
     @property
     def label(self) -> str:

@@ -1,6 +1,6 @@
 """Rows that cannot be used: listed in a file and counted by reason; too many are an error.
 
-Rows whose clips are doubtful are used, but listed and counted, too.
+Rows whose clips are doubtful are listed and counted, too, whether or not they are used.
 """
 
 import collections
@@ -18,6 +18,8 @@ from flax_projector.files import write_atomically
 
 log = logging.getLogger(__name__)
 
+_MAX_LISTED = 50
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -29,6 +31,7 @@ class BadRow:
       reason: why it cannot be used.
       detail: what is wrong, for whoever repairs it.
       text: the transcript, if there is one.
+      is_used: whether the clip is used nevertheless, since it is only doubtful.
     """
 
     id: str
@@ -36,6 +39,7 @@ class BadRow:
     reason: Problem
     detail: str
     text: str = ""
+    is_used: bool = False
 
     @property
     def key(self) -> str:
@@ -48,7 +52,7 @@ class BadRowLog:
 
     A row counts once, however many epochs come across it. Only defects count towards the share that
     stops the run; clips beyond the limits are left out by design, and only listed, as are clips
-    that are used but doubtful.
+    that are doubtful.
 
     The file survives restarts. Each start replaces what earlier ones found in a set with what it
     finds itself: rows that are bad in the manifest, and clips that it tries again because an
@@ -63,7 +67,7 @@ class BadRowLog:
         """Opens the list.
 
         Args:
-          path: a `.jsonl` file; None keeps the list in memory.
+          path: a `.jsonl` file; None keeps the list in memory, and logs it.
           max_rate: largest allowed share of defective rows in a set.
         """
         self._process = jax.process_index()
@@ -140,7 +144,7 @@ class BadRowLog:
             listed = "; ".join(f"{row.id}: {row.detail}" for row in left_out)
             log.warning("%s: left out %s", name, listed)
         for row in new.values():
-            if row.reason.is_doubt and row.reason not in before:
+            if row.is_used and row.reason not in before:
                 before.add(row.reason)  # one line for each reason: there may be many such clips
                 log.warning("%s: doubtful, but used: %s: %s", name, row.id, row.detail)
         self._check(name)
@@ -153,7 +157,7 @@ class BadRowLog:
         parts = []
         for name, num_rows in self._num_rows.items():
             rows = self._rows(name)
-            left_out, doubtful = _left_out(rows), [row for row in rows if row.reason.is_doubt]
+            left_out, doubtful = _left_out(rows), [row for row in rows if row.is_used]
             part = f"{name} {len(left_out)} of {num_rows}"
             part += f" ({_by_reason(left_out)})" if left_out else ""
             part += f", and used but doubtful: {_by_reason(doubtful)}" if doubtful else ""
@@ -193,7 +197,7 @@ class BadRowLog:
 
 
 def _left_out(rows: Iterable[BadRow]) -> list[BadRow]:
-    return [row for row in rows if not row.reason.is_doubt]
+    return [row for row in rows if not row.is_used]
 
 
 def _by_reason(rows: Iterable[BadRow]) -> str:

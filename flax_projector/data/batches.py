@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from flax_projector.batch import Batch, Bucket, abstract_batch, empty_batch, to_global
 from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig
-from flax_projector.data.audio import BadAudio
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.batch_plan import (
     Utterance,
@@ -20,7 +19,7 @@ from flax_projector.data.batch_plan import (
     epoch_plan,
     make_buckets,
 )
-from flax_projector.data.inputs import Inputs, bad_row
+from flax_projector.data.inputs import Inputs, read_clip
 from flax_projector.lengths import num_audio_tokens
 from flax_projector.sharding import batch_sharding, local_rows, padded_batch_size
 
@@ -31,7 +30,7 @@ class LocalBatch(NamedTuple):
     Attributes:
       batch: this host's rows, as NumPy arrays.
       bad: the rows whose clips cannot be used, and why; in `batch`, they are padding. Also those
-        that are doubtful, which are used.
+        that are doubtful, whether or not they are used.
     """
 
     batch: Batch
@@ -64,6 +63,7 @@ class Batches:
         num_batches: int | None = None,
         weights: Mapping[str, float] | None = None,
         left_out: Sequence[BadRow] = (),
+        drop_doubtful: bool = False,
     ):
         """Plans the batches.
 
@@ -82,6 +82,7 @@ class Batches:
           num_batches: number of batches; None means one epoch.
           weights: by source, see `epoch_members`; 1 for sources that are not listed.
           left_out: the set's bad rows, which are not among the utterances; scores count them.
+          drop_doubtful: treat clips that may be no speech like those that cannot be read.
 
         Raises:
           ValueError: if there are weights but no seed.
@@ -101,7 +102,7 @@ class Batches:
         self._sources = np.array([number[u.row.source] for u in utterances])
         self._weights = [(weights or {}).get(source, 1.0) for source in names]
         self._seed = shuffle_seed
-        self._batch_size = batch_size
+        self._batch_size, self._drop_doubtful = batch_size, drop_doubtful
         self._whole_window = config.whole_window
         self._rows = local_rows(mesh, self.num_rows)
         self._epoch_len = len(self._epoch(0))
@@ -165,21 +166,19 @@ class Batches:
         for row, utterance in enumerate(members[i] for i in self._rows):
             if utterance is None:
                 continue
-            try:
-                audio, num_frames, doubt = self._inputs.read(utterance)
-            except BadAudio as error:
-                bad.append(bad_row(utterance, error))
+            clip, wrong = read_clip(utterance, self._inputs, drop_doubtful=self._drop_doubtful)
+            if wrong is not None:
+                bad.append(wrong)
+            if clip is None:
                 continue
-            if doubt is not None:
-                bad.append(bad_row(utterance, doubt))
-            num_heard = bucket.num_frames if self._whole_window else num_frames
+            num_heard = bucket.num_frames if self._whole_window else clip.num_frames
             layout = self._prompt.layout(
                 num_audio_tokens(num_heard, self._pool_stride),
                 utterance.target,
                 merged_len=bucket.merged_len,
                 text_len=bucket.text_len,
             )
-            batch.set_row(row, audio, num_frames, layout)
+            batch.set_row(row, clip.audio, clip.num_frames, layout)
         return LocalBatch(batch, tuple(bad))
 
     def _empty(self, bucket: Bucket) -> Batch:

@@ -68,29 +68,47 @@ class Waveforms:
         samples = load_audio(row.audio, offset=row.offset, duration=row.duration)
         num_frames = num_encoder_frames(len(samples))
         if num_frames > utterance.max_frames:
-            secs = len(samples) / SAMPLE_RATE
-            text = f"{row.audio} lasts {secs:.2f} s, more than its bucket holds"
-            raise BadAudio(Problem.WRONG_DURATION, text)
+            # Its stated duration is right within the tolerance, which reaches beyond the window.
+            secs, window = len(samples) / SAMPLE_RATE, self._window_samples / SAMPLE_RATE
+            text = f"{row.audio} lasts {secs:.3f} s; --data.window-secs is {window:g}"
+            raise BadAudio(Problem.TOO_LONG, text)
         return Clip(samples, num_frames, check_samples(row.audio, samples))
 
 
-def bad_row(utterance: Utterance, error: BadAudio) -> BadRow:
-    """The bad row for an utterance whose clip cannot be used or is doubtful."""
-    row = utterance.row
-    return BadRow(row.id, row.source, error.problem, str(error), row.text)
+def read_clip(
+    utterance: Utterance, inputs: Inputs, *, drop_doubtful: bool
+) -> tuple[Clip | None, BadRow | None]:
+    """Reads a clip.
+
+    Args:
+      utterance: whose clip.
+      inputs: where it is read from.
+      drop_doubtful: use none that may be no speech.
+
+    Returns:
+      The clip if it is to be used, and its row if something is wrong with it.
+    """
+    row, clip = utterance.row, None
+    try:
+        clip = inputs.read(utterance)
+        problem = clip.doubt
+    except BadAudio as error:
+        problem = error
+    if problem is None:
+        return clip, None
+    if drop_doubtful:
+        clip = None
+    is_used = clip is not None
+    return clip, BadRow(row.id, row.source, problem.problem, str(problem), row.text, is_used)
 
 
 def find_unreadable(
-    utterances: Sequence[Utterance], inputs: Inputs, *, num_threads: int
+    utterances: Sequence[Utterance], inputs: Inputs, *, num_threads: int, drop_doubtful: bool
 ) -> list[BadRow]:
-    """Tries to read clips, and returns the rows of those that cannot be used or are doubtful."""
+    """Tries to read clips, and returns the rows of those that something is wrong with."""
 
     def try_to_read(utterance: Utterance) -> BadRow | None:
-        try:
-            problem = inputs.read(utterance).doubt
-        except BadAudio as error:
-            problem = error
-        return None if problem is None else bad_row(utterance, problem)
+        return read_clip(utterance, inputs, drop_doubtful=drop_doubtful)[1]
 
     with ThreadPoolExecutor(num_threads) as pool:
         return [row for row in pool.map(try_to_read, utterances) if row is not None]

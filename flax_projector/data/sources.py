@@ -24,7 +24,7 @@ from flax_projector.data.features import keep_features
 from flax_projector.data.hf_data import read_hf
 from flax_projector.data.hf_source import PREFIX
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
-from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.data.manifest import ManifestRow, read_manifest, settle_lengths
 from flax_projector.data.manifest_text import missing_manifest
 from flax_projector.files import is_url
 from flax_projector.run_folder import RunFolder
@@ -148,6 +148,7 @@ class BatchMaker:
             shuffle_seed=self.config.seed,
             num_batches=self.config.num_steps,
             weights=dict(zip(sources, weights or [1.0] * len(sources), strict=True)),
+            drop_doubtful=self.config.data.drop_doubtful,
         )
 
     def eval(self) -> dict[str, Batches]:
@@ -172,12 +173,15 @@ class BatchMaker:
             return read_hf(source, self.config.data, cache)
         return read_manifest(source, cache=cache)
 
-    def make(self, name: str, rows: Rows, **options: Any) -> Batches:
+    def make(
+        self, name: str, rows: Rows, *, drop_doubtful: bool = False, **options: Any
+    ) -> Batches:
         """Makes the batches of a set of rows.
 
         Args:
           name: the set's name.
           rows: the rows of one or more sources.
+          drop_doubtful: use no clips that may be no speech.
           options: passed on to `Batches`.
 
         Raises:
@@ -188,13 +192,16 @@ class BatchMaker:
         if not good:
             self.bad_rows.start(name, bad, num_rows=num_rows)
             raise ValueError(f"{name}: none of {num_rows} rows can be used")
-        utterances, unfit = prepare(good, self.prompt, self.config.data)
+        data = self.config.data
+        good = settle_lengths(good, limit_secs=data.bucket_secs[-1], window_secs=data.window_secs)
+        utterances, unfit = prepare(good, self.prompt, data)
         left_out = [*bad, *unfit]
         known = self.bad_rows.known(name)
         unreadable = find_unreadable(
             [utterance for utterance in utterances if utterance.row.key in known],
             Waveforms(self.config.data.window_samples),
             num_threads=self.config.data.num_threads,
+            drop_doubtful=drop_doubtful,
         )
         self.bad_rows.start(name, left_out, num_rows=num_rows, unreadable=unreadable)
         batches = Batches(
@@ -206,6 +213,7 @@ class BatchMaker:
             mesh=self.mesh,
             name=name,
             left_out=left_out,
+            drop_doubtful=drop_doubtful,
             **options,
         )
         _require_same_on_all_hosts(batches)
