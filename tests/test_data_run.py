@@ -258,6 +258,16 @@ def test_a_small_set_with_bad_clips_is_evaluated_and_lists_them(live, tmp_path, 
         assert listed in err
 
 
+def test_a_set_that_loses_much_in_normalisation_is_named_once(evaluate, tmp_path, caplog):
+    manifest = Path(make_speech(tmp_path / "dev", 5, seed=1))
+    rows = [json.loads(line) | {"text": "मुझे"} for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        evaluate(str(manifest))
+    (line,) = [line for line in caplog.messages if "normaliser" in line]
+    assert line.startswith("dev: Whisper's normaliser for English removes ")
+
+
 def test_an_evaluation_that_is_impossible_advises_no_option_that_evaluate_lacks(live, tmp_path):
     manifest = Path(make_speech(tmp_path / "long", 1))
     soundfile.write(manifest.with_name("0.wav"), np.full(48_000, 0.1), 16_000)

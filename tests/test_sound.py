@@ -84,6 +84,9 @@ def test_the_length_of_a_file_is_that_of_its_samples(tmp_path, make, secs, toler
         def fetch(self) -> bytes:
             return path.read_bytes()
 
+        def stamp(self) -> list[int | str]:
+            return []
+
     audio = Stored() if is_stored else path
     samples = load_audio(audio)
     assert 0 <= len(samples) / RATE - secs <= tolerance

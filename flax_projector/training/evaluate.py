@@ -23,7 +23,7 @@ from flax_projector.models.decode import greedy_decode
 from flax_projector.models.speech_llm import Params, SpeechLLM
 from flax_projector.sharding import replicated
 from flax_projector.training.objectives import LLMObjective
-from flax_projector.training.wer import word_error_rate
+from flax_projector.training.wer import find_loss, word_error_rate
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class Evaluator:
           bad_rows: receives clips that cannot be read.
         """
         self._bad_rows = bad_rows
+        self._normalized: set[str] = set()
         self._prompt, self._normalize, self._num_threads = prompt, normalize, num_threads
         greedy = functools.partial(
             greedy_decode,
@@ -199,11 +200,12 @@ class Evaluator:
         transcripts = self.transcribe(params, batches, name=name, check=check)
         unheard = [row for row in batches.left_out if row.reason.is_defect and row.text]
         transcripts += [Transcript(row.id, row.text, "", ()) for row in unheard]
-        wer = word_error_rate(
-            [t.reference for t in transcripts],
-            [t.hypothesis for t in transcripts],
-            self._normalize,
-        )
+        references = [t.reference for t in transcripts]
+        if name not in self._normalized:  # a run scores its sets again and again
+            self._normalized.add(name)
+            if found := find_loss(references, self._normalize):
+                log.warning("%s: %s", name, found)
+        wer = word_error_rate(references, [t.hypothesis for t in transcripts], self._normalize)
         return Scores(
             loss=self.loss(params, batches, name=name, check=check),
             wer=wer,
