@@ -1,6 +1,5 @@
-"""Keeps numbers and texts that a file contains from growing into something that fits no memory."""
+"""Keeps numbers that a file contains from growing into something that fits no memory."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,18 +11,6 @@ from flax_projector.config.fields import number_fields
 MAX_LAYERS = 10_000
 _MAX_INT = 2**31 - 1
 _MAX_FLOAT = 3.4e38
-
-
-def parse_json(text: str) -> Any:
-    """`json.loads`, for a text of a user.
-
-    Raises:
-      ValueError: also if it is nested too deeply.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def too_large(cls: type, data: Mapping[str, Any]) -> list[Problem]:

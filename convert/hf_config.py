@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert.bounds import parse_json, too_large
+from convert.bounds import too_large
 from convert.errors import ConversionError, Problem, raise_any
 from flax_projector.config import (
     TINY_AUDIO_USER,
@@ -20,6 +20,7 @@ from flax_projector.config import (
     TrainConfig,
     WhisperConfig,
 )
+from flax_projector.files import parse_json
 from flax_projector.lengths import SAMPLE_RATE
 
 CONFIG = "config.json"

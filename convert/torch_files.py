@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert.bounds import parse_json
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
 from convert.extras import import_torch
+from flax_projector.files import parse_json
 
 WEIGHTS = "model.safetensors"
 

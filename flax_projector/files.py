@@ -1,10 +1,11 @@
-"""Which paths can be used, and writing small files completely or not at all."""
+"""Which paths can be used, reading JSON, and writing small files completely or not at all."""
 
+import json
 import os
 import re
 import uuid
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def is_url(path: str | Path) -> bool:
@@ -53,6 +54,18 @@ def check_orbax_path(path: Path, *, is_new: bool) -> None:
             f"{' or '.join(sorted(wrong))} in it. "
             + ("Choose another path" if is_new else "Rename the folder")
         )
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, for a text that a user may have written or damaged.
+
+    Raises:
+      ValueError: whatever is wrong with it, even if it is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sync(file: IO) -> None:

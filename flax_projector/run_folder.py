@@ -121,7 +121,7 @@ class RunFolder:
             raise ValueError(f"{self.path} is not the folder of a run: no {self.config.name}")
         try:
             return from_json(self.config.read_text("utf-8"))
-        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        except ValueError as error:
             text = f"{self.config} is not the config of a training run: {error}"
             raise ValueError(text) from error
 

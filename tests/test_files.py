@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_projector.files import check_orbax_path, local_path, write_atomically
+from flax_projector.files import check_orbax_path, local_path, parse_json, write_atomically
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -21,6 +21,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "first" and os.listdir(path.parent) == ["best.json"]
     write_atomically(path, "third \u2028")
     assert path.read_text(encoding="utf-8") == "third \u2028"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (100_000 * "[", "it is nested too deeply"),
+        (100_000 * '{"a":' + "0" + 100_000 * "}", "it is nested too deeply"),
+        ("{", "Expecting property name"),
+        ("", "Expecting value"),
+        ("1" * 5_000, "Exceeds the limit"),
+    ],
+)
+def test_whatever_is_wrong_with_json_is_a_value_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_json(text)
+    assert parse_json('{"a": [1, NaN]}')["a"][0] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Run folders are where checkpoints can be written, and read again."""
 
 import dataclasses
+import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from convert.models import PROJECTOR
 from convert.stored import open_stored
 from convert.trees import unflatten
-from flax_projector.config import PRESETS
+from flax_projector.config import PRESETS, to_json
 from flax_projector.run_folder import RunFolder
 from tests.checkpoints import CONFIGS, write_run
 from tests.tiny import read_all
@@ -50,3 +52,38 @@ def test_whatever_is_not_refused_can_be_restored(tmp_path, name):
     write_run(run.path, config, unflatten(leaves), steps=[3])
     for path, array in read_all(open_stored(run.path).checkpoint).items():
         np.testing.assert_array_equal(array, leaves[path])
+
+
+def damaged(**changes: Any) -> str:
+    return json.dumps(json.loads(to_json(CONFIG)) | changes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '"x"',
+        100_000 * "[",
+        100_000 * '{"data":',
+        "\ud800",
+        "{}",
+        damaged(data=None),
+        damaged(data=[1]),
+        damaged(data={"train": 5}),
+        damaged(data={"window_secs": float("inf")}),
+        damaged(projector="x"),
+        damaged(num_steps="x"),
+        damaged(num_steps=[]),
+        damaged(mesh={"data": None}),
+        damaged(model_type="llama"),
+    ],
+)
+def test_a_config_that_is_not_that_of_a_run_is_one_clear_error(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=r"config.json is not the config of a training run: "):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    assert RunFolder(tmp_path).read_config() == CONFIG

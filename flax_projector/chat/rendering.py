@@ -1,6 +1,5 @@
 """Renders the chat template of the LLM's tokenizer, and splits it around audio and transcript."""
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from flax_projector.config import AUDIO, TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, PromptConfig
+from flax_projector.files import parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _options(args: tuple[str, ...]) -> dict[str, Any]:
     options = {}
     for name, _, value in (arg.partition("=") for arg in args):
         try:
-            options[name] = json.loads(value)
+            options[name] = parse_json(value)
         except ValueError:
             options[name] = value
     return options

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import reprlib
 import typing
 from typing import Any
 
 from flax_projector.config.fields import may_change, option
 from flax_projector.config.train import TrainConfig
+from flax_projector.files import parse_json
 
 
 def to_json(config: TrainConfig) -> str:
@@ -18,12 +20,14 @@ def from_json(text: str) -> TrainConfig:
     """Reads what `to_json` wrote.
 
     Raises:
-      ValueError: if a field is unknown, missing or invalid.
+      ValueError: if it is not JSON, or a field is unknown, missing or invalid.
     """
-    return _build(TrainConfig, json.loads(text))
+    return _build(TrainConfig, parse_json(text))
 
 
-def _build(cls: Any, values: dict[str, Any]) -> Any:
+def _build(cls: Any, values: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__}: expected an object, got {reprlib.repr(values)}")
     types = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - set(types)):
         raise ValueError(f"{cls.__name__} has no field {unknown}: written by another version?")
@@ -34,7 +38,7 @@ def _build(cls: Any, values: dict[str, Any]) -> Any:
         kwargs[name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**kwargs)
-    except TypeError as error:
+    except (ArithmeticError, AttributeError, TypeError) as error:  # of values of other types
         raise ValueError(f"{cls.__name__}: {error}") from error
 
 

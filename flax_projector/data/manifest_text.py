@@ -1,6 +1,5 @@
 """The text of a manifest, and the rows that are written in it."""
 
-import json
 import os
 import reprlib
 import unicodedata
@@ -10,7 +9,7 @@ import fsspec
 
 from flax_projector.config.presets import DEMO_SPEECH
 from flax_projector.data.audio import require_filesystem
-from flax_projector.files import is_url
+from flax_projector.files import is_url, parse_json
 
 AUDIO, TEXT, DURATION, OFFSET = ("audio", "path"), ("text",), ("duration", "seconds"), ("offset",)
 """The columns of a manifest: each has one or two names."""
@@ -111,8 +110,8 @@ def _read_text(path: str) -> str:
 def _parse_json(line: str) -> dict[str, Any] | str:
     """The row, or what is wrong with it."""
     try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:  # numbers of 5000 digits are ValueErrors, too
+        raw = parse_json(line)
+    except ValueError as error:  # numbers of 5000 digits are ValueErrors, too
         return f"not JSON ({error})"
     return raw if isinstance(raw, dict) else f"need an object, got {reprlib.repr(raw)}"
 
