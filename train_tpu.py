@@ -28,7 +28,12 @@ from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
 from flax_projector.data.sources import check_sources
-from flax_projector.logs import lines_above_bars, quiet_other_processes, setup_logging
+from flax_projector.logs import (
+    lines_above_bars,
+    printable,
+    quiet_other_processes,
+    setup_logging,
+)
 from flax_projector.run import LoadedModel, load_model, resolve_config
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, use_mesh
@@ -230,7 +235,7 @@ def cli(args: Sequence[str] | None = None) -> None:
         try:
             main(config)
         except (ValueError, FloatingPointError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(printable(f"error: {error}", keep="\n"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
-from flax_projector.logs import lines_above_bars, setup_logging
+from flax_projector.logs import lines_above_bars, printable, setup_logging
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Transcribe:
             raise ValueError("name at least one audio file")
         listener = Listener(self.run)
         for path, text in listener.transcribe_files(self.audio):
-            sys.stdout.write(f"{path}\t{text}\n")
+            sys.stdout.write(f"{printable(path)}\t{printable(text)}\n")
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class Evaluate:
                 sys.stdout.write(json.dumps(record) + "\n")
                 continue
             for t in scores.transcripts:
-                sys.stdout.write(f"{t.id}\n  said   {t.reference}\n  heard  {t.hypothesis}\n")
+                lines = t.id, f"  said   {t.reference}", f"  heard  {t.hypothesis}"
+                sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
             sys.stdout.write(
-                f"{source}: WER {100 * scores.wer:.1f}% over {len(scores.transcripts)} utterances "
+                f"{printable(source)}: WER {100 * scores.wer:.1f}% over "
+                f"{len(scores.transcripts)} utterances "
                 f"({scores.num_unheard} defective, {scores.num_left_out} left out), "
                 f"loss {scores.loss:.3f} nats per token\n"
             )
@@ -101,7 +103,7 @@ def cli(argv: list[str] | None = None) -> None:
         try:
             command()
         except (ValueError, FloatingPointError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(printable(f"error: {error}", keep="\n"))
 
 
 if __name__ == "__main__":

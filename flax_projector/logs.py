@@ -1,8 +1,9 @@
-"""Logging and progress bars."""
+"""Logging, progress bars, and texts of users on terminals."""
 
 import contextlib
 import io
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +13,40 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LOGGERS = ("flax_projector", "convert", "train")
 _LINE_EVERY_SECS = 30.0
+# Control characters, line ends, what turns the direction of a line, and lone surrogates.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """A text of a user in one line: what a terminal would obey or cannot show is escaped.
+
+    File names may hold any bytes; those that are not UTF-8 are lone surrogates in Python, which no
+    encoding takes.
+
+    Args:
+      text: a name, a transcript, or a message that contains some.
+      keep: control characters to leave as they are.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        char = match[0]
+        return char if char in keep else char.encode("unicode_escape").decode("ascii")
+
+    return _UNPRINTABLE.sub(escape, text)
+
+
+class _Formatter(logging.Formatter):
+    """Messages contain names of files; some have several lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 def setup_logging(format: str = "%(asctime)s %(message)s") -> None:
     """Shows this project's messages, and only warnings from other libraries."""
     # force: absl, which Orbax imports, has already installed its own handler.
-    logging.basicConfig(level=logging.WARNING, format=format, datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(level=logging.WARNING, force=True)
+    logging.root.handlers[0].setFormatter(_Formatter(format, datefmt="%H:%M:%S"))
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
 
@@ -54,6 +83,7 @@ def progress_bar(log: logging.Logger, label: str, *, total: int | None, **option
       A bar; its `update` takes the number of units done since the last call. Where there is no
       terminal, it writes a line every half minute, and one at the end if it has written any.
     """
+    label = printable(label)
     is_quiet = not log.isEnabledFor(logging.INFO)
     if is_terminal() or is_quiet:
         return tqdm(total=total, desc=label, disable=is_quiet, **options)

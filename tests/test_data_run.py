@@ -24,6 +24,7 @@ from flax_projector.config import TrainConfig, to_json
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.inference.listen import Listener
+from flax_projector.logs import printable
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import use_mesh
 from flax_projector.training.evaluate import Scores
@@ -368,9 +369,12 @@ def test_transcribe_says_what_is_wrong_with_a_file(live, tmp_path, capsys):
     soundfile.write(tmp_path / "long.wav", np.zeros(40_000), 16_000)
     (tmp_path / "bad.wav").write_bytes(b"not audio")
     files = [str(tmp_path / name) for name in ("gone.wav", "bad.wav", "long.wav")]
-    program.cli(["transcribe", live.out, clip, *files])
-    lines = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
-    assert list(lines) == [clip, *files]
+    odd = [str(tmp_path / os.fsdecode(name)) for name in (b"\xff.wav", b"a\tb\x1b[2J\n.wav")]
+    program.cli(["transcribe", live.out, clip, *files, *odd])
+    out = capsys.readouterr().out
+    out.encode()
+    lines = dict(line.split("\t") for line in out.splitlines())
+    assert list(lines) == [clip, *files, *map(printable, odd)]
     assert not lines[clip].startswith("[")
     assert lines[files[0]].startswith("[missing file: ")
     assert lines[files[1]].startswith("[undecodable: ")

@@ -1,11 +1,12 @@
 """How a program shows its progress: bars on terminals, plain lines elsewhere."""
 
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
 
-from flax_projector.logs import progress_bar, quiet_other_processes
+from flax_projector.logs import printable, progress_bar, quiet_other_processes, setup_logging
 
 log = logging.getLogger("flax_projector.test")
 
@@ -122,3 +123,36 @@ def test_only_the_first_process_talks(clock, caplog, process_index, is_shown):
             logger.setLevel(level)
     assert any(message.startswith("clips: ") for message in caplog.messages) == is_shown
     assert "a warning of any process" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a clip.wav", "a clip.wav"),
+        (
+            "gehört 词 أحب \u200d👩\u200d🚀.wav",
+            "gehört 词 أحب \u200d👩\u200d🚀.wav",
+        ),  # with joiners
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("one\ntwo\r\tthree", r"one\ntwo\r\tthree"),
+        ("\x9b2J\x7f\x00", r"\x9b2J\x7f\x00"),
+        ("a\u2028b\u2029c", r"a\u2028b\u2029c"),
+        ("exe\u202egpj.wav", r"exe\u202egpj.wav"),
+        (os.fsdecode(b"\xff.wav"), r"\udcff.wav"),
+    ],
+)
+def test_names_of_users_are_printed_on_one_line_that_garbles_nothing(
+    text, expected, capsys, caplog
+):
+    assert printable(text) == expected
+    expected.encode()
+    setup_logging()
+    log.warning("%s\n  is a file", text)
+    kept = expected.replace(r"\n", "\n").replace(r"\t", "\t")  # messages may have several lines
+    assert capsys.readouterr().err.endswith(f" {kept}\n  is a file\n")
+
+
+def test_a_progress_bar_with_a_name_of_a_user_garbles_nothing(clock, caplog):
+    caplog.set_level(logging.INFO)
+    work(clock, 30, label="\x1b[2Jdev.jsonl")
+    assert caplog.messages[0].startswith(r"\x1b[2Jdev.jsonl: 30/30")
