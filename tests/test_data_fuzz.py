@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.data.audio import BadAudio, Problem, find_doubt, load_audio, read_duration
+from flax_projector.data.audio import BadAudio, Problem, check_samples, load_audio, read_duration
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.manifest import read_manifest
 from flax_projector.data.sound import DURATION_TOLERANCE_SECS
@@ -269,7 +269,7 @@ def test_sound_files_are_bad_clips_or_read_rightly(tmp_path, nothing_left_over):
         with within_limits():
             try:
                 samples, secs = load_audio(path), read_duration(path)
-                find_doubt(path, samples)
+                check_samples(path, samples)
             except BadAudio as error:
                 assert len(str(error)) < 1_000 and error.problem != Problem.UNREADABLE, case
                 # libsndfile refuses Opus with anything behind it.

@@ -303,7 +303,7 @@ def test_a_stream_that_has_no_slices_says_what_to_do(tmp_path):
         str(tmp_path / "set/train.parquet")
     )
     source, config = f"hf:{tmp_path / 'set'}:train[:1]", DataConfig(hf_streaming=True)
-    with pytest.raises(ValueError, match=r"A stream has no slices.*--data.hf-max-rows"):
+    with pytest.raises(ValueError, match=r"has no slices: name the whole split"):
         read_hf(source, config, tmp_path / "kept")
 
 
@@ -379,6 +379,14 @@ def test_a_data_set_that_is_replaced_in_place_is_noticed(tmp_path, stored):
     assert [row.duration for row in second] == [0.1, 0.5, 0.3]
     changed = [file_stamp(row.audio) != stamp for row, stamp in zip(second, stamps, strict=True)]
     assert changed[1] and (stored == "paths" or all(changed))
+
+
+def test_a_long_name_can_be_streamed(saved, tmp_path):
+    folder = Path(saved["bare"])
+    long = folder.rename(tmp_path / ("x" * 200))
+    source, config = f"hf:{long}:train:text=text:audio=audio", DataConfig(hf_streaming=True)
+    rows, _ = read_hf(source, config, tmp_path / "kept")
+    assert len(rows) == 100
 
 
 def test_kept_durations_of_a_data_set_are_not_read_again(saved, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from flax_projector.config import PRESETS, DataConfig, MeshConfig, TrainConfig
 from flax_projector.data.bad_rows import BadRowLog
@@ -137,6 +138,30 @@ def test_evaluation_sets_are_found_by_name(tmp_path):
     assert [batches.name for batches in sets.values()] == ["x-clips", "y-clips"]
     (line,) = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
     assert json.loads(line)["set"] == "y-clips"
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_doubtful_clips_are_dropped_in_training_only_and_at_every_start(tmp_path, drop):
+    manifest = make_speech(tmp_path, 13)
+    path = Path(manifest).with_name("2.wav")
+    soundfile.write(path, np.zeros(soundfile.info(path).frames), 16_000)
+    config = with_data(train=(manifest,), eval=(manifest,), max_bad_rate=0.0, drop_doubtful=drop)
+    config = dataclasses.replace(config, num_steps=2)
+    seen = []
+    for _ in range(2):
+        maker = make_maker(config, tmp_path / "run")
+        sets = {"train": maker.train(), **maker.eval()}
+        used = {}
+        for name, batches in sets.items():
+            local = [batches[i] for i in range(len(batches))]
+            used[name] = sum(np.count_nonzero(part.batch.num_frames) for part in local)
+            for part in local:
+                maker.bad_rows.add(name, part.bad)
+        lines = (tmp_path / "run" / "bad_rows.jsonl").read_text().splitlines()
+        listed = {(row["set"], row["id"], row["is_used"]) for row in map(json.loads, lines)}
+        assert listed == {("train", "clip2", not drop), ("clips", "clip2", True)}
+        seen.append((used, sets["train"].fingerprint))
+    assert seen[0] == seen[1] and seen[0][0] == {"train": 13 - drop, "clips": 13}
 
 
 def test_hosts_that_see_different_rows_do_not_start(tmp_path, monkeypatch):

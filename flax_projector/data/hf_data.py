@@ -74,7 +74,8 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
 def _keep_stream(source: str, hf: HFSource, max_rows: int, cache: Path) -> tuple[Path, int]:
     """Downloads a streamed data set's missing rows; returns its manifest and number of rows."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    folder = cache / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', source)}-{digest}"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", source)[:100]  # the hash tells the rest
+    folder = cache / f"{name}-{digest}"
     manifest, progress_path = folder / "rows.jsonl", folder / "progress.json"
     done: dict[str, Any] = {"num_rows": 0, "is_whole": False, "stream": None}
     if progress_path.is_file():

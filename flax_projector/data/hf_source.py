@@ -169,9 +169,7 @@ def _explain(error: Exception, hf: HFSource) -> str:
     elif hf.folder.is_file():
         way_out = f"This is a file: name the folder that it is in, {hf.folder.parent}"
     elif "Bad split" in str(error) and "[" in hf.split:
-        way_out = (
-            "A stream has no slices: name the whole split, and limit it with --data.hf-max-rows"
-        )
+        way_out = "A stream (--data.hf-streaming) has no slices: name the whole split"
     return f"{'; '.join(shown)}\n{way_out}"
 
 

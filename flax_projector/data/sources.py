@@ -98,8 +98,8 @@ def check_sources(config: TrainConfig) -> None:
     """Checks that the sources exist, before anything slow is loaded.
 
     Raises:
-      ValueError: if there is no training data, a local manifest does not exist, or names of
-        evaluation sets clash.
+      ValueError: if there is no training data, a local manifest does not exist, or an evaluation
+        set is named "train".
     """
     if not config.data.train:
         raise ValueError("no training data: pass --data.train MANIFEST.jsonl")
