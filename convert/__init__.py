@@ -20,7 +20,8 @@ each of which imports only what stands above it:
   trees            nested dicts of parameters and their flat form
   hf_config        config.json of Hugging Face <-> config dataclasses
   infer            the config of a projector that has no config.json
-  torch_files      reads and writes safetensors and torch.save files
+  torch_save       reads and writes files of torch.save
+  torch_files      opens PyTorch checkpoints of every form; reads and writes safetensors
   flax_files       reads and writes Orbax checkpoints
   stored           recognises and opens whatever is stored at a path
   models           the models that can be converted
@@ -31,9 +32,9 @@ each of which imports only what stands above it:
   __main__         the command line
   torch_projector  the projector in PyTorch; stands alone, for a server
 
-Of `flax_projector` they may import config, files, lengths, logs, run_folder and models; never data
-or training. Importing this package, or `torch_projector`, imports neither JAX nor Orbax, and only
-what reads or runs PyTorch's own formats imports torch.
+Of `flax_projector` they may import config, file_types, files, lengths, logs, run_folder and models;
+never data or training. Importing this package, or `torch_projector`, imports neither JAX nor Orbax,
+and only what reads or runs PyTorch's own formats imports torch.
 
 Three kinds of names appear everywhere:
 

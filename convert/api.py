@@ -22,7 +22,8 @@ from convert.plan import Plan
 from convert.round_trip import check_round_trip
 from convert.rules import Ignore
 from convert.stored import StoredModel, has_steps, open_stored
-from convert.torch_files import TORCH_SUFFIXES, WEIGHTS, write_safetensors, write_torch
+from convert.torch_files import WEIGHTS, write_safetensors
+from convert.torch_save import TORCH_SUFFIXES, write_torch
 from convert.trees import read_tree
 from flax_projector.config import ProjectorConfig
 from flax_projector.files import check_orbax_path, local_path

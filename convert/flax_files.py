@@ -21,6 +21,7 @@ from convert.errors import Problem, raise_any
 from convert.hf_config import CONFIG
 from convert.paths import replacing
 from convert.trees import flatten, unflatten
+from flax_projector.file_types import recognise_any
 from flax_projector.files import check_orbax_path
 
 _PARAMS = "params"
@@ -67,7 +68,7 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
         }
         infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
     except Exception as error:  # on damaged files Orbax raises all kinds of errors
-        raise ValueError(f"{path} is not a complete Orbax checkpoint: {error!r}") from error
+        raise _damaged(path, f"is not a complete Orbax checkpoint: {error!r}") from error
 
     is_ocdbt = type_handlers.is_ocdbt_checkpoint(path)
     mapped = tensorstore.Context(_MAPPED, type_handlers.get_ts_context(use_ocdbt=is_ocdbt))
@@ -84,7 +85,7 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
         try:
             (array,) = asyncio.run(reader.deserialize([info]))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise _damaged(path, f"is damaged: {error}") from error
         return array
 
     return Checkpoint(infos, read, frozenset({path}))
@@ -282,7 +283,15 @@ def _restore(path: Path, handler: Any, args: Any) -> dict:
         try:
             return checkpointer.restore(path, args)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise _damaged(path, f"is damaged: {error}") from error
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    """The error of a folder that Orbax cannot read, which names the file at fault if it can."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    # Data may begin like anything, but stands in few large files; a pointer of Git LFS is small.
+    small = [file for file in files if file.parent.name != "d" or file.stat().st_size < 200]
+    return ValueError(recognise_any(small) or f"{path} {reason}")
 
 
 def _check_same(src: Path, infos: Mapping[str, TensorInfo], wanted: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from flax_projector.config import (
     TrainConfig,
     WhisperConfig,
 )
+from flax_projector.file_types import recognise
 from flax_projector.files import parse_json
 from flax_projector.lengths import SAMPLE_RATE
 
@@ -295,7 +296,7 @@ def read_config_text(path: str | Path) -> str:
         text = file.read_text("utf-8")
         is_object = isinstance(parse_json(text), dict)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file} {recognise(file) or f'is not JSON: {error}'}") from error
     if not is_object:
         raise ValueError(f"{file} does not hold a JSON object")
     return text

@@ -1,7 +1,9 @@
 """Infers the config of a projector that has no config.json, as far as its shapes show it."""
 
+import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from convert.checkpoint import TensorInfo
@@ -9,6 +11,24 @@ from convert.errors import Problem, raise_any
 from convert.hf_config import Json, projector_config_dict
 from flax_projector.config import ProjectorConfig
 from flax_projector.config.fields import option
+
+
+def check_given(given: Json) -> None:
+    """Checks that the fields that the user gives are numbers in a `ProjectorConfig`.
+
+    Raises:
+      ConversionError: listing those that are not, with what may have been meant.
+    """
+    known = [field.name for field in fields(ProjectorConfig)]
+    problems = []
+    for name, value in given.items():
+        close = difflib.get_close_matches(name, known, 1)
+        if name not in known:
+            hint = f"did you mean {close[0]}?" if close else f"its fields are {', '.join(known)}"
+            problems.append(Problem("unknown", name, f"is not one of them: {hint}"))
+        elif type(value) not in (int, float):
+            problems.append(Problem("type", name, f"= {value!r}, expected a number"))
+    raise_any("the given fields are not those of a ProjectorConfig", problems)
 
 
 def infer_projector(infos: Mapping[str, TensorInfo], given: Json, where: str) -> dict[str, Any]:
@@ -33,7 +53,7 @@ def infer_projector(infos: Mapping[str, TensorInfo], given: Json, where: str) ->
         (int(m[1]) for key in infos if (m := re.match(r"layers\.(\d+)\.", key))), default=-1
     )
     hidden = infos.get("layers.0.fc1.bias")
-    fields = {
+    values = {
         "llm_dim": llm_dim,
         "projector_num_layers": depth,
         "projector_hidden_dim": hidden.shape[0] if hidden else None,
@@ -62,7 +82,7 @@ def infer_projector(infos: Mapping[str, TensorInfo], given: Json, where: str) ->
         problems,
     )
     for name, other in (factors, factors[::-1]):
-        if name not in fields:
-            fields[name] = num_inputs // fields[other]
+        if name not in values:
+            values[name] = num_inputs // values[other]
     dtype = infos["input_proj.weight"].dtype.name
-    return projector_config_dict(ProjectorConfig(**fields), dtype=dtype)
+    return projector_config_dict(ProjectorConfig(**values), dtype=dtype)

@@ -13,7 +13,7 @@ from convert import hf_config, misfits, tables
 from convert.bounds import check_sizes
 from convert.checkpoint import TensorInfo
 from convert.errors import ConversionError, Problem, raise_any
-from convert.infer import infer_projector
+from convert.infer import check_given, infer_projector
 from convert.rules import Table
 from convert.stored import StoredModel
 from convert.trees import flatten
@@ -118,12 +118,14 @@ def config_text_of(stored: StoredModel, kind: ModelKind, given: hf_config.Json) 
       given: fields that the user gives.
 
     Raises:
-      ValueError: if it contradicts `given`, or if there is none and shapes do not show enough.
+      ValueError: if it contradicts `given`, if there is none and shapes do not show enough, or if
+        `given` names other fields than the config has.
     """
     where = str(stored.path)
     if kind.infer_config is None and given:
         names = ", ".join(given)
         raise ValueError(f"{where} is a {kind.name}, but only projectors have {names}")
+    check_given(given)
     if stored.config_text is not None:
         return hf_config.with_fields(stored.config_text, given, where)
     if kind.infer_config is None:

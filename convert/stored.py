@@ -17,6 +17,7 @@ from convert.hf_config import (
 )
 from convert.torch_files import has_weights, open_torch
 from convert.wrappers import without_wrappers
+from flax_projector.file_types import recognise
 from flax_projector.files import local_path
 from flax_projector.run_folder import STATE, RunFolder
 
@@ -122,7 +123,12 @@ def _choose(folder: Path, steps: dict[int, Path], step: int | None) -> Path:
 
 def _open_run(run: RunFolder, step_folder: Path) -> StoredModel:
     """The projector in a checkpoint of a training run, which holds the optimizer state as well."""
-    prompt = run.prompt.read_text("utf-8") if run.prompt.is_file() else None
-    text = config_text(run_config_dict(run.read_config(), prompt))
+    config = run.read_config()
+    try:
+        prompt = run.prompt.read_text("utf-8") if run.prompt.is_file() else None
+        text = config_text(run_config_dict(config, prompt))
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        kind = recognise(run.prompt) or f"is not the prompt of a training run: {error!r}"
+        raise ValueError(f"{run.prompt} {kind}") from error
     checkpoint = open_orbax(step_folder.resolve() / STATE, subtree="params/")
     return StoredModel(step_folder, "flax", checkpoint, text)

@@ -1,15 +1,7 @@
-"""Reads and writes PyTorch checkpoints: safetensors without torch, files of `torch.save` with it.
-
-Files of `torch.save` are read with `torch.load(weights_only=True)`, a restricted unpickler: it
-rebuilds tensors and plain containers, and refuses everything else instead of running it.
-"""
+"""Opens PyTorch checkpoints of every form; reads and writes safetensors, without torch."""
 
 import json
 import os
-import pickle
-import pickletools
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
-from convert.extras import import_torch
+from convert.torch_save import TORCH_SUFFIXES, is_saved, open_saved
+from flax_projector.file_types import recognise
 from flax_projector.files import parse_json
 
 WEIGHTS = "model.safetensors"
@@ -29,7 +22,6 @@ _FOLDER_FORMS = (  # the files that a folder is opened by, in transformers' orde
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 _SAFETENSORS_DTYPES = {
     "F32": DTYPES["float32"],
     "F16": DTYPES["float16"],
@@ -98,18 +90,6 @@ def write_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:
             file.write(contiguous(tensor).reshape(-1).view(np.uint8).data)
 
 
-def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Writes a new file with `torch.save`: a dictionary of tensors, sorted by name.
-
-    All tensors are in memory at once, since torch cannot write them one at a time.
-    """
-    torch = import_torch(f"writing {path}")
-
-    state = {key: _to_tensor(tensor) for key, tensor in checkpoint.stream()}
-    with Path(path).open("xb") as file:
-        torch.save(dict(sorted(state.items())), file)
-
-
 def _find_weights(folder: Path) -> Path | None:
     """The file that an HF folder is opened by; None if there is none."""
     for name in _FOLDER_FORMS:
@@ -133,15 +113,17 @@ def _open_file(path: Path) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{" or path.suffix == ".safetensors":
+        start = file.read(40)
+    if start[7:9] == b"\x00{":  # behind the length of the header
         return _open_safetensors(path)
-    if zipfile.is_zipfile(path) or _is_pickle(path) or path.suffix in TORCH_SUFFIXES:
-        return _open_pickled(path)
-    raise ValueError(
-        f"{path} is not a checkpoint: expected an HF folder, a safetensors file, an .index.json, "
-        "or a file of torch.save"
-    )
+    if kind := recognise(path):
+        raise ValueError(f"{path} {kind}")
+    if is_saved(path):
+        return open_saved(path)
+    form = {".safetensors": "a complete safetensors file"}
+    form |= dict.fromkeys(TORCH_SUFFIXES, "a complete file of torch.save")
+    expected = form.get(path.suffix, "a checkpoint, neither of safetensors nor of torch.save")
+    raise ValueError(f"{path} is not {expected}: it begins with {start!r}")
 
 
 def _open_safetensors(path: Path) -> Checkpoint:
@@ -180,7 +162,8 @@ def _open_sharded(index: Path) -> Checkpoint:
     try:
         weight_map: dict[str, str] = parse_json(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not the index of a checkpoint: {error!r}") from error
+        kind = recognise(index) or f"is not the index of a checkpoint: {error!r}"
+        raise ValueError(f"{index} {kind}") from error
     if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
         raise ValueError(
             f"{index} is not the index of a checkpoint: weight_map = {str(weight_map)[:60]}, "
@@ -204,68 +187,3 @@ def _open_sharded(index: Path) -> Checkpoint:
     infos = {key: shards[name].infos[key] for key, name in weight_map.items()}
     files = frozenset({index}).union(*(shard.files for shard in shards.values()))
     return Checkpoint(infos, lambda key: shards[weight_map[key]].read(key), files)
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file begins with a complete pickle, which is parsed but not run."""
-    try:
-        with path.open("rb") as file:
-            for _ in pickletools.genops(file):
-                pass
-    except Exception:  # bytes that are not a pickle raise all kinds of errors
-        return False
-    return True
-
-
-def _open_pickled(path: Path) -> Checkpoint:
-    torch = import_torch(f"reading {path}")
-
-    is_zip = zipfile.is_zipfile(path)  # the format since torch 1.6, the only one that can be mapped
-    try:
-        with warnings.catch_warnings(action="ignore"):  # on what is refused below
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if not is_zip and not _is_pickle(path):
-            raise ValueError(f"{path} is not a complete file of torch.save") from error
-        raise ValueError(
-            f"{path} contains more than tensors. It is refused, since unpickling it could run any "
-            "code: save only tensors, torch.save(model.state_dict(), path), or use safetensors"
-        ) from error
-    except Exception as error:  # on damaged files the unpickler raises all kinds of errors
-        raise ValueError(f"{path} is not a complete file of torch.save: {error!r}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
-    ):
-        inside = f" of {', '.join(map(str, list(state)[:9]))}" if isinstance(state, dict) else ""
-        raise ValueError(
-            f"{path} holds a {type(state).__name__}{inside}, expected a dictionary of tensors by "
-            "name: save model.state_dict()"
-        )
-    infos = {key: _torch_info(path, key, tensor) for key, tensor in state.items()}
-    return Checkpoint(infos, lambda key: _to_numpy(state[key], infos[key]), frozenset({path}))
-
-
-def _torch_info(path: Path, key: str, tensor: Any) -> TensorInfo:
-    name = str(tensor.dtype).removeprefix("torch.")
-    try:
-        return TensorInfo(tuple(tensor.shape), np.dtype(name))
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: tensor {key} has dtype {name}, which numpy does not have"
-        ) from error
-
-
-def _to_numpy(tensor: Any, info: TensorInfo) -> np.ndarray:
-    import torch
-
-    # Through its bytes: torch cannot make a numpy array of bfloat16.
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return data.view(info.dtype).reshape(info.shape)
-
-
-def _to_tensor(array: np.ndarray) -> Any:
-    import torch
-
-    dtype = getattr(torch, array.dtype.name)
-    data = torch.from_numpy(contiguous(array).reshape(-1).view(np.uint8))
-    return data.view(dtype).reshape(array.shape)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flax_projector.config import TrainConfig, changes, from_json, to_json
+from flax_projector.file_types import recognise
 from flax_projector.files import check_orbax_path, local_path, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -122,8 +123,8 @@ class RunFolder:
         try:
             return from_json(self.config.read_text("utf-8"))
         except ValueError as error:
-            text = f"{self.config} is not the config of a training run: {error}"
-            raise ValueError(text) from error
+            kind = recognise(self.config) or f"is not the config of a training run: {error}"
+            raise ValueError(f"{self.config} {kind}") from error
 
     def read_prompt(self) -> str | None:
         """What `claim` saved of the prompt; None if the folder holds no run.

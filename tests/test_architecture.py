@@ -25,7 +25,17 @@ LAYERS: dict[str, set[str]] = {
     "programs": {"base", "data", "training", "convert", "run", "inference"},
 }
 # Lowest first; each imports only those before it.
-BASE = ["lengths", "files", "logs", "config", "run_folder", "sharding", "batch", "chat"]
+BASE = [
+    "lengths",
+    "files",
+    "file_types",
+    "logs",
+    "config",
+    "run_folder",
+    "sharding",
+    "batch",
+    "chat",
+]
 PROGRAMS = {"train_tpu", "flax_projector.__main__"}
 
 MAX_LINES = 400

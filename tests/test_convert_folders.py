@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from convert.checkpoint import in_memory
 from convert.models import LLAMA
 from convert.stored import open_stored
-from convert.torch_files import open_torch, write_safetensors, write_torch
+from convert.torch_files import open_torch, write_safetensors
+from convert.torch_save import write_torch
 from tests.checkpoints import write_weights
 from tests.hf_models import tiny_llama
 from tests.tiny import make_projector, read_all

@@ -11,7 +11,8 @@ import convert
 from convert import api
 from convert.checkpoint import in_memory
 from convert.extras import MissingExtraError
-from convert.torch_files import open_torch, write_torch
+from convert.torch_files import open_torch
+from convert.torch_save import write_torch
 from tests.checkpoints import REPO, assert_same_tensors, is_same_file
 from tests.tiny import make_projector, read_all
 
@@ -128,7 +129,7 @@ def test_what_needs_torch_says_which_extra_to_install(without_torch, command, pu
 
 def test_missing_torch_is_an_import_error_and_a_value_error(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "x.pt").write_bytes(b"of a checkpoint")
+    (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 of a checkpoint")
     with pytest.raises(MissingExtraError, match=r"reading .*x.pt needs PyTorch") as caught:
         api.inspect(tmp_path / "x.pt")
     assert isinstance(caught.value, ImportError)

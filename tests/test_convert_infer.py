@@ -69,6 +69,31 @@ def test_what_shapes_do_not_show_must_be_given(tmp_path, bare, given, message) -
     assert not (tmp_path / "flax").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"encoder_dimension": 5}, "encoder_dimension  is not one of .*did you mean encoder_dim"),
+        ({"pool_stride": 3}, "pool_stride  is not .*: did you mean projector_pool_stride"),
+        ({"rms-norm-eps": 1e-6}, "rms-norm-eps  is not .*: did you mean rms_norm_eps"),
+        ({"x": 1}, "x  is not one of them: its fields are encoder_dim, llm_dim, "),
+        ({"encoder_dim": "5"}, "encoder_dim  = '5', expected a number"),
+        ({"encoder_dim": None}, "encoder_dim  = None, expected a number"),
+        ({"encoder_dim": np.int64(5)}, r"encoder_dim  = np.int64\(5\), expected a number"),
+        ({"encoder_dim": True}, "encoder_dim  = True, expected a number"),
+    ],
+)
+@pytest.mark.parametrize("path", ["hf", "bare/model.safetensors"])
+def test_misspelt_fields_are_errors_everywhere(tmp_path, hf, bare, given, message, path) -> None:
+    for use in (
+        lambda **kw: api.to_flax(tmp_path / path, tmp_path / "flax", **kw),
+        lambda **kw: api.verify(tmp_path / path, tmp_path / path, **kw),
+        lambda **kw: api.load_projector(tmp_path / path, **kw),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(given={**REST, **given} if path != "hf" else given)
+    assert not (tmp_path / "flax").exists()
+
+
 def test_what_a_config_lacks_may_be_given(tmp_path, hf) -> None:
     api.to_flax(hf, tmp_path / "flax", given={"rms_norm_eps": 1e-8})
     assert PROJECTOR.read_config(tmp_path / "flax").rms_norm_eps == 1e-8

@@ -24,7 +24,7 @@ from convert.load import load_projector_params, load_tower, resolve_model
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
 from convert.plan import LeafPlan
 from convert.rules import IDENTITY, Rule, transpose
-from convert.torch_files import write_torch
+from convert.torch_save import write_torch
 from convert.trees import flatten, unflatten
 from flax_projector.config import (
     LlamaConfig,

@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from flax_projector.file_types import recognise_any
+
 _ANCHOR = "\ufdd0"
 """A token of our own in front of a text, which keeps the tokenizer from treating it as the
 beginning of everything. Not a character: no text contains it."""
@@ -16,12 +18,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Reads a fast tokenizer, with its chat template, from an HF folder. Needs no PyTorch.
 
     Raises:
-      ValueError: if the folder has none.
+      ValueError: if the folder has none, or its files cannot be read.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: the LLM's folder must have a fast tokenizer")
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # on damaged files the library raises all kinds of errors
+        files = [*Path(folder).glob("*.json"), *Path(folder).glob("*.jinja")]
+        raise ValueError(
+            recognise_any(files) or f"the tokenizer in {folder} cannot be read: {error}"
+        ) from error
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Encoding:
