@@ -22,6 +22,8 @@ each of which imports only what stands above it:
   infer            the config of a projector that has no config.json
   torch_save       reads and writes files of torch.save
   torch_files      opens PyTorch checkpoints of every form; reads and writes safetensors
+  checksums        of the leaves in a Flax folder
+  orbax_readers    of Orbax, which leave no read running when another one fails
   flax_files       reads and writes Orbax checkpoints
   stored           recognises and opens whatever is stored at a path
   models           the models that can be converted

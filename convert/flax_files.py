@@ -17,8 +17,10 @@ import tensorstore
 from orbax.checkpoint import type_handlers
 
 from convert.checkpoint import Checkpoint, TensorInfo, contiguous, map_ahead
+from convert.checksums import check_sum, checksum, read_checksums, with_checks, write_checksums
 from convert.errors import Problem, raise_any
 from convert.hf_config import CONFIG
+from convert.orbax_readers import make_reader, reason
 from convert.paths import replacing
 from convert.trees import flatten, unflatten
 from flax_projector.file_types import recognise_any
@@ -44,10 +46,13 @@ def is_flax_folder(path: str | Path) -> bool:
 def open_flax(src: str | Path) -> Checkpoint:
     """Opens a folder that `write_flax` wrote, without reading its leaves.
 
+    A leaf that is read is compared with its checksum.
+
     Raises:
       ValueError: if it is not such a folder, or not complete.
     """
-    return open_orbax(_params_of(src))
+    params = _params_of(src)
+    return with_checks(open_orbax(params), params)
 
 
 def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
@@ -58,9 +63,8 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
       subtree: a path such as "params/"; only the leaves below it are opened, named without it.
     """
     check_orbax_path(path, is_new=False)
-    handler: Any = ocp.PyTreeCheckpointHandler()
     try:
-        metadata = handler.metadata(path)
+        metadata = make_reader().metadata(path)
         found = {
             p.removeprefix(subtree): m
             for p, m in flatten(dict(metadata)).items()
@@ -68,7 +72,7 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
         }
         infos = {p: TensorInfo(tuple(m.shape), np.dtype(m.dtype)) for p, m in found.items()}
     except Exception as error:  # on damaged files Orbax raises all kinds of errors
-        raise _damaged(path, f"is not a complete Orbax checkpoint: {error!r}") from error
+        raise _damaged(path, f"is not a complete Orbax checkpoint: {reason(error)}") from error
 
     is_ocdbt = type_handlers.is_ocdbt_checkpoint(path)
     mapped = tensorstore.Context(_MAPPED, type_handlers.get_ts_context(use_ocdbt=is_ocdbt))
@@ -84,8 +88,8 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
         )
         try:
             (array,) = asyncio.run(reader.deserialize([info]))
-        except ValueError as error:
-            raise _damaged(path, f"is damaged: {error}") from error
+        except Exception as error:  # of all kinds again
+            raise _damaged(path, f"is damaged: {reason(error)}") from error
         return array
 
     return Checkpoint(infos, read, frozenset({path}))
@@ -94,17 +98,29 @@ def open_orbax(path: Path, *, subtree: str = "") -> Checkpoint:
 def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
     """Reads the parameters of a Flax folder straight into their shards.
 
+    Those of which this process has all shards are compared with their checksums.
+
     Args:
       src: the folder.
       abstract: nested dict of ShapeDtypeStructs with shardings.
 
     Raises:
       ConversionError: if names, shapes or dtypes differ from `abstract`. Orbax itself would cast.
-      ValueError: if it is not a Flax folder, or files are missing or cut off.
+      ValueError: if it is not a Flax folder, or files are missing, cut off or damaged.
     """
     _check_same(Path(src), open_flax(src).infos, flatten(abstract))
-    args = ocp.args.StandardRestore(abstract)
-    return _restore(_params_of(src), ocp.StandardCheckpointHandler(), args)
+    folder = _params_of(src)
+    args = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+    with ocp.Checkpointer(make_reader()) as checkpointer:
+        try:
+            params = checkpointer.restore(folder, args)
+        except Exception as error:  # of all kinds again
+            raise _damaged(folder, f"is damaged: {reason(error)}") from error
+    sums = read_checksums(folder)
+    for path, leaf in flatten(params).items() if sums else ():
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            check_sum(folder, sums, path, _on_host(leaf))
+    return params
 
 
 def write_flax(
@@ -163,6 +179,7 @@ def fill_flax(folder: Path, checkpoint: Checkpoint, config_text: str) -> None:
         if leaves.unreadable is not None:
             raise leaves.unreadable from None
         raise _os_error(error) from error
+    write_checksums(folder / _PARAMS, leaves.sums)
     (folder / CONFIG).write_text(config_text, "utf-8")
 
 
@@ -181,12 +198,14 @@ class _LeafHandler(type_handlers.NumpyHandler):
     Attributes:
       stop: tells it to read no more leaves.
       unreadable: what reading a leaf raised.
+      sums: the checksum of every leaf that was read, by flax path.
     """
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self.stop = threading.Event()
         self.unreadable: Exception | None = None
+        self.sums: dict[str, str] = {}
 
     async def serialize(
         self,
@@ -220,7 +239,9 @@ class _LeafHandler(type_handlers.NumpyHandler):
             if self.stop.is_set():
                 raise InterruptedError("stopped")
             try:
-                return contiguous(checkpoint.read(path))
+                leaf = contiguous(checkpoint.read(path))
+                self.sums[path] = checksum(leaf)
+                return leaf
             except Exception as error:
                 self.unreadable = self.unreadable or error
                 raise
@@ -269,7 +290,7 @@ def _os_error(error: Exception) -> OSError:
     text = str(error)
     if found := re.search(r"([^:]+) \[os_error_code='(\d+)'", text):
         return OSError(int(found[2]), found[1].strip())
-    return OSError(text.partition(" [tensorstore_spec=")[0].partition("\n")[0])
+    return OSError(reason(error))
 
 
 def _params_of(src: str | Path) -> Path:
@@ -278,12 +299,15 @@ def _params_of(src: str | Path) -> Path:
     return Path(src).resolve() / _PARAMS
 
 
-def _restore(path: Path, handler: Any, args: Any) -> dict:
-    with ocp.Checkpointer(handler) as checkpointer:
-        try:
-            return checkpointer.restore(path, args)
-        except ValueError as error:
-            raise _damaged(path, f"is damaged: {error}") from error
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """A copy of an array, which the array does not keep as that of `np.asarray`."""
+    if leaf.is_fully_replicated:
+        return np.array(leaf.addressable_data(0))
+    copy = np.empty(leaf.shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        if shard.replica_id == 0:
+            copy[shard.index] = shard.data
+    return copy
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
