@@ -158,6 +158,8 @@ class Verify:
     """The other one, in any of these forms. Projectors run in Flax, on the same random input."""
     step: Annotated[int | None, _LATEST] = None
     """Which checkpoint, of A or B or both."""
+    ignore: Annotated[UseAppendAction[tuple[str, ...]], _shown("PATTERN")] = ()
+    """Leave out tensors of PyTorch that match, as `to-flax` does; may be repeated."""
     fields: _ProjectorFields = ProjectorFields()
 
     def run(self) -> int:
@@ -165,7 +167,9 @@ class Verify:
         from convert import verify
         from convert.report import comparison_text
 
-        result = verify(self.a, self.b, step=self.step, given=self.fields.given())
+        result = verify(
+            self.a, self.b, step=self.step, given=self.fields.given(), ignore=self.ignore
+        )
         sys.stdout.write(comparison_text(result))
         return 0 if result.is_same else 1
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def to_flax(
     stored = open_stored(_find(src), step=step)
     if stored.side == "flax":
         raise ValueError(f"{src} is a Flax checkpoint already: `to-torch` converts it back")
-    stored = replace(stored, checkpoint=_without(stored.checkpoint, ignore))
+    (stored,) = _without([stored], ignore)
     dst = local_path(dst)
     check_orbax_path(dst, is_new=True)
     return _convert(stored, dst, given=given, dtype=dtype, overwrite=overwrite, verify=verify)
@@ -171,6 +171,7 @@ def verify(
     *,
     step: int | None = None,
     given: Mapping[str, Any] | None = None,
+    ignore: Collection[str] = (),
 ) -> Comparison:
     """Compares two checkpoints: their tensors and configs, and the outputs of projectors.
 
@@ -180,9 +181,10 @@ def verify(
       b: likewise; a projector is run in Flax.
       step: which checkpoint of a Trainer folder or a run; of both, if both have several.
       given: fields of `ProjectorConfig` that no config.json contains.
+      ignore: patterns of tensors of PyTorch to leave out, as in `to_flax`.
 
     Raises:
-      ValueError: if one of them is not a model, or they are different models.
+      ValueError: if one of them is not a model, or they are different kinds of models.
     """
     paths = [_find(a), _find(b)]
     steps = [step if has_steps(path) else None for path in paths]
@@ -191,7 +193,8 @@ def verify(
             f"there is no step {step}: neither {a} nor {b} is a folder of checkpoint-N or a "
             "training run"
         )
-    one, two = (open_stored(path, step=s) for path, s in zip(paths, steps, strict=True))
+    stored = [open_stored(path, step=s) for path, s in zip(paths, steps, strict=True)]
+    one, two = _without(stored, ignore)
     return compare(one, two, given or {})
 
 
@@ -242,16 +245,24 @@ def _find(path: str | Path) -> Path:
     return resolve_model(str(path))
 
 
-def _without(checkpoint: Checkpoint, patterns: Collection[str]) -> Checkpoint:
-    """The checkpoint without the tensors that match the user's patterns."""
-    kept = checkpoint.infos.keys()
+def _without(models: Sequence[StoredModel], patterns: Collection[str]) -> list[StoredModel]:
+    """The models without the tensors of PyTorch that match the user's patterns."""
+    kept = [set(stored.checkpoint.infos) for stored in models]
     for pattern in patterns:
-        ignored = sorted(filter(Ignore(pattern, "--ignore").matches, checkpoint.infos))
-        if not ignored:
+        matches = Ignore(pattern, "--ignore").matches
+        ignored = [
+            set(filter(matches, stored.checkpoint.infos)) if stored.side == "torch" else set()
+            for stored in models
+        ]
+        if not any(ignored):
             raise ValueError(f"--ignore {pattern!r} matches no tensor: `inspect` lists them all")
-        _log.info("left out by --ignore %s: %s", pattern, ", ".join(ignored))
-        kept -= set(ignored)
-    return checkpoint.only(kept)
+        names = ", ".join(sorted(set().union(*ignored)))
+        _log.info("left out by --ignore %s: %s", pattern, names)
+        kept = [names - left for names, left in zip(kept, ignored, strict=True)]
+    return [
+        replace(stored, checkpoint=stored.checkpoint.only(names))
+        for stored, names in zip(models, kept, strict=True)
+    ]
 
 
 def _convert(

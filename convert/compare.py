@@ -14,6 +14,7 @@ import numpy as np
 from convert import engine
 from convert.bounds import check_sizes
 from convert.checkpoint import Checkpoint, TensorInfo
+from convert.errors import ConversionError
 from convert.extras import import_torch
 from convert.hf_config import Json
 from convert.models import PROJECTOR, ModelKind, config_text_of, detect
@@ -92,8 +93,8 @@ def compare(a: StoredModel, b: StoredModel, given: Json) -> Comparison:
       given: fields of the config that neither contains.
 
     Raises:
-      ValueError: if one cannot be converted, if they are different kinds of models, if Flax
-        parameters do not fit their own config, or if projectors have to be run without torch.
+      ValueError: if they are different kinds of models, if neither fits its own config, if Flax
+        parameters do not fit theirs, or if projectors have to be run without torch.
     """
     kind, other_kind = detect(a), detect(b)
     if kind is not other_kind:
@@ -106,12 +107,17 @@ def compare(a: StoredModel, b: StoredModel, given: Json) -> Comparison:
     one, two = (
         _torch_side(kind, stored, config) for stored, config in zip((a, b), configs, strict=True)
     )
+    misfits = [
+        _misfit(kind, side, config) for side, config in zip((one, two), configs, strict=True)
+    ]
+    if misfits[0] and misfits[1]:  # if one does fit, the differences are what is to be shown
+        raise misfits[0]
     names = sorted(one.infos.keys() | two.infos.keys())
     with one.with_progress("comparing") as shown:
         tensors = tuple(_compare_tensor(name, shown, two) for name in names)
     same_shapes = all(pair.a and pair.b and pair.a.shape == pair.b.shape for pair in tensors)
     differences = _config_differences(*configs)
-    is_run = kind is PROJECTOR and same_shapes and not differences
+    is_run = kind is PROJECTOR and same_shapes and not differences and not any(misfits)
     error = _output_error(configs[0], one, two) if is_run else None
     return Comparison(kind, tensors, differences, error)
 
@@ -133,6 +139,16 @@ def _torch_side(kind: ModelKind, stored: StoredModel, config: Any) -> Checkpoint
     return stored.checkpoint.renamed({key.removeprefix(prefix): key for key in sorted(keys)})
 
 
+def _misfit(kind: ModelKind, tensors: Checkpoint, config: Any) -> ConversionError | None:
+    """Why the tensors are not those of a model with this config, whatever their dtypes."""
+    try:
+        infos = tensors.cast(np.dtype(np.float32)).infos
+        engine.plan_to_flax(kind.table, infos, kind.leaves(config))
+    except ConversionError as error:
+        return error
+    return None
+
+
 def _compare_tensor(name: str, one: Checkpoint, two: Checkpoint) -> TensorPair:
     a, b = one.infos.get(name), two.infos.get(name)
     if a is None or b is None or a.shape != b.shape:
@@ -140,8 +156,9 @@ def _compare_tensor(name: str, one: Checkpoint, two: Checkpoint) -> TensorPair:
     x, y = one.read(name), two.read(name)
     if is_same(x, y):
         return TensorPair(name, a, b, True, 0.0)
+    wide = np.complex128 if "c" in (x.dtype.kind, y.dtype.kind) else np.float64
     with np.errstate(invalid="ignore"):  # inf - inf
-        error = np.abs(x.astype(np.float64) - y.astype(np.float64)).max()
+        error = np.abs(x.astype(wide) - y.astype(wide)).max(initial=0)
     return TensorPair(name, a, b, False, float(error))
 
 

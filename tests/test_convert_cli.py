@@ -92,7 +92,7 @@ FIELDS = {"--encoder-dim INT", "--projector-pool-stride INT", "--projector-dropo
     [
         ("to-flax", {"SRC", "DST", "--ignore PATTERN", "--rms-norm-eps FLOAT"} | COMMON | FIELDS),
         ("to-torch", {"SRC", "DST", "--prefix TEXT"} | COMMON),
-        ("verify", {"A", "B", "--step N", "--rms-norm-eps FLOAT"} | FIELDS),
+        ("verify", {"A", "B", "--step N", "--ignore PATTERN", "--rms-norm-eps FLOAT"} | FIELDS),
         ("inspect", {"PATH", "--step N"}),
     ],
 )
