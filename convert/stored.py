@@ -15,7 +15,7 @@ from convert.hf_config import (
     read_config_text,
     run_config_dict,
 )
-from convert.torch_files import has_weights, open_torch
+from convert.torch_files import check_adapters, has_weights, open_torch
 from convert.wrappers import without_wrappers
 from flax_projector.file_types import recognise
 from flax_projector.files import local_path
@@ -82,6 +82,7 @@ def open_stored(path: str | Path, *, step: int | None = None) -> StoredModel:
         )
     if is_flax_folder(path):
         return StoredModel(path, "flax", open_flax(path), read_config_text(path))
+    check_adapters(path)
     if path.is_dir() and not has_weights(path):
         names = ", ".join(sorted(file.name for file in path.iterdir()))
         raise ValueError(f"{path} contains {names or 'nothing'}, expected one of\n{_FOLDERS}")

@@ -1,6 +1,7 @@
 """Opens PyTorch checkpoints of every form; reads and writes safetensors, without torch."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from convert.torch_save import TORCH_SUFFIXES, is_saved, open_saved
 from flax_projector.file_types import recognise
 from flax_projector.files import parse_json
 
+_log = logging.getLogger(__name__)
+
 WEIGHTS = "model.safetensors"
 
 _FOLDER_FORMS = (  # the files that a folder is opened by, in transformers' order
@@ -22,6 +25,7 @@ _FOLDER_FORMS = (  # the files that a folder is opened by, in transformers' orde
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SAFETENSORS_DTYPES = {
     "F32": DTYPES["float32"],
     "F16": DTYPES["float16"],
@@ -57,6 +61,32 @@ def open_torch(path: str | Path) -> Checkpoint:
 def has_weights(folder: Path) -> bool:
     """Whether `open_torch` finds something to open in the folder."""
     return _find_weights(folder) is not None
+
+
+def check_adapters(path: Path) -> None:
+    """Checks that no adapter lies beside the weights, which transformers would add to them.
+
+    Args:
+      path: a folder; or a file in it, which is taken without the adapter.
+
+    Raises:
+      ValueError: naming the adapter, and the weights without it.
+    """
+    folder = path if path.is_dir() else path.parent
+    found = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if not found or path.name in found:
+        return
+    if path != folder:
+        _log.warning("WARNING: %s is taken without the adapter beside it, %s", path, found[0])
+        return
+    weights = _find_weights(folder)
+    alone = "it holds no other model"
+    if weights is not None and weights.name not in found:
+        alone = f"pass {weights} to leave it out"
+    raise ValueError(
+        f"{folder} holds an adapter ({', '.join(found)}), which changes what a model computes: "
+        f"merge it into the model, with PEFT's `model.merge_and_unload()`, and save that; {alone}"
+    )
 
 
 def write_safetensors(path: str | Path, checkpoint: Checkpoint) -> None:

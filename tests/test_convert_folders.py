@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
 
 from convert.checkpoint import in_memory
-from convert.models import LLAMA
+from convert.models import LLAMA, detect
 from convert.stored import open_stored
 from convert.torch_files import open_torch, write_safetensors
 from convert.torch_save import write_torch
@@ -131,5 +132,82 @@ def test_a_model_with_a_folder_of_checkpoints_is_no_training_run(tmp_path, llama
     assert open_stored(folder).side == "torch"
     assert LLAMA.read_config(folder)
     write_weights(folder, {"model.norm.weight": np.ones(3)})
+    with pytest.raises(ValueError, match="has no step 5"):
+        open_stored(folder, step=5)
+
+
+@pytest.mark.parametrize("adapter", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_beside_the_weights_is_not_passed_over(
+    tmp_path, llama, adapter, form, caplog
+) -> None:
+    """transformers with PEFT would add it to them."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    shutil.copy(llama / "config.json", folder)
+    tensors = {key: x.copy() for key, x in read_all(open_torch(llama)).items()}
+    add(folder, form, tensors, 7)
+    assert value_here(folder) == 7
+    write_safetensors(folder / adapter, in_memory({"x.lora_A.weight": np.ones(3)}))
+    with pytest.raises(ValueError, match=rf"an adapter \({adapter}\).*pass .*/{form} to leave it"):
+        open_stored(folder)
+    assert not caplog.messages
+    assert value_here(folder / form) == 7
+    assert f"is taken without the adapter beside it, {adapter}" in caplog.text
+    shutil.copytree(folder, tmp_path / "out/checkpoint-5")  # as a Trainer saves it
+    with pytest.raises(ValueError, match="holds an adapter"):
+        open_stored(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_alone_is_named(tmp_path, name) -> None:
+    write = write_safetensors if "safetensors" in name else write_torch
+    write(tmp_path / name, in_memory({"base_model.model.x.lora_A.weight": np.ones(3)}))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"an adapter .*{name}.*it holds no other model"):
+        open_stored(tmp_path)
+    with pytest.raises(ValueError, match=r"weights of an adapter \(LoRA\): merge them"):
+        detect(open_stored(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("checkpoint-10-backup99", None),
+        ("checkpoint-99.bak", None),
+        ("checkpoint-99 (copy)", None),
+        ("checkpoint-9_9", None),
+        ("checkpoint--99", None),
+        ("checkpoint-", None),
+        ("checkpoint-best", None),
+        ("Checkpoint-99", None),
+        ("tmp-checkpoint-99", None),
+        ("old-checkpoint-99", None),
+        ("checkpoint-99", 99),
+    ],
+)
+def test_only_the_names_of_transformers_are_checkpoints(tmp_path, name, step) -> None:
+    for place in ("checkpoint-10", name):
+        make_projector(tmp_path / place)
+    last = get_last_checkpoint(str(tmp_path))
+    assert last == str(tmp_path / ("checkpoint-10" if step is None else name))
+    assert str(open_stored(tmp_path).path) == last
+    if step is None:
+        with pytest.raises(ValueError, match="has no checkpoint of step 99, only of 10"):
+            open_stored(tmp_path, step=99)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-99", "checkpoints"])
+def test_a_file_with_the_name_of_a_folder_is_no_checkpoint(tmp_path, name) -> None:
+    make_projector(tmp_path / "checkpoint-10")
+    (tmp_path / name).write_text("")
+    assert open_stored(tmp_path).path == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("inside", ["5", "step-5", "notes.txt"])
+def test_other_folders_of_checkpoints_make_no_run(tmp_path, inside) -> None:
+    folder = make_projector(tmp_path / "hf")
+    (folder / "checkpoints" / inside).mkdir(parents=True)
+    assert open_stored(folder).path == folder
     with pytest.raises(ValueError, match="has no step 5"):
         open_stored(folder, step=5)
