@@ -5,7 +5,7 @@ closed, and each of them prints a traceback.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -34,9 +34,9 @@ def reason(error: Exception) -> str:
 class _Settling(type_handlers.TypeHandler):
     """Reads leaf by leaf, and waits for all of them."""
 
-    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+    def metadata(self, infos: Sequence[Any]) -> Any:
         read = super().metadata
-        return await _settle(read([info]) for info in infos)
+        return _Later(lambda: _settle(read([info]) for info in infos))
 
     async def deserialize(
         self, infos: Sequence[Any], args: Sequence[Any] | None = None
@@ -45,6 +45,16 @@ class _Settling(type_handlers.TypeHandler):
         args = args or [None] * len(infos)
         pairs = zip(infos, args, strict=True)
         return await _settle(read([info], [arg] if arg else None) for info, arg in pairs)
+
+
+class _Later:
+    """Can be awaited; unlike a coroutine, it does not complain if it never is."""
+
+    def __init__(self, start: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._start = start
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._start().__await__()
 
 
 class _NumpyReader(_Settling, type_handlers.NumpyHandler):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
 from convert.torch_save import TORCH_SUFFIXES, is_saved, open_saved
 from flax_projector.file_types import recognise
-from flax_projector.files import parse_json
+from flax_projector.files import local_path, parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -199,7 +199,8 @@ def _open_sharded(index: Path) -> Checkpoint:
             f"{index} is not the index of a checkpoint: weight_map = {str(weight_map)[:60]}, "
             "expected an object with a file name for each tensor"
         )
-    shards = {name: _open_file(index.parent / name) for name in sorted(set(weight_map.values()))}
+    names = sorted(set(weight_map.values()))
+    shards = {name: _open_file(local_path(index.parent / name)) for name in names}
     found: dict[str, str] = {}
     for name, shard in shards.items():
         if twice := sorted(found.keys() & shard.infos.keys()):

@@ -29,8 +29,8 @@ def local_path(path: str | Path) -> Path:
         Path(text).resolve().exists()
     except UnicodeEncodeError as error:
         raise ValueError(f"the path {text!a} is not UTF-8: rename it") from error
-    except (RuntimeError, OSError) as error:  # RuntimeError: a loop, before Python 3.13
-        raise ValueError(f"{text} cannot be used as a path: {error}") from error
+    except (RuntimeError, OSError, ValueError) as error:  # RuntimeError: a loop, before Python 3.13
+        raise ValueError(f"{text!r} cannot be used as a path: {error}") from error
     return Path(text)
 
 

@@ -99,6 +99,17 @@ def test_damaged_folder_is_refused(tmp_path, name, content, message) -> None:
         read_all(open_flax(tmp_path / "x"))
 
 
+def test_a_leaf_of_an_unknown_type_is_one_clear_error(tmp_path) -> None:
+    """Beside one that can be read, whose reading must not be left over."""
+    write_tree(tmp_path / "x", {"a": np.ones(3), "b": np.ones(3)})
+    file = tmp_path / "x/params/_METADATA"
+    text = file.read_text()
+    assert text.count("np.ndarray") == 2
+    file.write_text("np.ndarrow".join(text.rsplit("np.ndarray", 1)))
+    with pytest.raises(ValueError, match="x/params is not a complete Orbax checkpoint"):
+        open_flax(tmp_path / "x")
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", b"\xff"])
 def test_damaged_marker_is_not_needed_to_read(tmp_path, content) -> None:
     write_tree(tmp_path / "x", {"a": np.ones(3)})

@@ -304,7 +304,8 @@ def test_cast_changes_the_text_only_where_it_must() -> None:
     [
         (None, "does not exist"),
         (b"{", "is not JSON"),
-        (b"\xff\xfe{}", "is not JSON"),
+        (b"\xff{}", "is not JSON"),
+        (b"\xff\xfe{}", "is a text in UTF-16: save it in UTF-8"),
         (b"[]", "does not hold a JSON object"),
     ],
 )

@@ -49,6 +49,7 @@ def test_whatever_is_wrong_with_json_is_a_value_error(text, message):
         (os.fsdecode(b"run\xff"), r"'run\\udcff' is not UTF-8"),
         ("loop/run", "loop.* cannot be used as a path"),
         ("x" * 300, "cannot be used as a path.*too long"),
+        ("a\0b", "'a.*b' cannot be used as a path: embedded null byte"),
     ],
 )
 def test_paths_that_cannot_be_used_are_named(tmp_path, monkeypatch, path, message):
