@@ -28,7 +28,7 @@ from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 pytestmark = pytest.mark.slow
 
-NUM_MANIFESTS, NUM_SOUNDS = 1_500, 1_800
+NUM_MANIFESTS, NUM_SOUNDS = 1_500, 4_000
 SECS = 0.4
 MAX_SECS_PER_CASE = 10
 MAX_MB_MORE = 600  # than before, at the peak of all cases

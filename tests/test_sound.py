@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,20 @@ def without_length(flac: bytes) -> bytes:
     return bytes(data)
 
 
+def with_length(flac: bytes, num_samples: int) -> bytes:
+    """A FLAC file that states another number of samples, in 36 bits."""
+    data = bytearray(flac)
+    data[21] = data[21] & 0xF0 | num_samples >> 32
+    data[22:26] = (num_samples & 0xFFFFFFFF).to_bytes(4, "big")
+    return bytes(data)
+
+
+def with_frames(mp3: bytes, num_frames: int) -> bytes:
+    """An mp3 file whose tag states another number of frames."""
+    at = re.search(rb"Xing|Info", mp3).end() + 4  # type: ignore[union-attr]
+    return mp3[:at] + num_frames.to_bytes(4, "big") + mp3[at + 4 :]
+
+
 def without_tag(mp3: bytes) -> bytes:
     """An mp3 file without its first frame, which states the length."""
     return mp3[mp3.index(mp3[:2], 4) :]
@@ -54,7 +69,9 @@ MP3_DELAY = 0.13  # seconds that an encoder adds, which the tag says to drop; an
     ("make", "secs", "tolerance"),
     [
         (lambda: without_length(encode("flac")), 2, 0),
+        (lambda: with_length(encode("flac"), 2**36 - 1), 2, 0),
         (lambda: without_tag(encode("mp3")), 2, MP3_DELAY),
+        (lambda: with_frames(encode("mp3"), 2**31 - 1), 2, MP3_DELAY),
         (lambda: encode("mp3") * 2, 4, 2 * MP3_DELAY),
         (lambda: encode("mp3") + without_tag(encode("mp3")), 4, 2 * MP3_DELAY),
         (lambda: without_tag(encode("mp3")) + encode("mp3"), 4, 2 * MP3_DELAY),
@@ -126,6 +143,23 @@ def test_a_segment_before_the_missing_end_is_used(tmp_path, suffix):
     assert len(load_audio(path, offset=0.5, duration=0.5)) == RATE // 2
     with pytest.raises(BadAudio, match="its end is missing"):
         load_audio(path, offset=1.5, duration=0.5)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2_000_000])
+def test_a_file_of_an_impossible_rate_is_not_used(tmp_path, rate):
+    soundfile.write(tmp_path / "x.wav", make_speech(), rate)
+    with pytest.raises(BadAudio, match=rf"x\.wav: {rate} Hz is no sample rate") as caught:
+        load_audio(tmp_path / "x.wav")
+    assert caught.value.problem == Problem.UNDECODABLE
+
+
+def test_a_path_that_is_not_utf8_is_read(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav")
+    soundfile.write(tmp_path / "x.wav", make_speech(), RATE)
+    os.rename(tmp_path / "x.wav", path)
+    assert len(load_audio(path)) == 2 * RATE
+    with pytest.raises(BadAudio, match="does not exist"):
+        load_audio(path + "x")
 
 
 def test_a_file_that_lost_a_byte_is_used(tmp_path):

@@ -15,6 +15,7 @@ import soxr
 
 from flax_projector.data.sound import (
     DURATION_TOLERANCE_SECS,
+    BadSound,
     DecodedSound,
     EndMissing,
     open_sound,
@@ -141,12 +142,15 @@ def _open_clip(
             yield stack.enter_context(open_sound(file, end_secs=end_secs))
         except BadAudio:
             raise
-        except EndMissing as error:
-            raise BadAudio(Problem.INCOMPLETE, f"{audio}: {error}") from error
+        except BadSound as error:
+            is_cut = isinstance(error, EndMissing)
+            problem = Problem.INCOMPLETE if is_cut else Problem.UNDECODABLE
+            raise BadAudio(problem, f"{audio}: {error}") from error
         except soundfile.SoundFileError as error:
             if isinstance(file, str) and not os.path.exists(file):
                 raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
-            text = f"{audio} is not a readable audio file: {error}"
+            reason = getattr(error, "error_string", error)
+            text = f"{audio} is not a readable audio file: {reason}"
             raise BadAudio(Problem.UNDECODABLE, text) from error
         except FileNotFoundError as error:
             raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
@@ -171,11 +175,11 @@ def _mix(samples: np.ndarray) -> np.ndarray:
     if num_channels == 1 or not len(samples):
         return samples[:, 0]
     channels = np.ascontiguousarray(samples.T)  # NumPy is ten times faster along the long axis
-    with np.errstate(invalid="ignore"):  # infinite samples: `check_samples` refuses the result
+    with np.errstate(over="ignore", invalid="ignore"):  # `check_samples` refuses such samples
         mono = channels.mean(axis=0)
-    energies = np.einsum("cn,cn->c", channels, channels)
-    if np.einsum("n,n", mono, mono) < (_CANCELLED / num_channels) ** 2 * energies.max():
-        return channels[energies.argmax()]
+        energies = np.einsum("cn,cn->c", channels, channels)
+        if np.einsum("n,n", mono, mono) < (_CANCELLED / num_channels) ** 2 * energies.max():
+            return channels[energies.argmax()]
     return mono
 
 

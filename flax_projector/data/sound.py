@@ -23,7 +23,8 @@ BinaryFile = Any
 DURATION_TOLERANCE_SECS = 0.05
 
 _UNKNOWN_SIZE = 0x7FFFF000  # programs that write to pipes state this size in bytes, or more
-_UNKNOWN_LENGTH = 2**62  # libsndfile's number of samples for "no length" is above it
+_MAX_PER_BYTE = 5_000  # samples: digital silence in flac; beyond it, a length is none
+_RATES = range(1_000, 1_000_001)  # Hz
 _BLOCK = 1 << 16
 # What libsndfile logs about au, aiff, w64 and rf64 files that are shorter than they state.
 _SIZES = re.compile(r"^\s*(?:Data Size|SSND|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.M)
@@ -31,7 +32,11 @@ _MP3_TAGS = 4096  # bytes of tags behind the samples that do not make the file's
 _FIRST_PAGE = re.compile(rb"OggS\0[\2\6]")
 
 
-class EndMissing(ValueError):
+class BadSound(ValueError):
+    """A file whose samples are of no use."""
+
+
+class EndMissing(BadSound):
     """A file that ends before its samples do."""
 
 
@@ -74,14 +79,20 @@ def open_sound(
 
     Raises:
       EndMissing: if the end of the file is missing.
+      BadSound: if it joins streams of different rates, or its rate is none of speech.
       soundfile.SoundFileError: if it cannot be read.
     """
+    if isinstance(file, str):
+        file = os.fsencode(file)  # its name need not be UTF-8
     with soundfile.SoundFile(file) as sound:
+        if sound.samplerate not in _RATES:
+            raise BadSound(f"{sound.samplerate} Hz is no sample rate of speech")
         is_within = end_secs is not None and end_secs * sound.samplerate <= sound.frames
-        parts = []
-        if not is_within or sound.frames >= _UNKNOWN_LENGTH:
-            with _opened(file) as content:
-                parts = _distrusted(sound, content)
+        with _opened(file) as content:
+            has_length = sound.frames <= _MAX_PER_BYTE * content.seek(0, os.SEEK_END)
+            content.seek(0)
+            trusted = is_within and has_length
+            parts = [] if trusted else _distrusted(sound, content, has_length=has_length)
         if not parts:
             yield sound
             return
@@ -89,26 +100,32 @@ def open_sound(
     decoded = [_decode(part, through_pipe=is_mp3) for part in parts]
     kinds = {(rate, samples.shape[1]) for samples, rate in decoded}
     if len(kinds) > 1:
-        raise ValueError(f"it joins streams of different rates and channels: {sorted(kinds)}")
+        raise BadSound(f"it joins streams of different rates and channels: {sorted(kinds)}")
     yield DecodedSound(np.concatenate([samples for samples, _ in decoded]), decoded[0][1])
 
 
-def _distrusted(sound: soundfile.SoundFile, file: BinaryFile) -> list[bytes]:
+def _distrusted(sound: soundfile.SoundFile, file: BinaryFile, *, has_length: bool) -> list[bytes]:
     """What to decode in place of a file whose header is wrong; empty if it can be trusted.
+
+    Args:
+      sound: the file, as libsndfile opens it.
+      file: the same file at its start.
+      has_length: whether the header states a length that can be true.
 
     Raises:
       EndMissing: if the end of the file is missing.
     """
     if sound.format == "OGG":
-        return _whole_ogg(file.read())
+        data = file.read()
+        return _whole_ogg(data) or ([] if has_length else [data])
     if sound.format == "MP3":
-        return _whole_mp3(file)
+        return _whole_mp3(file, is_tag_trusted=has_length)
     if sound.format in ("WAV", "WAVEX"):
         return _whole_wav(sound, file)
     if sound.format != "FLAC":  # its decoder finds a missing end itself
         for stated, found in _SIZES.findall(sound.extra_info):
             _check_end(sound, stated=int(stated), found=int(found))
-    return [file.read()] if sound.frames >= _UNKNOWN_LENGTH else []
+    return [] if has_length else [file.read()]
 
 
 def _check_end(sound: soundfile.SoundFile, *, stated: int, found: int) -> None:
@@ -156,7 +173,7 @@ def _whole_wav(sound: soundfile.SoundFile, file: BinaryFile) -> list[bytes]:
     return [header + len(behind).to_bytes(4, order) + behind]
 
 
-def _whole_mp3(file: BinaryFile) -> list[bytes]:
+def _whole_mp3(file: BinaryFile, *, is_tag_trusted: bool) -> list[bytes]:
     """An mp3 file without the tag that states its length, if that is missing or wrong."""
     size = file.seek(0, os.SEEK_END)
     start = 0
@@ -172,7 +189,8 @@ def _whole_mp3(file: BinaryFile) -> list[bytes]:
         at = tag.end() + (8 if flags & 1 else 4)  # the number of frames comes first
         stated = int.from_bytes(head[at : at + 4], "big") if flags & 2 else 0
         # Other tags may follow the samples; a file that is too short is found when it is decoded.
-        if stated and size - start <= 1.01 * stated + _MP3_TAGS:
+        is_whole = stated and size - start <= 1.01 * stated + _MP3_TAGS
+        if is_tag_trusted and is_whole:
             return []
     file.seek(0)
     data = file.read()
@@ -205,9 +223,9 @@ def _write(end: int, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _opened(file: str | BinaryFile) -> Iterator[BinaryFile]:
+def _opened(file: bytes | BinaryFile) -> Iterator[BinaryFile]:
     """The file at its start; one that is already open is left where it was."""
-    if isinstance(file, str):
+    if isinstance(file, bytes):
         with open(file, "rb") as opened:
             yield opened
     else:
