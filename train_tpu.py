@@ -34,7 +34,13 @@ from flax_projector.logs import (
     quiet_other_processes,
     setup_logging,
 )
-from flax_projector.run import LoadedModel, load_model, resolve_config
+from flax_projector.run import (
+    LoadedModel,
+    digest_init_projector,
+    find_towers,
+    load_model,
+    resolve_config,
+)
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.best import Best
@@ -113,7 +119,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         guard = stack.enter_context(PreemptionGuard().watching())
         config, folder = resolve_config(config), RunFolder.of(config)
         log.info("config:\n%s", to_json(config))
-        folder.check(config)
+        moved = folder.check(config)
         check_sources(config)
         mesh = make_mesh(config.mesh, devices)
         log_devices(mesh, config)
@@ -121,7 +127,10 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         num_compiled = stack.enter_context(compilations())
 
         # --- frozen towers and data ----------------------------------------------------------
-        loaded = load_model(config, mesh)
+        towers = find_towers(config)
+        contents = towers.contents | digest_init_projector(config, folder)
+        folder.check_contents(contents)
+        loaded = load_model(config, mesh, towers)
         bad_rows = BadRowLog(folder.bad_rows, max_rate=config.data.max_bad_rate)
         maker = loaded.make_batch_maker(folder, bad_rows)
         batches, held_out_sets = maker.train(), maker.eval()
@@ -140,7 +149,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         latest, audio_secs = manager.latest_step(), 0.0
         if latest is not None:
             state, position = restore(manager, latest, abstract)
-            iterator.set_state(position["iterator"])
+            iterator.set_state(position["iterator"], has_moved="data.train" in moved)
             audio_secs = position["audio_secs"]
             log.info("resumed at step %d", latest)
         else:
@@ -165,7 +174,8 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
             MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
         )
         if jax.process_index() == 0:
-            folder.claim(config, loaded.prompt.to_json())  # no user input can fail from here on
+            # No user input can fail from here on.
+            folder.claim(config, loaded.prompt.to_json(), contents)
         step_log = StepLog(
             writer,
             batches,

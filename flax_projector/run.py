@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,19 +17,20 @@ from jax.sharding import Mesh
 from convert.checkpoint import in_memory
 from convert.flax_files import write_flax
 from convert.hf_config import config_text, run_config_dict
-from convert.load import load_tower, read_training, resolve_model
-from convert.models import LLAMA, WHISPER_ENCODER
+from convert.load import digest, load_tower, read_training, resolve_model
+from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
 from convert.trees import flatten
 from flax_projector.chat.prompt import Prompt, make_prompt, remake_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, TrainConfig, option
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
+from flax_projector.files import local_path
 from flax_projector.models.llama import abstract_decoder, embedding_rms
 from flax_projector.models.speech_llm import Params, SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.run_folder import RunFolder
-from flax_projector.sharding import batch_sharding, replicated, use_mesh
+from flax_projector.sharding import batch_sharding, num_batch_shards, replicated, use_mesh
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.throughput import FlopCounter, make_flop_counter
 from flax_projector.training.wer import make_normalizer
@@ -38,11 +39,51 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Towers:
+    """The folders of the frozen towers.
+
+    Attributes:
+      encoder: the encoder's.
+      llm: the LLM's.
+      contents: digests of their contents, by the options "encoder" and "llm".
+    """
+
+    encoder: Path
+    llm: Path
+    contents: dict[str, str]
+
+
+def find_towers(config: TrainConfig) -> Towers:
+    """Finds or downloads the towers that a config names, and reads them once.
+
+    Raises:
+      ValueError: naming the option, if there is no such model.
+    """
+    folders, contents = [], {}
+    for name, kind in (("encoder", WHISPER_ENCODER), ("llm", LLAMA)):
+        try:
+            folders.append(resolve_model(getattr(config, name)))
+        except ValueError as error:
+            raise ValueError(f"{option(name)}: {error}") from error
+        contents[name] = digest(kind, folders[-1])
+    return Towers(*folders, contents)
+
+
+def digest_init_projector(config: TrainConfig, folder: RunFolder) -> dict[str, str]:
+    """The digest of `config.init_projector`, if the run in the folder needs it or it has moved."""
+    path = config.init_projector
+    if not path or (folder.config.is_file() and folder.read_config().init_projector == path):
+        return {}
+    return {"init_projector": digest(PROJECTOR, path)}
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """The modules, the frozen towers' parameters on the mesh, and the text processing.
 
     Attributes:
       config: the run's config.
+      towers: where the towers were found.
       model: the modules.
       encoder_params: the frozen encoder's parameters.
       llm_params: the frozen LLM's parameters.
@@ -52,6 +93,7 @@ class LoadedModel:
     """
 
     config: TrainConfig
+    towers: Towers
     model: SpeechLLM
     encoder_params: Params
     llm_params: Params
@@ -69,10 +111,20 @@ class LoadedModel:
         encode_on_devices = jax.jit(self.model.encode)
 
         def encode(samples: np.ndarray) -> jax.Array:
-            rows = jax.device_put(samples, batch_sharding(self.mesh))
-            return encode_on_devices(self.encoder_params, rows)
+            padding = -len(samples) % num_batch_shards(self.mesh)
+            rows = np.pad(samples, ((0, padding), (0, 0)))
+            rows = jax.device_put(rows, batch_sharding(self.mesh))
+            return encode_on_devices(self.encoder_params, rows)[: len(samples)]
 
-        return BatchMaker(self.config, folder, self.prompt, self.mesh, bad_rows, encode)
+        return BatchMaker(
+            self.config,
+            folder,
+            self.prompt,
+            self.mesh,
+            bad_rows,
+            encode,
+            encoder_digest=self.towers.contents["encoder"],
+        )
 
     def make_evaluator(self, bad_rows: BadRowLog) -> Evaluator:
         """An `Evaluator` with the run's limits."""
@@ -140,18 +192,26 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     elif config.init_projector:
         heard = read_training(config.init_projector)
     for name, default in _LEFT_OPEN.items():
-        value, known = _get(config, name), heard.get(name)
-        if value is None:
+        if _get(config, name) is None:
+            known = heard.get(name)
             config = _set(config, name, default if known is None else known)
-        elif known not in (None, value) and not has_run:
-            log.warning(
-                "%s is %r, but %s was trained with %r",
-                option(name),
-                value,
-                config.init_projector,
-                known,
-            )
+    if config.init_projector and not has_run:
+        warn_of_other_training(config, config.init_projector, heard)
     return config
+
+
+def warn_of_other_training(config: TrainConfig, path: str, heard: Mapping[str, Any]) -> None:
+    """Warns of a projector that was trained with other messages or audio tokens than a config has.
+
+    Args:
+      config: the config.
+      path: of the projector.
+      heard: what `read_training` says of it.
+    """
+    for name in _LEFT_OPEN:
+        if heard.get(name) not in (None, _get(config, name)):
+            text = "%s is %r, but %s was trained with %r"
+            log.warning(text, option(name), _get(config, name), path, heard[name])
 
 
 _LEFT_OPEN = {
@@ -173,16 +233,21 @@ def _set(config: TrainConfig, name: str, value: Any) -> TrainConfig:
     return dataclasses.replace(config, **{section: changed})
 
 
-def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
+def load_model(config: TrainConfig, mesh: Mesh, towers: Towers | None = None) -> LoadedModel:
     """Loads both towers straight into their shards.
+
+    Args:
+      config: the run's config.
+      mesh: the mesh to load them on.
+      towers: what `find_towers` has found; None calls it.
 
     Raises:
       ValueError: if a tower is not supported or the projector does not fit the towers.
     """
-    encoder_folder, llm_folder = resolve_model(config.encoder), resolve_model(config.llm)
-    whisper = WHISPER_ENCODER.read_config(encoder_folder)
-    llama = LLAMA.read_config(llm_folder)
-    prompt = load_prompt(config, llm_folder)  # before the towers, which take their time
+    towers = towers or find_towers(config)
+    whisper = WHISPER_ENCODER.read_config(towers.encoder)
+    llama = LLAMA.read_config(towers.llm)
+    prompt = load_prompt(config, towers.llm)  # before the towers, which take their time
     dtype = jnp.dtype(config.dtype)
     model = make_speech_llm(
         whisper,
@@ -193,20 +258,21 @@ def load_model(config: TrainConfig, mesh: Mesh) -> LoadedModel:
         augmentation=config.spec_augment if config.spec_augment.mask_time_prob else None,
     )
     encoder_params = load_tower(
-        WHISPER_ENCODER, encoder_folder, abstract_encoder(whisper, param_dtype=dtype, mesh=mesh)
+        WHISPER_ENCODER, towers.encoder, abstract_encoder(whisper, param_dtype=dtype, mesh=mesh)
     )
     llm_params = load_tower(
-        LLAMA, llm_folder, abstract_decoder(llama, param_dtype=dtype, mesh=mesh)
+        LLAMA, towers.llm, abstract_decoder(llama, param_dtype=dtype, mesh=mesh)
     )
     with use_mesh(mesh):
         prefix = encode_prefix(model, llm_params, prompt.before_audio, mesh)
     return LoadedModel(
         config=config,
+        towers=towers,
         model=dataclasses.replace(model, prefix=prefix),
         encoder_params=encoder_params,
         llm_params=llm_params,
         prompt=prompt,
-        normalize=make_normalizer(encoder_folder),
+        normalize=make_normalizer(towers.encoder),
         mesh=mesh,
     )
 
@@ -217,7 +283,7 @@ def load_prompt(config: TrainConfig, llm_folder: Path) -> Prompt:
     Raises:
       ValueError: if the LLM's tokenizer cannot make it.
     """
-    tokenizer, saved = load_tokenizer(llm_folder), RunFolder.of(config).read_prompt()
+    tokenizer, saved = load_tokenizer(llm_folder), RunFolder(local_path(config.out)).read_prompt()
     if saved is not None:
         return remake_prompt(tokenizer, config.prompt, saved)
     return make_prompt(tokenizer, config.prompt, date=_time_of_process_0())

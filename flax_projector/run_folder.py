@@ -1,11 +1,14 @@
 """The folder of a run: where its files are, and which run it belongs to."""
 
+import json
 import logging
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from flax_projector.config import TrainConfig, changes, from_json, to_json
+from flax_projector.config import TrainConfig, changes, from_json, option, to_json
 from flax_projector.file_types import recognise
 from flax_projector.files import check_orbax_path, local_path, write_atomically
 
@@ -13,6 +16,20 @@ _log = logging.getLogger(__name__)
 
 STATE = "state"
 """The checkpoint item that holds the trained state: params, optimizer and step."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run began with, apart from its options.
+
+    Attributes:
+      directory: where it was started: relative paths in its config begin there. Empty if it is not
+        known.
+      contents: digests of what options name by paths, by the options' names.
+    """
+
+    directory: str = ""
+    contents: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,11 @@ class RunFolder:
     def prompt(self) -> Path:
         """The run's prompt, as text and as token ids."""
         return self.path / "prompt.json"
+
+    @property
+    def origin(self) -> Path:
+        """The run's `Origin`."""
+        return self.path / "origin.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -141,28 +163,92 @@ class RunFolder:
             )
         return self.prompt.read_text("utf-8")
 
-    def check(self, config: TrainConfig) -> None:
+    def read_origin(self) -> Origin:
+        """What `claim` saved of the run's origin; an empty one if it was an earlier version's.
+
+        Raises:
+          ValueError: if it cannot be read.
+        """
+        if not self.origin.is_file():
+            return Origin()
+        try:
+            return Origin(**json.loads(self.origin.read_text("utf-8")))
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.origin} is damaged: {error}") from error
+
+    def find(self, name: str) -> str:
+        """The present path of something that the run's config names.
+
+        Relative paths begin in the directory in which the run was started. If the run folder has
+        moved, what it names is looked for at the same place relative to it, then where it was.
+
+        Args:
+          name: a path, or a hub id.
+
+        Returns:
+          An existing path, or else `name`.
+        """
+        started_in = self.read_origin().directory or os.getcwd()
+        named = os.path.join(started_in, os.path.expanduser(name))
+        out = os.path.join(started_in, os.path.expanduser(self.read_config().out))
+        moved_along = [
+            os.path.join(folder, os.path.relpath(named, out))
+            for folder in (os.path.abspath(self.path), os.path.realpath(self.path))
+        ]
+        candidates = [os.path.normpath(path) for path in (*moved_along, named)]
+        return next((path for path in candidates if os.path.exists(path)), name)
+
+    def check(self, config: TrainConfig) -> frozenset[str]:
         """Checks that the folder holds either no run or this one.
+
+        Returns:
+          The options that name what the run learns from by another path than at its beginning. It
+          must be the same: see `check_contents`.
 
         Raises:
           ValueError: if it holds a run with another config, or any run if `config.resume` is off.
         """
         if not self.config.is_file():
-            return
+            return frozenset()
         if not config.resume:
             raise ValueError(f"{self.path} holds a run: choose another --out, or pass --resume")
-        refused, allowed = changes(self.read_config(), config)
-        if refused:
-            listed = "\n  ".join(refused)
+        found = changes(self.read_config(), config)
+        if found.refused:
+            listed = "\n  ".join(found.refused.values())
             raise ValueError(
                 f"{self.path} holds a run with another config:\n  {listed}\n"
                 "Choose another --out, or take these changes back."
             )
-        for change in allowed:
+        for change in (found.allowed | found.moved).values():
             _log.info("the run continues with %s", change)
+        return frozenset(found.moved)
 
-    def claim(self, config: TrainConfig, prompt: str) -> None:
-        """Saves config and prompt unless there is a config; then the folder is this run's."""
+    def other_contents(self, contents: Mapping[str, str]) -> list[str]:
+        """The options whose contents have other digests than those that the run began with."""
+        before = self.read_origin().contents
+        return [name for name, digest in contents.items() if before.get(name, digest) != digest]
+
+    def check_contents(self, contents: Mapping[str, str]) -> None:
+        """Checks what options name by paths, once it is known.
+
+        Args:
+          contents: digests by the options' names, as in `Origin`.
+
+        Raises:
+          ValueError: naming the options, if the run began with other contents.
+        """
+        if wrong := self.other_contents(contents):
+            saved = self.read_config()
+            names = " and ".join(f"{option(name)} {getattr(saved, name)}" for name in wrong)
+            raise ValueError(
+                f"{self.path} holds a run that began with other contents of {names}: give it those "
+                "of that time, under any path, or choose another --out"
+            )
+
+    def claim(self, config: TrainConfig, prompt: str, contents: Mapping[str, str]) -> None:
+        """Saves what the run begins with unless there is a config: then the folder is its own."""
         if not self.config.is_file():
+            origin = Origin(os.getcwd(), contents)
             write_atomically(self.prompt, prompt)
+            write_atomically(self.origin, json.dumps(asdict(origin), indent=2) + "\n")
             write_atomically(self.config, to_json(config))

@@ -180,14 +180,24 @@ def test_only_harmless_changes_pass_unnoticed():
     config = PRESETS["demo"][1]
     data = dataclasses.replace(config.data, batch_size=16)
     changed = dataclasses.replace(config, data=data, keep_checkpoints=9, mesh=MeshConfig(fsdp=2))
-    refused, allowed = changes(config, changed)
-    assert refused == ["--data.batch-size: 4 -> 16"]
-    assert [line.split(":")[0] for line in allowed] == ["--mesh.fsdp", "--keep-checkpoints"]
+    found = changes(config, changed)
+    assert list(found.refused.values()) == ["--data.batch-size: 4 -> 16"]
+    assert list(found.allowed) == ["mesh.fsdp", "keep_checkpoints"]
+    assert not found.moved
+
+
+def test_what_is_learnt_from_may_be_named_by_another_path():
+    config = PRESETS["demo"][1]
+    data = dataclasses.replace(config.data, train=("moved.jsonl",))
+    moved = dataclasses.replace(config, data=data, encoder="a", llm="b", init_projector="c")
+    found = changes(config, moved)
+    assert list(found.moved) == ["encoder", "llm", "data.train", "init_projector"]
+    assert not found.refused and not found.allowed
 
 
 def test_labels_and_audio_tokens_stay_those_that_a_run_began_with():
     config = PRESETS["demo"][1]
     data = dataclasses.replace(config.data, text_case="lower", audio_tokens="window")
-    refused, allowed = changes(config, dataclasses.replace(config, data=data))
-    assert [line.split(":")[0] for line in refused] == ["--data.audio-tokens", "--data.text-case"]
-    assert not allowed
+    found = changes(config, dataclasses.replace(config, data=data))
+    assert list(found.refused) == ["data.audio_tokens", "data.text_case"]
+    assert not found.allowed and not found.moved

@@ -33,7 +33,7 @@ def make_maker(config: TrainConfig, folder: Path) -> BatchMaker:
 
     bad_rows = BadRowLog(folder / "bad_rows.jsonl", max_rate=config.data.max_bad_rate)
     mesh = make_mesh(MeshConfig())
-    return BatchMaker(config, RunFolder(folder), tiny_prompt(), mesh, bad_rows, encode)
+    return BatchMaker(config, RunFolder(folder), tiny_prompt(), mesh, bad_rows, encode, "")
 
 
 def test_names_under_which_sources_are_reported():

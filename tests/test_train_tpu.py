@@ -1,6 +1,5 @@
 """`train_tpu.py` from end to end on tiny towers, on 8 fake devices."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -32,10 +31,9 @@ from flax_projector.run import load_model, resolve_config
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh
 from flax_projector.training.evaluate import Evaluator
-from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog
 from tests.parity import assert_within
-from tests.tiny import final_params, read_losses, tiny_config
+from tests.tiny import final_params, killed_at, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
 
@@ -93,21 +91,6 @@ def test_warm_start_learns_to_spell_before_the_llm_reads(run):
     ]
     assert records[2]["ctc_loss"] < records[0]["ctc_loss"]
     assert all(("loss" in r) != ("ctc_loss" in r) for r in records)
-
-
-@contextlib.contextmanager
-def killed_at(step, monkeypatch):
-    """A run in the block ends, without saving, when it logs this step."""
-    write = MetricsWriter.write
-
-    def write_until_killed(self, at, scalars):
-        if at == step:
-            raise KeyboardInterrupt
-        write(self, at, scalars)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MetricsWriter, "write", write_until_killed)
-        yield
 
 
 @pytest.mark.parametrize("stages", [{}, {"ctc": CTCConfig(4, 1e-2)}], ids=["llm", "ctc first"])

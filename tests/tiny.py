@@ -1,5 +1,6 @@
 """Tiny random towers, speech and configs, in the formats of real ones."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,6 +28,7 @@ from convert.models import PROJECTOR, ModelKind
 from convert.torch_files import write_safetensors
 from convert.trees import read_tree
 from flax_projector.config import PRESETS, ProjectorConfig, TrainConfig
+from flax_projector.training.metrics import MetricsWriter
 from tests.chat import CHATML
 
 ENCODER_DIM, LLM_DIM = 24, 40
@@ -172,3 +175,18 @@ def final_params(config: TrainConfig) -> dict[str, np.ndarray]:
     """The parameters that a finished run ended with, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(read_params(Path(config.out) / "projector"))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def killed_at(step, monkeypatch):
+    """A run in the block ends, without saving, when it logs this step."""
+    write = MetricsWriter.write
+
+    def write_until_killed(self, at, scalars):
+        if at == step:
+            raise KeyboardInterrupt
+        write(self, at, scalars)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MetricsWriter, "write", write_until_killed)
+        yield

@@ -22,7 +22,7 @@ from flax_projector.config.models import (
     WhisperConfig,
 )
 from flax_projector.config.presets import PRESETS
-from flax_projector.config.saved import changes, from_json, to_json
+from flax_projector.config.saved import Changes, changes, from_json, to_json
 from flax_projector.config.train import (
     AUDIO,
     TINY_AUDIO_SYSTEM,
@@ -43,6 +43,7 @@ __all__ = [
     "TINY_AUDIO_USER",
     "AudioTokensName",
     "CTCConfig",
+    "Changes",
     "DTypeName",
     "DataConfig",
     "Llama3RopeScaling",

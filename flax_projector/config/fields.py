@@ -8,6 +8,7 @@ Every config calls `check(self)` when it is created.
 """
 
 import dataclasses
+import enum
 import functools
 import math
 import numbers
@@ -32,13 +33,17 @@ class Rule:
     text: str
 
 
-@dataclass(frozen=True)
-class _MayChange:
-    """Marks a field, and everything below it, as one that a resumed run may change."""
+class OnResume(enum.Enum):
+    """What a resumed run may do with a field, and everything below it; by default nothing."""
+
+    MAY_CHANGE = "may have another value"
+    MAY_MOVE = "may name the same contents by another path"
 
 
-MAY_CHANGE = _MayChange()
-"""For a field that does not affect what a run learns: a resumed run may change it."""
+MAY_CHANGE = OnResume.MAY_CHANGE
+"""For a field that does not affect what a run learns."""
+MAY_MOVE = OnResume.MAY_MOVE
+"""For a field that names what a run learns from: its contents must stay the same."""
 
 PositiveInt = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
@@ -109,9 +114,10 @@ def check(config: Any, *, prefix: str | None = None, **more: Rule) -> None:
         raise ValueError("\n".join(f"{names[n]} = {values[n]!r}: {t}" for n, t in problems.items()))
 
 
-def may_change(cls: type) -> frozenset[str]:
-    """The fields of a config class that are marked with `MAY_CHANGE`."""
-    return frozenset(name for name, notes in _annotations(cls).items() if MAY_CHANGE in notes)
+def on_resume(cls: type) -> dict[str, OnResume]:
+    """The fields of a config class that a resumed run may give otherwise."""
+    notes = _annotations(cls).items()
+    return {name: note for name, found in notes for note in found if isinstance(note, OnResume)}
 
 
 @functools.cache
@@ -164,6 +170,6 @@ def _as_rule(note: Any) -> Rule | None:
             return Rule(lambda v: low <= v <= high, f"must be in [{low}, {high}]")
         case MinLen(min_length=1):
             return Rule(lambda v: len(v) > 0, "must not be empty")
-        case _MayChange():
+        case OnResume():
             return None
     raise TypeError(f"no rule is known for the annotation {note!r}")

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import reprlib
 import typing
+from dataclasses import dataclass
 from typing import Any
 
-from flax_projector.config.fields import may_change, option
+from flax_projector.config.fields import MAY_CHANGE, MAY_MOVE, OnResume, on_resume, option
 from flax_projector.config.train import TrainConfig
 from flax_projector.files import parse_json
 
@@ -42,30 +43,42 @@ def _build(cls: Any, values: Any) -> Any:
         raise ValueError(f"{cls.__name__}: {error}") from error
 
 
-def changes(saved: TrainConfig, current: TrainConfig) -> tuple[list[str], list[str]]:
-    """The options that differ between two configs, as `--name: saved -> current`.
+@dataclass(frozen=True)
+class Changes:
+    """The options that differ between two configs, by name, as `--name: saved -> current`.
 
-    Returns:
-      Those that decide what is learnt; and those that may change when a run is resumed.
+    Attributes:
+      refused: those that decide what is learnt.
+      moved: those that name what is learnt from, which may be the same in another place.
+      allowed: those that may change when a run is resumed.
     """
+
+    refused: dict[str, str]
+    moved: dict[str, str]
+    allowed: dict[str, str]
+
+
+def changes(saved: TrainConfig, current: TrainConfig) -> Changes:
+    """The options that differ between two configs."""
     before, now = _leaves(saved), _leaves(current)
-    refused, allowed = [], []
-    for name, (value, is_free) in before.items():
+    found: dict[OnResume | None, dict[str, str]] = {None: {}, MAY_MOVE: {}, MAY_CHANGE: {}}
+    for name, (value, mark) in before.items():
         if value != now[name][0]:
-            change = f"{option(name)}: {value!r} -> {now[name][0]!r}"
-            (allowed if is_free else refused).append(change)
-    return refused, allowed
+            found[mark][name] = f"{option(name)}: {value!r} -> {now[name][0]!r}"
+    return Changes(*found.values())
 
 
-def _leaves(config: Any, prefix: str = "", *, is_free: bool = False) -> dict[str, tuple[Any, bool]]:
-    """Dotted name -> value, and whether a resumed run may have another."""
+def _leaves(
+    config: Any, prefix: str = "", mark: OnResume | None = None
+) -> dict[str, tuple[Any, OnResume | None]]:
+    """Dotted name -> value, and what a resumed run may do with it."""
     leaves = {}
-    free = may_change(type(config))
+    marks = on_resume(type(config))
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
-        is_field_free = is_free or field.name in free
+        mine = mark or marks.get(field.name)
         if dataclasses.is_dataclass(value):
-            leaves |= _leaves(value, f"{name}.", is_free=is_field_free)
+            leaves |= _leaves(value, f"{name}.", mine)
         else:
-            leaves[name] = (value, is_field_free)
+            leaves[name] = (value, mine)
     return leaves

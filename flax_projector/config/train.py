@@ -8,6 +8,7 @@ from annotated_types import Ge, Interval
 from flax_projector.config.fields import (
     ASCENDING,
     MAY_CHANGE,
+    MAY_MOVE,
     MESH_AXIS,
     NAMES_WITH_VALUES,
     NO_REPEATS,
@@ -95,7 +96,7 @@ class DataConfig:
     `hf:NAME:SPLIT:text=sentence`. Append `id=COLUMN` if rows have ids other than their numbers.
     """
 
-    train: Annotated[tuple[str, ...], NO_REPEATS] = ()
+    train: Annotated[tuple[str, ...], NO_REPEATS, MAY_MOVE] = ()
     """Sources of the training utterances."""
     train_weights: tuple[float, ...] = ()
     """How often each utterance occurs in an epoch: one number for each source in `train`; empty
@@ -252,9 +253,9 @@ class CTCConfig:
 class TrainConfig:
     """All settings of a run."""
 
-    encoder: Text
+    encoder: Annotated[Text, MAY_MOVE]
     """The frozen Whisper model: an HF folder or hub id."""
-    llm: Text
+    llm: Annotated[Text, MAY_MOVE]
     """The frozen Llama-family LLM: an HF folder or hub id."""
     projector: ProjectorConfig
     """The part that is trained."""
@@ -297,7 +298,7 @@ class TrainConfig:
     """Maximum number of tokens decoded per utterance in evaluation."""
     seed: int = 0
     """Seeds initialisation, shuffling, dropout and SpecAugment."""
-    init_projector: str | None = None
+    init_projector: Annotated[str | None, MAY_MOVE] = None
     """Start from this projector (a converted folder or an HF folder) instead of a random one."""
     init_output_scale: Annotated[float | Literal["auto"], POSITIVE_OR_AUTO] = 1.0
     """Initial weight of the projector's last norm, and thus the initial RMS of an audio token. The

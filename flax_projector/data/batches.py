@@ -125,10 +125,13 @@ class Batches:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash that differs between sets whose batches differ."""
+        """A hash that differs between sets whose batches differ, wherever their clips are."""
         digest = hashlib.sha256(repr((self._weights, self._seed, self._batch_size)).encode())
-        for utterance, bucket in zip(self.utterances, self._assigned, strict=True):
-            digest.update(f"{utterance.row.key}\t{bucket}\t{utterance.target}\n".encode())
+        for u, source, bucket in zip(self.utterances, self._sources, self._assigned, strict=True):
+            # An id that is not given is made from the path of the clip.
+            row, name = u.row, u.row.id.rpartition("/")[2]
+            clip = (int(source), name, row.offset, row.duration, int(bucket), u.target)
+            digest.update(f"{clip}\n".encode())
         return digest.hexdigest()[:16]
 
     def _batch(self, index: int) -> tuple[int, np.ndarray]:

@@ -64,9 +64,23 @@ class BatchIterator:
         """JSON from which `set_state` continues."""
         return {"next_batch": self._next, "data": self._batches.fingerprint}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues where another iterator stopped; warns if that one read different batches."""
+    def set_state(self, state: Mapping[str, Any], *, has_moved: bool = False) -> None:
+        """Continues where another iterator stopped; warns if that one read different batches.
+
+        Args:
+          state: of the other one.
+          has_moved: whether the data is named by another path: then it must be the same, since
+            nobody can tell repaired rows from another set.
+
+        Raises:
+          ValueError: if it has moved and is not the same.
+        """
         if state["data"] != self._batches.fingerprint:
+            if has_moved:
+                raise ValueError(
+                    f"--data.{self._batches.name} names other rows than those that the run is "
+                    "trained on: name the same data, under any path, or choose another --out"
+                )
             log.warning(
                 "%s: the rows are not those that the run began with: batches from %d on are not "
                 "what they would have been",

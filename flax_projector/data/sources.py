@@ -120,6 +120,7 @@ class BatchMaker:
       mesh: determines which rows this process provides.
       bad_rows: receives the rows that cannot be used.
       encode: the frozen encoder, for `config.data.cache_features`.
+      encoder_digest: identifies it, wherever it is.
     """
 
     config: TrainConfig
@@ -128,6 +129,7 @@ class BatchMaker:
     mesh: Mesh
     bad_rows: BadRowLog
     encode: Encode
+    encoder_digest: str
 
     def train(self) -> Batches:
         """The training batches of the whole run: all of `data.train`, mixed by weight and shuffled.
@@ -232,7 +234,7 @@ class BatchMaker:
             whole_window=config.data.whole_window,
             batch_size=config.data.eval_batch_size,
             encoder_dim=config.projector.encoder_dim,
-            encoder_name=f"{config.encoder} {config.dtype}",
+            encoder_name=f"{self.encoder_digest} {config.dtype}",
         )
 
 
