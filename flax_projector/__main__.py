@@ -9,22 +9,53 @@ Examples:
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
+from flax_projector.config import MeshConfig
 from flax_projector.logs import lines_above_bars, printable, setup_logging
 
+if TYPE_CHECKING:  # JAX takes its time; `--help` should not
+    from flax_projector.inference.listen import Listener
 
-@dataclass(frozen=True)
-class Transcribe:
-    """Transcribes audio files: prints one line per file, the path, a tab and the transcript."""
+
+@dataclass(frozen=True, kw_only=True)
+class _Use:
+    """What both commands take."""
 
     run: Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder of a finished train_tpu.py run."""
+    """Folder of a train_tpu.py run."""
+    projector: Annotated[str | None, tyro.conf.arg(metavar="best|final|STEP|PATH")] = None
+    """Which projector: the best or the final one of the run, that of a checkpoint, or any other
+    that the converter reads. If not given: the final one or, if the run has not ended, that of its
+    newest checkpoint."""
+    encoder: str | None = None
+    """The encoder, if it is no longer where the run found it: an HF folder or hub id."""
+    llm: str | None = None
+    """The same for the LLM."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def listener(self) -> "Listener":
+        """Loads the run."""
+        from flax_projector.inference.listen import Listener
+
+        return Listener(
+            self.run,
+            projector=self.projector,
+            encoder=self.encoder,
+            llm=self.llm,
+            mesh=self.mesh,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transcribe(_Use):
+    """Transcribes audio files: prints one line per file, the path, a tab and the transcript."""
+
     audio: Positional[
         Annotated[
             tuple[str, ...], tyro.conf.arg(metavar="AUDIO ...", help_behavior_hint="(at least one)")
@@ -34,21 +65,16 @@ class Transcribe:
 
     def __call__(self) -> None:
         """Writes to standard output; for a file that cannot be used, the reason."""
-        from flax_projector.inference.listen import Listener
-
         if not self.audio:
             raise ValueError("name at least one audio file")
-        listener = Listener(self.run)
-        for path, text in listener.transcribe_files(self.audio):
+        for path, text in self.listener().transcribe_files(self.audio):
             sys.stdout.write(f"{printable(path)}\t{printable(text)}\n")
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(_Use):
     """Prints the transcripts, word error rate and loss of each manifest or data set."""
 
-    run: Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder of a finished train_tpu.py run."""
     sources: Positional[
         Annotated[
             tuple[str, ...],
@@ -61,11 +87,9 @@ class Evaluate:
 
     def __call__(self) -> None:
         """Writes to standard output."""
-        from flax_projector.inference.listen import Listener
-
         if not self.sources:
             raise ValueError("name at least one manifest or data set")
-        listener = Listener(self.run)
+        listener = self.listener()
         for source in self.sources:
             scores = listener.evaluate(source)
             if self.json:

@@ -41,14 +41,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    found = f"{len(devices)} device{'s' * (len(devices) != 1)}"
+    given = f"--mesh.data {config.data} --mesh.fsdp {config.fsdp} --mesh.tensor {config.tensor}"
+    if sizes.count(-1) > 1:
+        raise ValueError(f"{given}: only one of them may be -1")
     if -1 in sizes:
-        fixed = math.prod(size for size in sizes if size != -1)
+        if len(devices) % fixed:
+            raise ValueError(
+                f"{given} does not fit {found}: {fixed}, the product "
+                "of those that are not -1, must divide it"
+            )
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"--mesh.data {config.data} --mesh.fsdp {config.fsdp} --mesh.tensor {config.tensor} "
-            f"does not fit {len(devices)} devices: their product must be that number, or one of "
-            "them -1"
+            f"{given} does not fit {found}: their product is {fixed}. "
+            "With -1, one of them takes what the others leave"
         )
     axis_types = (AxisType.Auto,) * 3  # linen's constraints need Auto; the default is Explicit
     return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=axis_types, devices=devices)

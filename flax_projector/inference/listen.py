@@ -1,54 +1,78 @@
-"""A finished run, ready to use."""
+"""A run, ready to use."""
 
 import dataclasses
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from convert.load import load_projector_params
+from convert.load import load_projector_params, read_training
+from flax_projector.config import MeshConfig, TrainConfig, option
 from flax_projector.data.audio import BadAudio, load_audio
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.manifest import ManifestRow
 from flax_projector.data.sources import source_name
+from flax_projector.files import local_path
 from flax_projector.lengths import SAMPLE_RATE
 from flax_projector.models.projector import abstract_projector
-from flax_projector.run import load_model
+from flax_projector.run import find_towers, load_model, warn_of_other_training
 from flax_projector.run_folder import RunFolder
-from flax_projector.sharding import make_mesh, use_mesh
+from flax_projector.sharding import make_mesh, num_batch_shards, use_mesh
 from flax_projector.training.evaluate import Scores, Transcript
+
+log = logging.getLogger(__name__)
 
 
 class Listener:
     """Transcribes and scores with a run's projector, prompt, window and limits.
 
     Attributes:
-      config: the run's config.
+      config: the run's config, with the present paths.
       loaded: the loaded towers and prompt.
       projector_params: the projector's parameters.
     """
 
-    def __init__(self, run: str | Path):
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        projector: str | None = None,
+        encoder: str | None = None,
+        llm: str | None = None,
+        mesh: MeshConfig | None = None,
+    ):
         """Loads the towers and the projector.
 
         Args:
-          run: folder of a finished run.
+          run: the run's folder.
+          projector: see `choose_projector`.
+          encoder: folder or hub id of the encoder; None takes the one that the run names.
+          llm: the same for the LLM.
+          mesh: how the model is laid out on this machine, whose devices need not be those of the
+            training; None splits the batch over all of them.
 
         Raises:
-          ValueError: if it is not that of a finished run.
+          ValueError: if it is no run, or has no such projector.
         """
-        folder = RunFolder(Path(run))
-        if not folder.config.is_file() or not folder.projector.is_dir():
-            raise ValueError(
-                f"{run} is not a finished run: it needs {folder.config.name} and "
-                f"{folder.projector.name}/"
-            )
+        folder = RunFolder(local_path(run))
         config = folder.read_config()
-        data = dataclasses.replace(config.data, cache_features=False)
-        # A run may have moved since its config was written.
-        self.config = dataclasses.replace(config, data=data, out=str(run))
-        self.loaded = load_model(self.config, make_mesh(config.mesh))
-        abstract = abstract_projector(config.projector, mesh=self.loaded.mesh)
-        self.projector_params = load_projector_params(folder.projector, config.projector, abstract)
+        path, step = choose_projector(folder, projector)
+        self.config = _as_used(config, folder, encoder, llm)
+        if not path.resolve().is_relative_to(folder.path.resolve()):
+            warn_of_other_training(config, str(path), read_training(path))
+        on = make_mesh(mesh or MeshConfig())
+        # First, since a run that has not ended may remove a checkpoint at any time.
+        self.projector_params = load_projector_params(
+            path, config.projector, abstract_projector(config.projector, mesh=on), step=step
+        )
+        towers = find_towers(self.config)
+        for name in folder.other_contents(towers.contents):
+            log.warning("%s is not the one that the run was trained with", option(name))
+        self.loaded = load_model(self.config, on, towers)
         self._params = (self.projector_params, *self.loaded.frozen)
+        # Full rows instead of padding, if the devices cannot share the run's batches.
+        self._batch_size = -(-config.data.eval_batch_size // num_batch_shards(on))
+        self._batch_size *= num_batch_shards(on)
         # Scores count defective clips, so that no share of them stops an evaluation.
         bad_rows = BadRowLog(None, max_rate=1.0)
         self._batches = self.loaded.make_batch_maker(folder, bad_rows)
@@ -81,15 +105,70 @@ class Listener:
     def transcribe(self, rows: list[ManifestRow]) -> list[Transcript]:
         """Greedy transcripts of rows within the run's limits."""
         with use_mesh(self.loaded.mesh):
-            batches = self._batches.make(
-                "files", (rows, []), batch_size=self.config.data.eval_batch_size
-            )
+            batches = self._batches.make("files", (rows, []), batch_size=self._batch_size)
             return self._evaluator.transcribe(self._params, batches, name="files")
 
     def evaluate(self, source: str) -> Scores:
         """Loss, word error rate and transcripts of a manifest or data set."""
         with use_mesh(self.loaded.mesh):
             batches = self._batches.make(
-                source, self._batches.read(source), batch_size=self.config.data.eval_batch_size
+                source, self._batches.read(source), batch_size=self._batch_size
             )
             return self._evaluator(self._params, batches, name=source_name(source))
+
+
+def choose_projector(folder: RunFolder, choice: str | None) -> tuple[Path, int | None]:
+    """Where one of a run's projectors is.
+
+    Args:
+      folder: the run's folder.
+      choice: "final", after the last step; "best", with the lowest word error rate; the step of a
+        checkpoint, as digits; the path of any other projector. None takes the final one or, if the
+        run has not ended, its newest checkpoint, as the converter does.
+
+    Returns:
+      The path of a checkpoint, and the step if there are several.
+
+    Raises:
+      ValueError: if the run does not have it.
+    """
+    steps = folder.steps()
+    others = [f"--projector {name}" for name in map(str, sorted(steps))]
+    others = ["--projector best"] * folder.best.is_dir() + others
+    way_out = f"pass {' or '.join(others)}" if others else "wait for its first checkpoint"
+    match choice:
+        case None if folder.projector.is_dir():
+            return folder.projector, None
+        case None if steps:
+            log.info("%s has not ended: its newest checkpoint is used", folder.path)
+            return folder.path, max(steps)
+        case None | "final":
+            if not folder.projector.is_dir():
+                raise ValueError(f"{folder.path} has not ended, so it has no projector: {way_out}")
+            return folder.projector, None
+        case "best":
+            if not folder.best.is_dir():
+                raise ValueError(
+                    f"{folder.path} has no best projector: it has not been evaluated after a step. "
+                    "Leave out --projector"
+                )
+            return folder.best, None
+        case _ if re.fullmatch(r"[0-9]+", choice):
+            return folder.path, int(choice)
+    return Path(choice), None
+
+
+def _as_used(
+    config: TrainConfig, folder: RunFolder, encoder: str | None, llm: str | None
+) -> TrainConfig:
+    """The config of a run, for this machine and directory."""
+    cache = folder.find(config.data.cache_dir) if config.data.cache_dir else ""
+    if not Path(cache).is_dir():
+        cache = ""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, cache_features=False, cache_dir=cache),
+        out=str(folder.path),
+        encoder=encoder or folder.find(config.encoder),
+        llm=llm or folder.find(config.llm),
+    )

@@ -188,12 +188,12 @@ def make_speech_llm(
     Raises:
       ValueError: if the projector's widths differ from the towers'.
     """
-    widths = {"encoder_dim": whisper.d_model, "llm_dim": llama.hidden_size}
+    widths = {"encoder": whisper.d_model, "llm": llama.hidden_size}
     problems = [
-        f"projector.{name} is {getattr(projector, name)}, but the tower has width {width}: "
-        f"pass --projector.{name.replace('_', '-')} {width}"
+        f"--{name} has width {width}, but the projector is made for {made_for}: take another "
+        f"--{name}, or train with --projector.{name}-dim {width}"
         for name, width in widths.items()
-        if getattr(projector, name) != width
+        if (made_for := getattr(projector, f"{name}_dim")) != width
     ]
     if problems:
         raise ValueError("\n".join(problems))
