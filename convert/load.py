@@ -144,7 +144,8 @@ def load_projector_params(
 def digest(kind: ModelKind, path: str | Path) -> str:
     """A digest of a model's config and weights that does not depend on the path.
 
-    Reads every weight that the model uses, in threads: 1.5 GB/s on two cores, a seventh of the time of loading.
+    Reads every weight that the model uses, in threads: 1.5 GB/s on two cores, in a seventh of the
+    time that loading takes.
 
     Args:
       kind: the model.
@@ -160,7 +161,7 @@ def digest(kind: ModelKind, path: str | Path) -> str:
     used = stored.checkpoint.only(names)
 
     def checksum(read: Callable[[str], np.ndarray], name: str) -> int:
-        return zlib.crc32(contiguous(read(name)).reshape(-1).view(np.uint8))
+        return zlib.crc32(contiguous(read(name)).reshape(-1).view(np.uint8).data)
 
     found = hashlib.sha256(repr(config).encode())
     with (

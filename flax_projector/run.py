@@ -59,14 +59,14 @@ def find_towers(config: TrainConfig) -> Towers:
     Raises:
       ValueError: naming the option, if there is no such model.
     """
-    folders, contents = [], {}
+    folders, contents = {}, {}
     for name, kind in (("encoder", WHISPER_ENCODER), ("llm", LLAMA)):
         try:
-            folders.append(resolve_model(getattr(config, name)))
+            folders[name] = resolve_model(getattr(config, name))
         except ValueError as error:
             raise ValueError(f"{option(name)}: {error}") from error
-        contents[name] = digest(kind, folders[-1])
-    return Towers(*folders, contents)
+        contents[name] = digest(kind, folders[name])
+    return Towers(**folders, contents=contents)
 
 
 def digest_init_projector(config: TrainConfig, folder: RunFolder) -> dict[str, str]:

@@ -12,9 +12,11 @@ import pytest
 
 import train_tpu
 from flax_projector.config import TrainConfig, to_json
+from flax_projector.data.reader import STOP_SIGNALS
 from flax_projector.training.checkpoints import open_manager
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.metrics import MetricsWriter
+from flax_projector.training.preemption import Preempted, PreemptionGuard
 from tests.tiny import final_params, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -28,6 +30,7 @@ from flax_projector.config import from_json
 from flax_projector.training import evaluate, preemption, train_step
 
 preemption.GRACE_SECS = 0.5
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs with it ignored
 
 def stuck(*args, **kwargs):
     print("stuck", flush=True)
@@ -45,6 +48,17 @@ def assert_same_bytes(config: TrainConfig, expected: TrainConfig) -> None:
         assert final_params(config)[name].tobytes() == leaf.tobytes(), name
 
 
+@pytest.fixture
+def default_handlers():
+    """What the signals do in a program that is started from a terminal."""
+    defaults = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL)
+    defaults[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield defaults
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory, tiny_towers):
     """Makes configs that differ in their run folder only."""
@@ -60,13 +74,13 @@ def whole(configs):
     return config
 
 
-def stop_in(patch: pytest.MonkeyPatch, owner: type, method: str, when) -> None:
-    """Sends SIGTERM to this process at the beginning of a call of the method."""
+def stop_in(patch: pytest.MonkeyPatch, owner: type, method: str, when, number) -> None:
+    """Sends a signal to this process at the beginning of a call of the method."""
     original = getattr(owner, method)
 
     def stop(self, *args, **kwargs):
         if when(*args):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(0.2)  # for the thread that watches
         return original(self, *args, **kwargs)
 
@@ -74,39 +88,39 @@ def stop_in(patch: pytest.MonkeyPatch, owner: type, method: str, when) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "method", "when", "stopped_at"),
+    ("owner", "method", "when", "stopped_at", "number"),
     [
-        (MetricsWriter, "write", lambda step, _: step == 3, 3),
-        (Evaluator, "loss", lambda *_: True, 0),
-        (Evaluator, "transcribe", lambda params, *_: params[0] is not None, 0),
+        (MetricsWriter, "write", lambda step, _: step == 3, 3, signal.SIGINT),
+        (Evaluator, "loss", lambda *_: True, 0, signal.SIGTERM),
+        (Evaluator, "transcribe", lambda params, *_: params[0] is not None, 0, signal.SIGUSR1),
     ],
     ids=["training", "evaluation of the loss", "evaluation by decoding"],
 )
-def test_sigterm_saves_and_the_run_ends_with_the_same_bytes(
-    configs, whole, monkeypatch, owner, method, when, stopped_at
+def test_a_signal_saves_and_the_run_ends_with_the_same_bytes(
+    configs, whole, monkeypatch, default_handlers, owner, method, when, stopped_at, number
 ):
     stopped = configs(f"stopped in {method}")
     with monkeypatch.context() as patch:
-        stop_in(patch, owner, method, when)
+        stop_in(patch, owner, method, when, number)
         train_tpu.main(stopped)
     assert not (Path(stopped.out) / "projector").exists()
     with open_manager(Path(stopped.out) / "checkpoints", keep=2) as manager:
         assert manager.latest_step() == stopped_at
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {n: signal.getsignal(n) for n in default_handlers} == default_handlers
     train_tpu.main(stopped)
     assert_same_bytes(stopped, whole)
 
 
 @pytest.mark.parametrize(
-    "patch",
+    ("patch", "number"),
     [
-        "run.load_tower = stuck",
-        "train_step.jax.stages.Lowered.compile = stuck",
-        "evaluate.Evaluator.__call__ = stuck",
+        ("run.load_tower = stuck", signal.SIGTERM),
+        ("train_step.jax.stages.Lowered.compile = stuck", signal.SIGHUP),
+        ("evaluate.Evaluator.__call__ = stuck", signal.SIGINT),
     ],
     ids=["loading", "compiling", "compiling the evaluation"],
 )
-def test_sigterm_ends_what_cannot_be_interrupted(configs, tmp_path, patch):
+def test_a_signal_ends_what_cannot_be_interrupted(configs, tmp_path, patch, number):
     config_path = tmp_path / "config.json"
     config_path.write_text(to_json(configs("a")))
     with subprocess.Popen(
@@ -118,10 +132,62 @@ def test_sigterm_ends_what_cannot_be_interrupted(configs, tmp_path, patch):
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "stuck\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors[-2000:]
-    assert "start the same command again" in errors
+    assert f"{number.name}: stopping" in errors and "start the same command again" in errors
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_every_signal_that_asks_to_stop_is_noticed(default_handlers, number):
+    with PreemptionGuard().watching() as guard:
+        guard.protect(lambda: pytest.fail("the main thread ends the run"))
+        guard.check()
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)  # for the thread that watches
+        for _ in range(2):
+            with pytest.raises(Preempted):
+                guard.check()
+    assert {n: signal.getsignal(n) for n in default_handlers} == default_handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "&"])
+def test_what_is_ignored_from_the_start_stays_ignored(default_handlers, number):
+    signal.signal(number, signal.SIG_IGN)
+    with PreemptionGuard().watching() as guard:
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        guard.check()
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("second", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, None)], ids=lambda x: str(x)
+)
+def test_a_second_ctrl_c_ends_at_once(second, code):
+    """Another SIGTERM does not: whoever sends it may have sent it to all processes, twice."""
+    program = (
+        "import signal, time\n"
+        "from flax_projector.training.preemption import PreemptionGuard\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with PreemptionGuard().watching() as guard:\n"
+        "    guard.protect(lambda: time.sleep(300))\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(second)
+        try:
+            assert process.wait(20 if code else 1) == code
+        except subprocess.TimeoutExpired:
+            assert code is None
+            process.kill()
 
 
 def start(config_path: Path) -> subprocess.Popen:

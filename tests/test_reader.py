@@ -38,10 +38,23 @@ def test_iterator_resumes_where_it_stood_whoever_reads(tmp_path, readers):
             iterator.set_state(json.loads(json.dumps(state)))
         read += itertools.islice(iterator, count)
         state = iterator.get_state()
+        shared = maps_of_shared_memory()
         iterator.close()
+        assert not maps_of_shared_memory(), "with the batches still there"
+        deadline = time.monotonic() + 5
+        while any(map(os.path.exists, shared)) and time.monotonic() < deadline:
+            time.sleep(0.05)  # Grain removes it in a thread
+        assert not any(map(os.path.exists, shared))
     assert len(read) == 7 and not list(iterator)
     for index, local in enumerate(read):
         assert_same_batch(local.batch, batches[index].batch)
+
+
+def maps_of_shared_memory() -> set[str]:
+    """The shared memory of worker processes that this process has open."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return {line.split()[5] for line in lines if "/dev/shm/psm_" in line}
 
 
 def is_running(pid: int) -> bool:
@@ -53,15 +66,27 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
-def test_workers_end_with_a_main_process_that_is_killed(tmp_path):
+def test_workers_end_with_a_main_process_that_is_killed_and_by_no_signal(tmp_path):
     batches = make_batches(read_speech(tmp_path, 13), shuffle_seed=0, num_batches=100)
     (tmp_path / "batches").write_bytes(pickle.dumps(batches))
     script = (
-        "import multiprocessing, pickle, sys, time\n"
-        "from flax_projector.data.reader import BatchIterator\n"
+        "import multiprocessing, os, pickle, sys, threading, time\n"
+        "from flax_projector.data.reader import STOP_SIGNALS, BatchIterator\n"
         "if __name__ == '__main__':\n"
         "    batches = pickle.load(open(sys.argv[1], 'rb'))\n"
         "    iterator = BatchIterator(batches, num_threads=1, num_workers=2)\n"
+        "    def disturb():\n"  # while they are starting, and when they are working
+        "        told, deadline = set(), time.monotonic() + 60\n"
+        "        while len(told) < 2 and time.monotonic() < deadline:\n"
+        "            for worker in multiprocessing.active_children():\n"
+        "                told.add(worker.pid)\n"
+        "                for number in STOP_SIGNALS:\n"
+        "                    os.kill(worker.pid, number)\n"
+        "    thread = threading.Thread(target=disturb)\n"
+        "    thread.start()\n"
+        "    next(iterator)\n"
+        "    thread.join()\n"
+        "    disturb()\n"
         "    next(iterator)\n"
         "    print(*(p.pid for p in multiprocessing.active_children()), flush=True)\n"
         "    time.sleep(300)\n"

@@ -1,13 +1,20 @@
 """Reads batches ahead, in threads or in processes with threads; resumable by batch number."""
 
+import contextlib
+import gc
 import logging
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
+import jax
+import numpy as np
 from absl import flags
 
 from flax_projector.batch import Batch
@@ -15,6 +22,10 @@ from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches, LocalBatch
 
 log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What tells a run to stop. Terminals and schedulers send them to its worker processes as well,
+which must go on until the run has saved: they ignore them, and end with the run."""
 
 
 class BatchIterator:
@@ -54,11 +65,26 @@ class BatchIterator:
     def __next__(self) -> LocalBatch:
         if self._next >= len(self._batches):
             raise StopIteration
-        if self._grain is None:
-            self._grain = self._start()
-        batch = next(self._grain)
+        batch = self._read()
         self._next += 1
+        if self._num_workers:  # out of shared memory, which is freed only with the last array in it
+            batch = batch._replace(batch=jax.tree.map(np.array, batch.batch))
         return batch
+
+    def _read(self) -> LocalBatch:
+        try:
+            if self._grain is not None:
+                return next(self._grain)
+            with _for_workers() if self._num_workers else contextlib.nullcontext():
+                self._grain = self._start()
+                return next(self._grain)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"a process of --data.num-workers {self._num_workers} has ended ({error}). If the "
+                "system has killed it for memory, lower their number: the same command continues"
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """JSON from which `set_state` continues."""
@@ -95,16 +121,41 @@ class BatchIterator:
         if self._grain is not None:
             self._grain.close()
             self._grain = None
+            gc.collect()  # arrays in shared memory, in circles
+
+
+@contextlib.contextmanager
+def _for_workers() -> Iterator[None]:
+    """In the block, processes may be started that are not to end by `STOP_SIGNALS`.
+
+    They do not see them until they are ready to ignore them. Meanwhile other threads of this
+    process handle them.
+    """
+    # When this process ends at once, the tracker removes what the workers shared, and would say so.
+    if (ignored := "ignore:resource_tracker") not in sys.warnoptions:
+        sys.warnoptions.append(ignored)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # Python's own process; this unblocks some of them
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(_index: int, _count: int) -> None:
-    """Ends this worker when the main process is gone, even after SIGKILL; Grain would leave it.
+    """Ends this worker when the main process is gone, and only then.
+
+    Even after SIGKILL, where Grain would leave it. Until then it ignores `STOP_SIGNALS`.
 
     Linux's PR_SET_PDEATHSIG cannot be used: it sends its signal when the thread that started the
     worker ends, and that is one of Grain's.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None  # every process that multiprocessing starts has one
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def wait() -> None:
         parent.join()

@@ -1,4 +1,4 @@
-"""On SIGTERM, which clouds send before they take a machine away: save, and exit with code 0."""
+"""When a cloud, a scheduler or Ctrl-C tells the process to stop: save, and exit with code 0."""
 
 import contextlib
 import logging
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from flax_projector.data.reader import STOP_SIGNALS
+
 log = logging.getLogger(__name__)
 
 GRACE_SECS = 20.0  # clouds give at least 30 seconds
@@ -21,17 +23,22 @@ class Preempted(Exception):
 
 
 class PreemptionGuard:
-    """Notices SIGTERM at any moment, even while the main thread compiles or loads.
+    """Notices a signal to stop at any moment, even while the main thread compiles or loads.
+
+    These are SIGTERM, which clouds send before they take a machine away; SIGINT (Ctrl-C); SIGUSR1,
+    SLURM's warning; and SIGHUP, when a terminal is closed. A second Ctrl-C ends the process at
+    once. Signals that were ignored from the start stay ignored, as `nohup` wants it.
 
     Python runs signal handlers only between two bytecodes of the main thread, and a compilation is
     one bytecode that takes minutes. So a separate thread waits for the signal. The main thread
     polls (`check`) wherever it can save, and ends the run. If it does not do so within the grace
     period, it is busy with something that cannot be interrupted. Everything is saved before such
-    work begins, so the thread only waits for a save in flight, then ends the process. Before
-    `protect` is called there is nothing to save, and the thread ends the process at once.
+    work begins, so the process only waits for a save in flight, then ends. Before `protect` is
+    called there is nothing to save, and the process ends at once.
 
     On several hosts, JAX's own preemption service handles SIGTERM, and all hosts agree on the poll
-    at which they stop. No host ends by itself during work that cannot be interrupted.
+    at which they stop: the other signals are passed on to it as SIGTERM. No host ends by itself
+    during work that cannot be interrupted.
     """
 
     def __init__(self) -> None:
@@ -55,37 +62,52 @@ class PreemptionGuard:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["PreemptionGuard"]:
-        """Watches for the signal until the block ends; call it in the main thread."""
-        if jax.process_count() > 1:
-            yield self
-            return
+        """Watches for signals until the block ends; call it in the main thread."""
+        is_alone = jax.process_count() == 1
         read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)  # set_wakeup_fd requires it
-        old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        old_handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in STOP_SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN and (is_alone or number != signal.SIGTERM)
+        }
         old_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._watch, args=(read_fd,), daemon=True)
+        stop = self._stop if is_alone else lambda: os.kill(os.getpid(), signal.SIGTERM)
+        thread = threading.Thread(target=self._watch, args=(read_fd, stop), daemon=True)
         thread.start()
         try:
             yield self
         finally:
             self._ended.set()
             signal.set_wakeup_fd(old_fd)
-            signal.signal(signal.SIGTERM, old_handler)
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
             os.close(write_fd)  # ends the thread
             thread.join()
             os.close(read_fd)
 
-    def _watch(self, read_fd: int) -> None:
-        while (byte := os.read(read_fd, 1)) != bytes([signal.SIGTERM]):
-            if not byte:
-                return
-        self._requested.set()
-        log.info("SIGTERM: stopping")
+    def _watch(self, read_fd: int, stop: Callable[[], None]) -> None:
+        while byte := os.read(read_fd, 1):
+            if byte[0] not in STOP_SIGNALS:
+                continue
+            if not self._requested.is_set():
+                self._requested.set()
+                log.info("%s: stopping; Ctrl-C ends at once", signal.Signals(byte[0]).name)
+                threading.Thread(target=stop, daemon=True).start()
+            elif byte[0] == signal.SIGINT:
+                _end(128 + signal.SIGINT)  # as shells have it
+
+    def _stop(self) -> None:
         if self._finish is not None:
             if self._ended.wait(GRACE_SECS):
                 return
             self._finish()
         log.info("start the same command again to continue")
-        for stream in (sys.stdout, sys.stderr):
+        _end(0)
+
+
+def _end(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # the terminal may be gone
             stream.flush()
-        os._exit(0)
+    os._exit(code)
