@@ -33,10 +33,10 @@ from flax_projector.logs import (
     printable,
     quiet_other_processes,
     setup_logging,
+    start_in_utf8,
 )
 from flax_projector.run import (
     LoadedModel,
-    digest_init_projector,
     find_towers,
     load_model,
     resolve_config,
@@ -119,6 +119,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         guard = stack.enter_context(PreemptionGuard().watching())
         config, folder = resolve_config(config), RunFolder.of(config)
         log.info("config:\n%s", to_json(config))
+        stack.enter_context(folder.lock(jax.process_index()))
         moved = folder.check(config)
         check_sources(config)
         mesh = make_mesh(config.mesh, devices)
@@ -128,8 +129,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
 
         # --- frozen towers and data ----------------------------------------------------------
         towers = find_towers(config)
-        contents = towers.contents | digest_init_projector(config, folder)
-        folder.check_contents(contents)
+        folder.check_contents(towers.contents)
         loaded = load_model(config, mesh, towers)
         bad_rows = BadRowLog(folder.bad_rows, max_rate=config.data.max_bad_rate)
         maker = loaded.make_batch_maker(folder, bad_rows)
@@ -174,8 +174,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
             MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
         )
         if jax.process_index() == 0:
-            # No user input can fail from here on.
-            folder.claim(config, loaded.prompt.to_json(), contents)
+            folder.claim(config, loaded.prompt.to_json(), towers.contents)
         step_log = StepLog(
             writer,
             batches,
@@ -239,12 +238,13 @@ def read_config(args: Sequence[str] | None = None) -> TrainConfig:
 
 def cli(args: Sequence[str] | None = None) -> None:
     """Runs what the command line says; invalid input ends with a one-line error."""
+    start_in_utf8()
     setup_logging()
     config = read_config(args)
     with lines_above_bars():
         try:
             main(config)
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, OSError) as error:
             sys.exit(printable(f"error: {error}", keep="\n"))
 
 

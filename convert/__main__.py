@@ -35,7 +35,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, UseAppendAction, subcommand
 from tyro.conf import arg as option
 
-from flax_projector.logs import setup_logging
+from flax_projector.logs import setup_logging, start_in_utf8
 
 _log = logging.getLogger("convert")
 
@@ -226,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def cli() -> int:
     """Entry point of the program: also sets up logging, and leaves accelerators to others."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    start_in_utf8()
     setup_logging("%(message)s")
     return main()
 

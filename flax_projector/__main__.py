@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from flax_projector.config import MeshConfig
-from flax_projector.logs import lines_above_bars, printable, setup_logging
+from flax_projector.logs import lines_above_bars, printable, setup_logging, start_in_utf8
 
 if TYPE_CHECKING:  # JAX takes its time; `--help` should not
     from flax_projector.inference.listen import Listener
@@ -115,6 +115,7 @@ Command = (
 
 def cli(argv: list[str] | None = None) -> None:
     """Runs one command; invalid input ends with a one-line error."""
+    start_in_utf8()
     setup_logging()
     command = tyro.cli(
         Command,
@@ -126,8 +127,10 @@ def cli(argv: list[str] | None = None) -> None:
     with lines_above_bars():
         try:
             command()
-        except (ValueError, FloatingPointError) as error:
+        except (ValueError, FloatingPointError, OSError) as error:
             sys.exit(printable(f"error: {error}", keep="\n"))
+        except KeyboardInterrupt:
+            sys.exit(130)  # as shells have it
 
 
 if __name__ == "__main__":

@@ -1,11 +1,19 @@
 """Which paths can be used, reading JSON, and writing small files completely or not at all."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
 import re
+import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_log = logging.getLogger(__name__)
 
 
 def is_url(path: str | Path) -> bool:
@@ -74,18 +82,101 @@ def sync(file: IO) -> None:
     os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Gives errors in the block, which writes to `path`, a message with the path and a way out.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, _NotWritten):  # says it already
+            raise
+        raise _NotWritten(path, error) from error
+
+
+class _NotWritten(OSError):
+    def __init__(self, path: Path, error: OSError):
+        way_out = "check who may write there"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            way_out = "make room"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            way_out = "a file or folder is in the way"
+        super().__init__(
+            f"{path} could not be written: {error.strerror or error}: {way_out}, then start the "
+            "same command again"
+        )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file, replacing any earlier one, and creates its folder if needed.
 
     A reader sees either the old text or the new one, even if the process is killed or the machine
     goes down. Several processes may write the same file: the last one wins.
+
+    Raises:
+      OSError: naming the path, if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            sync(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                sync(file)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Holds a file for this process alone until the block ends, then removes it.
+
+    The system itself releases it when the process ends in whatever way. On file systems that do not
+    support this, the block runs with a warning.
+
+    Args:
+      path: of the file; folders above it are made, and removed again if they are empty at the end.
+
+    Raises:
+      BlockingIOError: if another process holds it; the text is what that one says of itself.
+      OSError: naming the path, if it cannot be written.
+    """
+    new_folders = [folder for folder in path.parents if not folder.exists()]
+    with contextlib.ExitStack() as stack:
+        while not stack.enter_context(_opened_and_held(path)):
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is still held
+            with contextlib.suppress(OSError):  # not empty
+                for folder in new_folders:
+                    folder.rmdir()
+
+
+@contextlib.contextmanager
+def _opened_and_held(path: Path) -> Iterator[bool]:
+    """Whether the file, which this block holds, is still there: its last holder removes it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab+", buffering=0)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise BlockingIOError(file.read().decode() or "another process") from error
+        except OSError as error:
+            _log.warning("%s: other programs are not kept out: %s", path, error.strerror)
+        with writing(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            is_there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except FileNotFoundError:
+            is_there = False
+        yield is_there

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +51,38 @@ def setup_logging(format: str = "%(asctime)s %(message)s") -> None:
     logging.root.handlers[0].setFormatter(_Formatter(format, datefmt="%H:%M:%S"))
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("absl").addFilter(_has_no_traceback)
+    threading.excepthook = _ignore_os_errors
+    sys.unraisablehook = _ignore_closed_loops
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    """Leaves out errors that Orbax logs with all their causes: it raises them as well."""
+    return not record.exc_info
+
+
+def _ignore_os_errors(args: threading.ExceptHookArgs) -> None:
+    """Is silent about a full disk in TensorBoard's thread, which the main thread raises as well."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
+def _ignore_closed_loops(args: Any) -> None:
+    """Is silent about the writes that are still in flight when Orbax has failed to save."""
+    if "Event loop is closed" not in str(args.exc_value):
+        sys.__unraisablehook__(args)
+
+
+def start_in_utf8() -> None:
+    """Starts the program anew in Python's UTF-8 mode, if the locale's file names are in ASCII.
+
+    Without it, no file could be opened whose name has other characters, and texts could not be
+    printed. Where standard output is in ASCII all the same, it escapes them.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def quiet_other_processes(process_index: int) -> None:

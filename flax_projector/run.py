@@ -40,12 +40,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Towers:
-    """The folders of the frozen towers.
+    """The folders of the frozen towers, and what was found there.
 
     Attributes:
       encoder: the encoder's.
       llm: the LLM's.
-      contents: digests of their contents, by the options "encoder" and "llm".
+      contents: digests of what the run learns from, by option: of the towers, and of the projector
+        that it starts from, if it has one and that is needed.
     """
 
     encoder: Path
@@ -66,15 +67,10 @@ def find_towers(config: TrainConfig) -> Towers:
         except ValueError as error:
             raise ValueError(f"{option(name)}: {error}") from error
         contents[name] = digest(kind, folders[name])
+    path, folder = config.init_projector, RunFolder(local_path(config.out))
+    if path and not (folder.config.is_file() and folder.read_config().init_projector == path):
+        contents["init_projector"] = digest(PROJECTOR, path)
     return Towers(**folders, contents=contents)
-
-
-def digest_init_projector(config: TrainConfig, folder: RunFolder) -> dict[str, str]:
-    """The digest of `config.init_projector`, if the run in the folder needs it or it has moved."""
-    path = config.init_projector
-    if not path or (folder.config.is_file() and folder.read_config().init_projector == path):
-        return {}
-    return {"init_projector": digest(PROJECTOR, path)}
 
 
 @dataclass(frozen=True)

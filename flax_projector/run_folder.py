@@ -1,16 +1,17 @@
 """The folder of a run: where its files are, and which run it belongs to."""
 
+import contextlib
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flax_projector.config import TrainConfig, changes, from_json, option, to_json
 from flax_projector.file_types import recognise
-from flax_projector.files import check_orbax_path, local_path, write_atomically
+from flax_projector.files import check_orbax_path, local_path, lock_file, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -198,6 +199,30 @@ class RunFolder:
         candidates = [os.path.normpath(path) for path in (*moved_along, named)]
         return next((path for path in candidates if os.path.exists(path)), name)
 
+    @contextlib.contextmanager
+    def lock(self, process_index: int = 0) -> Iterator[None]:
+        """Keeps other programs from training in the folder until the block ends.
+
+        Args:
+          process_index: of this process; only the first one of a program holds the lock.
+
+        Raises:
+          ValueError: if another program does.
+          OSError: if the folder cannot be written to.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                if process_index == 0:
+                    stack.enter_context(lock_file(self.path / "lock"))
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"--out: {self.path} is in use by {error}: wait until it has ended, or choose "
+                    "another folder"
+                ) from error
+            except OSError as error:
+                raise OSError(f"--out: {error}") from error
+            yield
+
     def check(self, config: TrainConfig) -> frozenset[str]:
         """Checks that the folder holds either no run or this one.
 
@@ -246,7 +271,10 @@ class RunFolder:
             )
 
     def claim(self, config: TrainConfig, prompt: str, contents: Mapping[str, str]) -> None:
-        """Saves what the run begins with unless there is a config: then the folder is its own."""
+        """Saves what the run begins with unless there is a config: then the folder is its own.
+
+        To be called when no user input can fail any more.
+        """
         if not self.config.is_file():
             origin = Origin(os.getcwd(), contents)
             write_atomically(self.prompt, prompt)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import threading
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
@@ -53,7 +55,9 @@ def logging_as_it_was():
     """Takes back what a program under test set up for its own log."""
     loggers = [logging.getLogger(name) for name in ("", "flax_projector", "convert", "train")]
     before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    hooks = threading.excepthook, sys.unraisablehook
     yield
+    threading.excepthook, sys.unraisablehook = hooks
     for logger, (level, handlers) in zip(loggers, before, strict=True):
         logger.setLevel(level)
         logger.handlers[:] = handlers

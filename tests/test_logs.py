@@ -2,6 +2,10 @@
 
 import logging
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -156,3 +160,40 @@ def test_a_progress_bar_with_a_name_of_a_user_garbles_nothing(clock, caplog):
     caplog.set_level(logging.INFO)
     work(clock, 30, label="\x1b[2Jdev.jsonl")
     assert caplog.messages[0].startswith(r"\x1b[2Jdev.jsonl: 30/30")
+
+
+def test_errors_that_libraries_log_and_raise_are_not_shown_twice(capsys):
+    setup_logging()
+    try:
+        raise OSError("full")
+    except OSError:
+        logging.getLogger("absl").exception("failed")
+    thread = threading.Thread(target=lambda: os.stat("/nowhere"))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", None])
+def test_programs_read_and_show_other_names_in_an_ascii_locale(tmp_path, encoding):
+    (tmp_path / "ä").write_text("there")
+    script = (
+        "import logging, sys\n"
+        "from flax_projector.logs import setup_logging, start_in_utf8\n"
+        "start_in_utf8()\n"
+        "setup_logging('%(message)s')\n"
+        "print(open('ä', encoding='utf-8').read(), sys.argv[1])\n"
+        "logging.getLogger('train').info('\\xe4')\n"
+    )
+    (tmp_path / "program.py").write_text(script, "utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ascii_only |= {"PYTHONIOENCODING": encoding} if encoding else {}
+    done = subprocess.run(
+        [sys.executable, "program.py", "ä"],
+        cwd=tmp_path,
+        env={**os.environ, **ascii_only, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    shown = r"\xe4" if encoding else "ä"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"there {shown}\n", f"{shown}\n")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def assert_same_bytes(config: TrainConfig, expected: TrainConfig) -> None:
 @pytest.fixture
 def default_handlers():
     """What the signals do in a program that is started from a terminal."""
-    defaults = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL)
+    defaults: dict[signal.Signals, Any] = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL)
     defaults[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield defaults

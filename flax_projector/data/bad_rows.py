@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from flax_projector.data.audio import Problem
-from flax_projector.files import write_atomically
+from flax_projector.files import write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +137,10 @@ class BadRowLog:
         before = {row.reason for row in known.values()}
         known.update(new)
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(_to_line(name, row) for row in new.values())
+            with writing(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.writelines(_to_line(name, row) for row in new.values())
         if left_out := _left_out(new.values()):
             listed = "; ".join(f"{row.id}: {row.detail}" for row in left_out)
             log.warning("%s: left out %s", name, listed)

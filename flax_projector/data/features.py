@@ -16,7 +16,7 @@ from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio, Problem, file_stamp
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.inputs import Clip, Waveforms
-from flax_projector.files import sync, write_atomically
+from flax_projector.files import sync, write_atomically, writing
 from flax_projector.lengths import num_encoder_frames
 from flax_projector.logs import progress_bar
 
@@ -198,6 +198,7 @@ def keep_features(
         index = _Index(encoder, encoder_dim, window_frames, num_bytes=len(header) + 1)
     num_new, lines = 0, []
     with (
+        writing(folder),
         (folder / _FRAMES).open("ab") as frames_file,
         (folder / _INDEX).open("a", encoding="utf-8") as index_file,
         progress_bar(log, "encoder", total=len(utterances), unit="clip") as progress,

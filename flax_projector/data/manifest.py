@@ -130,9 +130,12 @@ class Durations:
         return secs
 
     def save(self) -> None:
-        """Saves the lengths that were read."""
+        """Saves the lengths that were read; where that is impossible, they will be read again."""
         if self._path is not None and self._is_changed and jax.process_index() == 0:
-            write_atomically(self._path, json.dumps(self._known))
+            try:
+                write_atomically(self._path, json.dumps(self._known))
+            except OSError as error:
+                _log.warning("lengths of clips are not kept: %s", error)
 
 
 def read_manifest(

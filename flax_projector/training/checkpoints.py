@@ -1,6 +1,10 @@
 """Checkpoints of a run: the trained state, and the position in the data."""
 
+import contextlib
+import os
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_projector.data.reader import BatchIterator
+from flax_projector.files import writing
 from flax_projector.run_folder import STATE
 from flax_projector.training.state import TrainState
 from flax_projector.training.step_log import StepLog
@@ -18,17 +23,39 @@ _POSITION = "position"
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, except that it leaves the preemption service to `PreemptionGuard`.
+    """Orbax's manager, except for two things.
 
-    Orbax asks the service at every save, with the number of the step. The service says yes only
-    once, at a number that it derives from the last one it was asked about. The guard asks with its
-    own count of polls: if Orbax asked too, the guard's numbers might never match, and the run would
-    not stop.
+    Errors of writing become OSErrors that name the folder.
+
+    It leaves the preemption service to `PreemptionGuard`. Orbax asks the service at every save,
+    with the number of the step. The service says yes only once, at a number that it derives from
+    the last one it was asked about. The guard asks with its own count of polls: if Orbax asked too,
+    the guard's numbers might never match, and the run would not stop.
     """
 
     def reached_preemption(self, step: int) -> bool:
         del step
         return False
+
+    def save(self, *args: Any, **kwargs: Any) -> bool:
+        with _writing(self.directory):
+            return super().save(*args, **kwargs)
+
+    def wait_until_finished(self) -> None:
+        with _writing(self.directory):
+            super().wait_until_finished()
+
+
+@contextlib.contextmanager
+def _writing(folder: Any) -> Iterator[None]:
+    with writing(Path(folder)):
+        try:
+            yield
+        except ValueError as error:  # of TensorStore; it ends in a code
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if not code:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:

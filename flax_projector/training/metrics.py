@@ -1,5 +1,6 @@
 """Writes the metrics and transcripts of a run to files, TensorBoard and Weights & Biases."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,7 +16,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flax_projector.files import write_atomically
+from flax_projector.files import write_atomically, writing
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.evaluate import Scores, Transcript
 
@@ -41,19 +42,23 @@ class MetricsWriter:
         self._is_writer = jax.process_index() == 0
         self._folder = folder
         if self._is_writer:
-            folder.path.mkdir(parents=True, exist_ok=True)
+            with writing(folder.path):
+                folder.path.mkdir(parents=True, exist_ok=True)
             self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
             _drop_after(folder.metrics, first_step)
-            self._jsonl = folder.metrics.open("a", encoding="utf-8")
-            self._events = EventFileWriter(str(folder.tensorboard))
+            with writing(folder.metrics):
+                self._jsonl = folder.metrics.open("a", encoding="utf-8")
+            with writing(folder.tensorboard):
+                self._events = EventFileWriter(str(folder.tensorboard))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records named scalars at a step."""
         if not self._is_writer:
             return
         record = {"step": step, "time": round(time.time(), 3), **scalars}
-        self._jsonl.write(json.dumps(record) + "\n")
-        self._jsonl.flush()
+        with writing(self._folder.metrics):
+            self._jsonl.write(json.dumps(record) + "\n")
+            self._jsonl.flush()
         for name, value in scalars.items():
             self._add_event(step, scalar_pb(name, value))
         if self._wandb is not None:
@@ -85,17 +90,22 @@ class MetricsWriter:
         self._add_event(step, text_pb(f"transcripts/{name}", table))
 
     def _add_event(self, step: int, summary: Any) -> None:
-        self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+        with writing(self._folder.tensorboard):
+            self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_exc_info: object) -> None:
-        if self._is_writer:
-            self._jsonl.close()
-            self._events.close()
+        if not self._is_writer:
+            return
+        with contextlib.ExitStack() as stack:  # each, even if one fails
             if self._wandb is not None:
-                self._wandb.finish()
+                stack.callback(self._wandb.finish)
+            stack.enter_context(writing(self._folder.tensorboard))
+            stack.callback(self._events.close)
+            stack.enter_context(writing(self._folder.metrics))
+            stack.callback(self._jsonl.close)
 
 
 def _drop_after(path: Path, first_step: int) -> None:

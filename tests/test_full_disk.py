@@ -1,0 +1,214 @@
+"""What happens when the run folder cannot be written to, or is in use: one line, and no loss."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import train_tpu
+from flax_projector import files
+from flax_projector.data.audio import Problem
+from flax_projector.data.bad_rows import BadRow, BadRowLog
+from flax_projector.data.features import keep_features
+from flax_projector.data.manifest import Durations
+from flax_projector.files import lock_file, write_atomically
+from flax_projector.run_folder import RunFolder
+from flax_projector.training.evaluate import Transcript
+from flax_projector.training.metrics import MetricsWriter
+from flax_projector.training.step_log import StepLog
+from tests.clips import make_batches, read_speech
+from tests.tiny import final_params, tiny_config
+
+pytestmark = pytest.mark.torch
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes: int = 0):
+    """Inside the block, no file can grow beyond a size: to a program, a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def run_cli(config, monkeypatch) -> str:
+    """The error that the program ends with."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+        patch.setattr(train_tpu, "read_config", lambda _: config)
+        train_tpu.cli([])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("at", ["checkpoints", "metrics.jsonl"])
+def test_a_run_on_a_full_disk_is_one_line_and_continues_when_there_is_room(
+    tmp_path, tiny_towers, monkeypatch, capfd, at
+):
+    config = tiny_config(
+        tmp_path, tiny_towers, num_steps=4, data={"eval": (), "bucket_secs": (2.0,)}
+    )
+    size = {"checkpoints": 8000, "metrics.jsonl": 0}[at]
+    add = StepLog.add
+    with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+
+        def fill(self, metrics):
+            stack.enter_context(full_disk(size))
+            add(self, metrics)
+
+        patch.setattr(StepLog, "add", fill)
+        message = run_cli(config, patch)
+    assert message.startswith(f"error: {config.out}/{at}") and message.count("\n") == 0
+    assert "could not be written: File too large: make room, then start the same" in message
+    assert "Traceback" not in capfd.readouterr().err
+    train_tpu.main(config)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    train_tpu.main(whole)
+    expected = final_params(whole)
+    for name, leaf in final_params(config).items():
+        assert leaf.tobytes() == expected[name].tobytes(), name
+
+
+BAD = BadRow("a", "s", Problem.MALFORMED, "x")
+HEARD = Transcript("a", "x", "y", (1,))
+
+
+def write_bad_rows(folder: RunFolder) -> None:
+    log = BadRowLog(folder.bad_rows, max_rate=1.0)
+    log.start("train", [], num_rows=1)
+    with full_disk():
+        log.add("train", [BAD])
+
+
+def write_features(folder: RunFolder) -> None:
+    rows = make_batches(read_speech(folder.path, 2)).utterances
+    encode = lambda x: jnp.ones((len(x), 100, 4))  # noqa: E731
+    options = {"window_samples": 32000, "batch_size": 2, "encoder_dim": 4, "encoder_name": ""}
+    with full_disk(200):
+        keep_features(folder.features("train"), rows, encode, **options)
+
+
+def with_writer(write):
+    def run(folder: RunFolder) -> None:
+        with MetricsWriter(folder) as writer, full_disk():
+            write(writer)
+
+    return run
+
+
+WRITERS = {
+    "metrics.jsonl": with_writer(lambda w: w.write(1, {"loss": 1.0})),
+    "transcripts/dev-000001.jsonl": with_writer(lambda w: w.write_transcripts(1, "dev", [HEARD])),
+    "bad_rows.jsonl": write_bad_rows,
+    "features/train": write_features,
+    "best.json": lambda folder: write_atomically(folder.best_scores, "{}"),
+    "lock": lambda folder: folder.lock().__enter__(),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_whatever_cannot_be_written_is_named_with_the_way_out(tmp_path, name):
+    write = WRITERS[name]
+    limit = full_disk() if name in ("best.json", "lock") else contextlib.nullcontext()
+    with pytest.raises(OSError) as error, limit:
+        write(RunFolder(tmp_path))
+    text = str(error.value).removeprefix("--out: ")
+    assert text.startswith(f"{tmp_path}/{name} could not be written: File too large: make room")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_lengths_of_clips_need_not_be_kept(tmp_path, caplog):
+    (tmp_path / "folder").write_text("a file")
+    (clip,) = read_speech(tmp_path, 1)
+    durations = Durations(tmp_path / "folder", "s")
+    assert durations.read(clip.audio) == clip.duration
+    durations.save()
+    assert "lengths of clips are not kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("out", "make", "reason"),
+    [
+        ("file", "file", "Not a directory|File exists"),
+        ("file/run", "file", "Not a directory"),
+        ("/proc/run", None, "No such file or directory|Permission denied"),
+    ],
+)
+def test_an_out_that_cannot_be_a_folder_is_one_line(
+    tmp_path, tiny_towers, monkeypatch, out, make, reason
+):
+    if make:
+        (tmp_path / make).write_text("mine")
+    config = tiny_config(tmp_path / "data", tiny_towers, out=str(tmp_path / out))
+    message = run_cli(config, monkeypatch)
+    place = str(tmp_path / out)
+    assert message.startswith(f"error: --out: {place}/lock could not be written: ")
+    assert any(text in message for text in reason.split("|")) and "\n" not in message
+    if make:
+        assert (tmp_path / make).read_text() == "mine"
+
+
+def test_a_second_program_is_refused_and_a_dead_one_is_no_obstacle(
+    tmp_path, tiny_towers, monkeypatch
+):
+    config = tiny_config(tmp_path, tiny_towers, num_steps=1, data={"eval": ()})
+    folder = RunFolder.of(config)
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from flax_projector.files import lock_file\n"
+        "with lock_file(Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder.path / "lock")],
+        cwd=Path(train_tpu.__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        message = run_cli(config, monkeypatch)
+        assert f"{folder.path} is in use by process {other.pid} on " in message
+        assert "wait until it has ended, or choose another folder" in message
+        other.send_signal(signal.SIGKILL)
+    assert [path.name for path in folder.path.iterdir()] == ["lock"]
+    with folder.lock():
+        assert str(os.getpid()) in (folder.path / "lock").read_text()
+        with pytest.raises(ValueError, match="is in use"), folder.lock():
+            pass
+    assert not list(folder.path.iterdir())
+
+
+def test_where_files_cannot_be_locked_there_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with RunFolder(tmp_path / "run").lock():
+        assert caplog.text.count("other programs are not kept out: No locks available") == 1
+    assert not (tmp_path / "run").exists(), "nothing is left over"
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_taken_anew(tmp_path, monkeypatch):
+    lock, flock = tmp_path / "lock", fcntl.flock
+    removed = []
+
+    def remove_first(*args):
+        if not removed:
+            removed.append(lock.unlink())
+        flock(*args)
+
+    monkeypatch.setattr(files.fcntl, "flock", remove_first)
+    with lock_file(lock), pytest.raises(BlockingIOError), lock_file(lock):
+        pass
+    assert removed and not lock.exists()
