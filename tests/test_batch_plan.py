@@ -45,6 +45,16 @@ def test_no_utterance_of_a_source_is_drawn_twice_more_than_another(weight):
         assert np.ptp(counts) <= 1
 
 
+def test_sources_are_drawn_from_independently():
+    """Two sources of the same length: in no epoch are the places drawn from both the same."""
+    sources = np.repeat([0, 1], 40)
+    for epoch in range(4):
+        members = epoch_members(sources, [0.5, 0.5], seed=5, epoch=epoch)
+        first, second = members[:20], members[20:] - 40
+        assert first.max() < 40 and second.min() >= 0
+        assert set(first) != set(second)
+
+
 @pytest.mark.parametrize(("case", "label"), [("keep", "Go LEFT"), ("lower", "go left")])
 def test_the_case_of_labels_is_not_that_of_the_reference(case, label):
     prompt, rows = tiny_prompt(), [ManifestRow("0", "0.wav", "Go LEFT", 1.0)]

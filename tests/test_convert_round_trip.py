@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import api
+from convert import api, round_trip
 from convert.checkpoint import DTYPES, in_memory
 from convert.flax_files import fill_flax, open_flax
 from convert.models import PROJECTOR
@@ -155,3 +155,58 @@ def test_verification_reads_what_was_written(tmp_path, projector, monkeypatch) -
     assert not (tmp_path / "flax").exists()
     api.to_flax(projector, tmp_path / "flax", verify=False)
     assert (tmp_path / "flax").exists()
+
+
+ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
+NAN = np.array([0x7FC00001, 0x7FC00002], np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (ROWS, np.asfortranarray(ROWS), True),
+        (ROWS, ROWS.view(np.int32), False),  # the same bytes
+        (ROWS[0].astype(ml_dtypes.bfloat16), ROWS[0].astype(np.float16), False),
+        (np.zeros(3, ml_dtypes.bfloat16), np.zeros(3, np.float16), False),
+        (np.zeros(4, bool), np.zeros(4, np.uint8), False),
+        (ROWS, ROWS.reshape(3, 4), False),
+        (ROWS, ROWS[:3], False),
+        (ROWS, np.where(ROWS == 11, 0, ROWS), False),  # in the last row
+        (ROWS[0], -(-ROWS[0]), True),
+        (np.zeros(3), -np.zeros(3), False),
+        (NAN, NAN.copy(), True),
+        (NAN, NAN[::-1], False),  # with other payloads
+        (np.float32(3), np.float32(3), True),
+        (np.float32(0), np.float32(-0.0), False),
+        (np.zeros((0, 3)), np.zeros((0, 3)), True),
+        (np.zeros((0, 3)), np.zeros((3, 0)), False),
+        (np.zeros((0, 3)), np.zeros((0, 3), np.int64), False),
+    ],
+)
+@pytest.mark.parametrize("block_bytes", [1, 24, 1 << 20])
+def test_same_means_dtype_shape_and_every_byte(monkeypatch, block_bytes, a, b, expected) -> None:
+    """In blocks of one row, of two, and of all."""
+    monkeypatch.setattr(round_trip, "_BLOCK_BYTES", block_bytes)
+    a, b = np.asarray(a), np.asarray(b)
+    assert round_trip.is_same(a, b) == round_trip.is_same(b, a) == expected
+
+
+def test_a_round_trip_names_every_tensor_that_changed() -> None:
+    before = {"gone": ROWS, "cast": ROWS, "reshaped": ROWS, "changed": ROWS, "kept": ROWS}
+    after = {
+        "new": ROWS,
+        "cast": ROWS.astype(np.float16),
+        "reshaped": ROWS.T,
+        "changed": ROWS + 1,
+        "kept": ROWS.copy(),
+    }
+    with pytest.raises(ValueError, match="the round trip changed the checkpoint") as caught:
+        round_trip.check_round_trip(in_memory(before), in_memory(after))
+    assert [" ".join(line.split()) for line in str(caught.value).splitlines()[1:]] == [
+        "bytes changed came back with other values",
+        "header cast float32[4, 3] -> float16[4, 3]",
+        "header reshaped float32[4, 3] -> float32[3, 4]",
+        "missing gone did not come back",
+        "new new was not there before",
+    ]
+    round_trip.check_round_trip(in_memory(before), in_memory(dict(before)))

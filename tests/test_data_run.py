@@ -228,8 +228,10 @@ def test_a_bad_clip_never_improves_the_word_error_rate(evaluate, tmp_path):
 
     spoil(manifest, 4, 7)
     Path(manifest).with_name("9.wav").unlink()
+    soundfile.write(Path(manifest).with_name("long.wav"), np.full(40_000, 0.1), 16_000)
     with Path(manifest).open("a") as file:
         file.write(json.dumps({"id": "mute", "audio": "1.wav", "text": ""}) + "\n")
+        file.write(json.dumps({"id": "long", "audio": "long.wav", "text": "go left"}) + "\n")
     scores, bad = evaluate(manifest)
     assert sorted(t.id for t in scores.transcripts) == sorted(ids)
     unheard = {t.id for t in scores.transcripts if not t.tokens}
@@ -237,8 +239,9 @@ def test_a_bad_clip_never_improves_the_word_error_rate(evaluate, tmp_path):
     assert {t.hypothesis for t in scores.transcripts if t.id in unheard} == {""}
     before = {t.id: t.hypothesis for t in whole.transcripts}
     assert all(t.hypothesis == before[t.id] for t in scores.transcripts if t.id not in unheard)
-    assert (scores.num_unheard, scores.num_left_out) == (3, 1)
-    assert {id for _, id, _ in bad} == {"clip4", "clip7", "clip9", "mute"}
+    # The row without a transcript, and the clip that is longer than the run's limit.
+    assert (scores.num_unheard, scores.num_left_out) == (3, 2)
+    assert {id for _, id, _ in bad} == {"clip4", "clip7", "clip9", "mute", "long"}
     edits = scores.wer * sum(len(t.reference.split()) for t in scores.transcripts)
     assert edits >= sum(len(t.reference.split()) for t in scores.transcripts if t.id in unheard)
 

@@ -157,6 +157,28 @@ def test_dropout_changes_with_the_step_and_not_with_the_run(params):
     assert first == again != other
 
 
+@pytest.mark.parametrize(("dropout", "is_random"), [(0.0, False), (0.4, True)])
+def test_micro_batches_have_dropout_of_their_own(params, dropout, is_random):
+    """The same row in both of two micro-batches: alone, it has the first one's dropout."""
+    model = make_model(dataclasses.replace(PROJECTOR, projector_dropout=dropout))
+    descent, row = optax.sgd(1.0), make_batch(1)
+    state = init_state(params[0], descent)
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), row)
+
+    def loss_of(batch, accumulation_steps):
+        step = functools.partial(
+            train_step,
+            model=model,
+            optimizer=descent,
+            seed=0,
+            accumulation_steps=accumulation_steps,
+        )
+        return float(jax.jit(step)(state, *params[1:], batch)[1]["loss"])
+
+    alone, both = loss_of(row, 1), loss_of(twice, 2)
+    assert (both != pytest.approx(alone, rel=1e-5)) == is_random
+
+
 # --- the steps of a run ----------------------------------------------------------------------
 
 
