@@ -35,7 +35,8 @@ def test_both_sides_of_a_conversion_are_the_same_model(hf, flax, capsys) -> None
     for a, b in ((hf, flax), (flax, hf), (flax, flax), (hf, hf)):
         assert main(["verify", str(a), str(b)]) == 0
         out = capsys.readouterr().out
-        assert out.count("same bytes") == 8
+        names = [line.split()[0] for line in out.splitlines() if "same bytes" in line]
+        assert len(names) == 8 and names == sorted(names)
         assert out.endswith("\nthe same model, bit for bit\n")
     error = api.verify(hf, flax).output_error
     assert error is not None and 0 < error < 1e-5
@@ -105,14 +106,15 @@ def test_missing_and_new_tensors_are_named(tmp_path, hf, flax, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rms_norm_eps", 1e-2), ("projector_pool_stride", 5), ("encoder_dim", 3)]
+    ("field", "value", "other"),
+    [("rms_norm_eps", 1e-6, 1e-2), ("projector_pool_stride", 3, 5), ("encoder_dim", 5, 3)],
 )
-def test_another_config_is_another_model(tmp_path, hf, field, value, capsys) -> None:
-    other = shutil.copytree(hf, tmp_path / "other")
+def test_another_config_is_another_model(tmp_path, hf, field, value, other, capsys) -> None:
+    folder = shutil.copytree(hf, tmp_path / "other")
     config = json.loads((hf / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {field: value}))
-    assert main(["verify", str(hf), str(other)]) == 1
-    assert f"config: {field} is" in capsys.readouterr().out
+    (folder / "config.json").write_text(json.dumps(config | {field: other}))
+    assert main(["verify", str(hf), str(folder)]) == 1
+    assert f"config: {field} is {value!r} in A, {other!r} in B\n" in capsys.readouterr().out
 
 
 def test_what_only_training_reads_makes_no_difference(tmp_path, hf) -> None:

@@ -169,6 +169,8 @@ NAN = np.array([0x7FC00001, 0x7FC00002], np.uint32).view(np.float32)
         (ROWS[0].astype(ml_dtypes.bfloat16), ROWS[0].astype(np.float16), False),
         (np.zeros(3, ml_dtypes.bfloat16), np.zeros(3, np.float16), False),
         (np.zeros(4, bool), np.zeros(4, np.uint8), False),
+        (np.zeros(9, bool), np.zeros(9, bool), True),  # compared byte by byte
+        (np.zeros(9, bool), np.arange(9) == 8, False),
         (ROWS, ROWS.reshape(3, 4), False),
         (ROWS, ROWS[:3], False),
         (ROWS, np.where(ROWS == 11, 0, ROWS), False),  # in the last row
