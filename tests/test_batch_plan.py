@@ -30,6 +30,7 @@ def test_plan_pads_only_one_batch_and_moves_leftovers_up(sizes, seed):
     members = np.concatenate([batch for _, batch in plan])
     assert sorted(members[members >= 0]) == list(range(sum(sizes)))
     assert sum((batch < 0).any() for _, batch in plan) <= 1
+    assert all((batch >= 0).tolist() == sorted(batch >= 0, reverse=True) for _, batch in plan)
     assert len(plan) == -(-sum(sizes) // 4)
     for bucket, batch in plan:
         assert all(assigned[i] <= bucket for i in batch if i >= 0)
@@ -61,6 +62,16 @@ def test_the_case_of_labels_is_not_that_of_the_reference(case, label):
     (utterance,), _ = prepare(rows, prompt, DataConfig(text_case=case))
     assert prompt.decode(utterance.target) == label
     assert utterance.row.text == "Go LEFT"
+
+
+@pytest.mark.parametrize(
+    ("duration", "max_frames"), [(0.5, 29), (0.55, 31), (0.551, 32), (1.9, 99), (1.96, 100)]
+)
+def test_a_clip_may_be_a_little_longer_than_stated(duration, max_frames):
+    """By 0.05 s, 2.5 frames, and one more frame; 2 s are the window."""
+    rows = [ManifestRow("0", "0.wav", "go", duration)]
+    (utterance,), _ = prepare(rows, tiny_prompt(), CONFIG)
+    assert utterance.max_frames == max_frames
 
 
 def test_clips_that_fill_the_window_have_one_bucket(tmp_path):

@@ -174,7 +174,7 @@ NAN = np.array([0x7FC00001, 0x7FC00002], np.uint32).view(np.float32)
         (ROWS, ROWS.reshape(3, 4), False),
         (ROWS, ROWS[:3], False),
         (ROWS, np.where(ROWS == 11, 0, ROWS), False),  # in the last row
-        (ROWS[0], -(-ROWS[0]), True),
+        (ROWS[0], ROWS[0].copy(), True),
         (np.zeros(3), -np.zeros(3), False),
         (NAN, NAN.copy(), True),
         (NAN, NAN[::-1], False),  # with other payloads

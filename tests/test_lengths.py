@@ -2,7 +2,7 @@
 
 import pytest
 
-from flax_projector.lengths import num_encoder_frames
+from flax_projector.lengths import FRAME_SECS, num_audio_tokens, num_encoder_frames
 
 
 @pytest.mark.parametrize(
@@ -11,3 +11,15 @@ from flax_projector.lengths import num_encoder_frames
 )
 def test_num_encoder_frames_counts_the_partly_filled_one(num_samples, expected) -> None:
     assert num_encoder_frames(num_samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "pool_stride", "expected"),
+    [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (1500, 2, 750), (7, 1, 7)],
+)
+def test_num_audio_tokens_counts_the_partly_filled_one(num_frames, pool_stride, expected) -> None:
+    assert num_audio_tokens(num_frames, pool_stride) == expected
+
+
+def test_a_second_has_50_encoder_frames() -> None:
+    assert FRAME_SECS == 0.02

@@ -135,7 +135,7 @@ def epoch_plan(
     """Batches of one epoch as (bucket, utterance indices); every member occurs exactly once.
 
     Utterances left over after filling a bucket's batches move up to the next bucket, so that only
-    the last batch of the last bucket is padded, with index -1.
+    the last batch of the last bucket is padded, at its end, with index -1.
 
     Args:
       members: indices of the epoch's utterances.
