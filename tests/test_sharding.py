@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 
+from convert.trees import flatten
 from flax_projector.config import LlamaConfig, MeshConfig, ProjectorConfig, WhisperConfig
 from flax_projector.models.llama import LlamaDecoder, abstract_decoder
 from flax_projector.models.projector import ResidualAudioProjector, abstract_projector
@@ -48,8 +48,18 @@ def test_every_parameter_has_axis_names_that_the_table_knows(name):
 
 def test_mesh_axes_are_used_where_they_divide():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    params = abstract_projector(PROJECTOR, mesh=mesh)
-    assert params["layers_0"]["fc1"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    params = flatten(abstract_projector(PROJECTOR, mesh=mesh))
+    expected = {
+        "input_proj/kernel": (None, "fsdp"),
+        "input_proj/bias": ("fsdp",),
+        "ln_input/scale": (None,),
+        "layers_1/fc1/kernel": ("fsdp", "tensor"),
+        "layers_1/fc1/bias": ("tensor",),
+        "layers_1/fc2/kernel": ("tensor", "fsdp"),
+        "layers_1/fc2/bias": ("fsdp",),
+        "layer_norms_1/scale": (None,),
+    }
+    assert {path: tuple(params[path].sharding.spec) for path in expected} == expected
     decoder = abstract_decoder(LLAMA, mesh=make_mesh(MeshConfig(tensor=4)))
     # 18 columns of q do not divide over 4 devices.
     assert decoder["layers"]["self_attn"]["q_proj"]["kernel"].sharding.spec[-1] is None

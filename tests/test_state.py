@@ -23,10 +23,11 @@ pytestmark = pytest.mark.torch
 
 
 @pytest.mark.parity("PyTorch")
-def test_twenty_updates_equal_those_of_torch() -> None:
+@pytest.mark.parametrize("options", [{}, {"b1": 0.7, "b2": 0.95, "eps": 1e-2}])
+def test_twenty_updates_equal_those_of_torch(options) -> None:
     """Clipping, warm-up, cosine and decay of the kernels alone, against PyTorch's own."""
     config = ProjectorConfig(7, 13, projector_pool_stride=3, projector_hidden_dim=29)
-    optim = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.1)
+    optim = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.1, **options)
     num_steps = 20
     module, params = make_projector_pair(TorchProjector, config)
     is_kernel = {name: p.ndim == 2 for name, p in module.named_parameters()}
@@ -37,7 +38,8 @@ def test_twenty_updates_equal_those_of_torch() -> None:
         }
         for decayed in (True, False)
     ]
-    adamw = torch.optim.AdamW(groups, lr=optim.learning_rate)
+    betas = (optim.b1, optim.b2)
+    adamw = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=betas, eps=optim.eps)
     schedule = get_cosine_schedule_with_warmup(adamw, optim.warmup_steps, num_steps)
     optimizer = make_optimizer(optim, make_schedule(optim, num_steps, CTCConfig()))
 
