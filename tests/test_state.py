@@ -90,6 +90,12 @@ def test_learning_rates_of_warm_start_and_llm_equal_those_of_transformers(final_
     assert_close(rates, np.array(expected), 1e-6)
 
 
+def test_a_run_that_ends_within_its_warm_up_is_the_beginning_of_one() -> None:
+    config = OptimizerConfig(learning_rate=0.3, warmup_steps=6)
+    rates = jax.vmap(make_schedule(config, 4, CTCConfig()))(jnp.arange(4))
+    assert_close(rates, np.array([0.0, 0.05, 0.1, 0.15]), 1e-6)
+
+
 def test_flax_parameters_share_no_memory_with_torch() -> None:
     """Or an update in place by PyTorch would change them before JAX, which is late, reads them."""
     config = ProjectorConfig(7, 13, projector_pool_stride=3, projector_hidden_dim=29)

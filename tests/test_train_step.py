@@ -157,26 +157,36 @@ def test_dropout_changes_with_the_step_and_not_with_the_run(params):
     assert first == again != other
 
 
-@pytest.mark.parametrize(("dropout", "is_random"), [(0.0, False), (0.4, True)])
-def test_micro_batches_have_dropout_of_their_own(params, dropout, is_random):
+def test_the_loss_of_one_label_is_divided_by_one(model, params):
+    batch, optimizer = make_batch(1, seed=5), optax.sgd(1.0)
+    assert batch.label_valid.sum() == 1
+    step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
+    state = init_state(params[0], optimizer)
+
+    @jax.jit
+    def losses_of(state, batch):
+        total = LLM.summed_loss(model, *params, batch=batch)[0]
+        return step(state, *params[1:], batch)[1]["loss"], total
+
+    loss, total = losses_of(state, batch)
+    assert_relative_l2(loss, total, 1e-6)
+
+
+def test_micro_batches_have_dropout_of_their_own(params):
     """The same row in both of two micro-batches: alone, it has the first one's dropout."""
-    model = make_model(dataclasses.replace(PROJECTOR, projector_dropout=dropout))
-    descent, row = optax.sgd(1.0), make_batch(1)
-    state = init_state(params[0], descent)
-    twice = jax.tree.map(lambda x: np.concatenate([x, x]), row)
+    model = make_model(dataclasses.replace(PROJECTOR, projector_dropout=0.4))
+    optimizer, row = optax.sgd(1.0), make_batch(1)
+    state = init_state(params[0], optimizer)
 
+    @functools.partial(jax.jit, static_argnames="accumulation_steps")
     def loss_of(batch, accumulation_steps):
-        step = functools.partial(
-            train_step,
-            model=model,
-            optimizer=descent,
-            seed=0,
-            accumulation_steps=accumulation_steps,
-        )
-        return float(jax.jit(step)(state, *params[1:], batch)[1]["loss"])
+        step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
+        _, metrics = step(state, *params[1:], batch, accumulation_steps=accumulation_steps)
+        return metrics["loss"]
 
-    alone, both = loss_of(row, 1), loss_of(twice, 2)
-    assert (both != pytest.approx(alone, rel=1e-5)) == is_random
+    alone = loss_of(row, 1)
+    both = loss_of(jax.tree.map(lambda x: np.concatenate([x, x]), row), 2)
+    assert float(both) != pytest.approx(float(alone), rel=1e-5)
 
 
 # --- the steps of a run ----------------------------------------------------------------------
