@@ -89,15 +89,29 @@ def test_leaves_are_in_the_order_of_their_paths() -> None:
         assert list(forward.params) == sorted(leaves)
 
 
-def test_decoder_is_left_out_with_its_reason(caplog) -> None:
-    kind, config = WHISPER_ENCODER, CONFIGS[WHISPER_ENCODER]
-    _, infos = make_checkpoint(kind, config)
-    extra = TensorInfo((3,), DTYPES["float32"])
-    decoder = {"model.decoder.layers.9.fc1.bias": extra, "proj_out.weight": extra}
+@pytest.mark.parametrize(
+    ("kind", "names", "message"),
+    [
+        (
+            WHISPER_ENCODER,
+            ["model.decoder.layers.9.fc1.bias", "proj_out.weight"],
+            "left out 1 tensors model.decoder.*: the decoder is not used",
+        ),
+        (
+            LLAMA,
+            [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(3)],
+            "left out 3 tensors *.rotary_emb.inv_freq: recomputed from rope_theta",
+        ),
+    ],
+    ids=["whisper", "llama"],
+)
+def test_what_is_not_used_is_left_out_with_its_reason(kind, names, message, caplog) -> None:
+    _, infos = make_checkpoint(kind, CONFIGS[kind])
+    extra = dict.fromkeys(names, TensorInfo((3,), DTYPES["float32"]))
     with caplog.at_level("INFO", logger="convert"):
-        forward = plan(kind, config, infos | decoder)
+        forward = plan(kind, CONFIGS[kind], infos | extra)
     assert set(forward.tensors) == set(infos)
-    assert "left out 1 tensors model.decoder.*: the decoder is not used" in caplog.text
+    assert message in caplog.text
 
 
 def test_tied_head_may_be_absent_or_a_copy_and_is_not_written(caplog) -> None:
