@@ -106,7 +106,8 @@ def test_ctc_classes_are_the_blank_and_the_spoken_tokens():
 def test_ctc_of_a_batch_is_that_of_its_clips_one_by_one(model, params):
     """The valid audio tokens of each clip against its transcript without the end, by torch."""
     batch = make_batch(8)
-    batch.num_frames[0] = 4  # one audio token for several labels
+    batch.num_frames[1] = 4  # one audio token for several labels
+    assert batch.label_valid[0].all()  # a row without padding
     targets = [
         labels[valid].tolist()
         for labels, valid in zip(batch.labels, batch.label_valid, strict=True)

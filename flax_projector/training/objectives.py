@@ -123,9 +123,8 @@ class CTCObjective(Objective):
     ) -> tuple[Bool[Array, "B A"], Int[Array, "B T"], Bool[Array, "B T"]]:
         """Which audio tokens belong to the clip; the labels as classes, and which are spoken."""
         audio_valid = batch.frame_valid[:, :: self.pool_stride]  # [B, A]: as its first frame
-        # The end of turn, the last label of a row, is not spoken.
-        is_spoken = batch.label_valid & jnp.roll(batch.label_valid, -1, axis=1)
-        is_spoken = is_spoken.at[:, -1].set(False)
+        # A label is spoken if another one follows: the last of a row is its end of turn.
+        is_spoken = jnp.pad(batch.label_valid[:, 1:], ((0, 0), (0, 1)))
         labels = 1 + jnp.searchsorted(jnp.array(self.classes[1:]), batch.labels)
         return audio_valid, labels, is_spoken
 
