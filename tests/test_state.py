@@ -13,9 +13,15 @@ from transformers import (
 
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from convert.trees import flatten
-from flax_projector.config import CTCConfig, OptimizerConfig, ProjectorConfig
+from flax_projector.config import CTCConfig, MeshConfig, OptimizerConfig, ProjectorConfig
 from flax_projector.models.projector import ResidualAudioProjector
-from flax_projector.training.state import make_optimizer, make_schedule
+from flax_projector.sharding import make_mesh, replicated
+from flax_projector.training.state import (
+    abstract_state,
+    make_optimizer,
+    make_schedule,
+    shardings_of,
+)
 from tests.models import make_projector_pair, projector_to_flax
 from tests.parity import assert_close
 
@@ -94,6 +100,19 @@ def test_a_run_that_ends_within_its_warm_up_is_the_beginning_of_one() -> None:
     config = OptimizerConfig(learning_rate=0.3, warmup_steps=6)
     rates = jax.vmap(make_schedule(config, 4, CTCConfig()))(jnp.arange(4))
     assert_close(rates, np.array([0.0, 0.05, 0.1, 0.15]), 1e-6)
+
+
+def test_moments_are_sharded_like_their_parameters_and_counts_are_replicated() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1.0))
+    state = abstract_state(ProjectorConfig(6, 8), optimizer, mesh)
+    expected = shardings_of(state.params)
+    assert not all(sharding.is_fully_replicated for sharding in jax.tree.leaves(expected))
+    for name in ("mu", "nu"):
+        assert shardings_of(optax.tree.get(state.opt_state, name)) == expected
+    counts = [leaf for _, leaf in optax.tree.get_all_with_path(state.opt_state, "count")]
+    assert counts
+    assert {leaf.sharding for leaf in (state.step, *counts)} == {replicated(mesh)}
 
 
 def test_flax_parameters_share_no_memory_with_torch() -> None:

@@ -13,7 +13,7 @@ import pytest
 from convert.trees import flatten
 from flax_projector.batch import AUDIO_TOKEN, Bucket, abstract_batch, to_global
 from flax_projector.config import PRESETS, MeshConfig, OptimizerConfig, ProjectorConfig
-from flax_projector.models.llama import abstract_decoder
+from flax_projector.models.llama import abstract_decoder, make_cache
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.sharding import batch_sharding, make_mesh, replicated, use_mesh
 from flax_projector.training.objectives import CTCObjective, LLMObjective, Objective
@@ -31,6 +31,7 @@ from tests.tiny_model import (
     FRAMES,
     LENGTH,
     LLAMA,
+    PREFIX,
     PROJECTOR,
     TEXT,
     WHISPER,
@@ -117,8 +118,11 @@ def test_scale_ratio_is_the_mean_over_micro_batches(model, params, update):
     np.testing.assert_allclose(metrics["scale_ratio"], np.mean(ratios), rtol=1e-5)
 
 
-def test_counts_leave_padding_out(model):
-    batch = make_batch(8)
+@pytest.mark.parametrize("prefix_len", [0, len(PREFIX)])
+def test_counts_leave_out_padding_and_the_prefix(model, prefix_len):
+    """The prefix is not computed in a step."""
+    prefix = make_cache(LLAMA, 1, prefix_len, jnp.float32) if prefix_len else None
+    model, batch = dataclasses.replace(model, prefix=prefix), make_batch(8)
     counts, padded_counts = (
         batch_counts(jax.tree.map(jnp.asarray, b), model) for b in (batch, with_padding(batch, 3))
     )
@@ -127,8 +131,9 @@ def test_counts_leave_padding_out(model):
     assert counts["num_clips"] == 8
     assert counts["num_audio_tokens"] == num_audio
     assert counts["audio_secs"] == pytest.approx(4 * num_audio * 0.02)
-    assert counts["num_tokens"] == (batch.prompt_len + num_labels - 1).sum()
-    assert counts["padding_rate"] == pytest.approx(1 - counts["num_tokens"] / (8 * LENGTH))
+    assert counts["num_tokens"] == (batch.prompt_len + num_labels - 1 - prefix_len).sum()
+    capacity = 8 * (LENGTH - prefix_len)
+    assert counts["padding_rate"] == pytest.approx(1 - counts["num_tokens"] / capacity)
     for name in set(counts) - {"padding_rate"}:
         assert padded_counts[name] == counts[name], name
 
