@@ -76,6 +76,24 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+@contextlib.contextmanager
+def reading(path: Path, *, way_out: str) -> Iterator[None]:
+    """Gives errors in the block, which reads a file that we wrote, a message with its path.
+
+    Args:
+      path: the file.
+      way_out: what a user may do if the file is damaged.
+
+    Raises:
+      ValueError: if its contents are not what we write.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path} is damaged ({reason}): {way_out}") from error
+
+
 def sync(file: IO) -> None:
     """Flushes to disk, so that the data survives a machine crash, not just a process crash."""
     file.flush()

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from flax_projector.config import TrainConfig, changes, from_json, option, to_json
 from flax_projector.file_types import recognise
-from flax_projector.files import check_orbax_path, local_path, lock_file, write_atomically
+from flax_projector.files import (
+    check_orbax_path,
+    local_path,
+    lock_file,
+    parse_json,
+    reading,
+    write_atomically,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +160,7 @@ class RunFolder:
         """What `claim` saved of the prompt; None if the folder holds no run.
 
         Raises:
-          ValueError: if it holds a run without a prompt.
+          ValueError: if it holds a run without a prompt, or that is damaged.
         """
         if not self.config.is_file():
             return None
@@ -162,7 +169,10 @@ class RunFolder:
                 f"{self.prompt} is missing: the run was begun by an earlier version, which did not "
                 "keep its prompt. Use that version, or start another run"
             )
-        return self.prompt.read_text("utf-8")
+        with reading(self.prompt, way_out="restore it from a copy, or start another run"):
+            text = self.prompt.read_text("utf-8")
+            parse_json(text)["date"]
+        return text
 
     def read_origin(self) -> Origin:
         """What `claim` saved of the run's origin; an empty one if it was an earlier version's.
@@ -172,10 +182,11 @@ class RunFolder:
         """
         if not self.origin.is_file():
             return Origin()
-        try:
-            return Origin(**json.loads(self.origin.read_text("utf-8")))
-        except (RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.origin} is damaged: {error}") from error
+        with reading(self.origin, way_out="remove it, and give the run's paths as options"):
+            origin = Origin(**json.loads(self.origin.read_text("utf-8")))
+            if not (isinstance(origin.directory, str) and isinstance(origin.contents, dict)):
+                raise TypeError("expected a directory and digests by option")
+            return origin
 
     def find(self, name: str) -> str:
         """The present path of something that the run's config names.

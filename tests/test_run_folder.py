@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,12 @@ from convert.models import PROJECTOR
 from convert.stored import open_stored
 from convert.trees import unflatten
 from flax_projector.config import PRESETS, to_json
+from flax_projector.data.bad_rows import BadRowLog
+from flax_projector.data.features import _read_index
+from flax_projector.data.manifest import Durations
 from flax_projector.run_folder import RunFolder
+from flax_projector.training.best import Best
+from flax_projector.training.metrics import MetricsWriter
 from tests.checkpoints import CONFIGS, write_run
 from tests.tiny import read_all
 
@@ -52,6 +58,37 @@ def test_whatever_is_not_refused_can_be_restored(tmp_path, name):
     write_run(run.path, config, unflatten(leaves), steps=[3])
     for path, array in read_all(open_stored(run.path).checkpoint).items():
         np.testing.assert_array_equal(array, leaves[path])
+
+
+def write_metrics(folder: RunFolder) -> None:
+    with MetricsWriter(folder, first_step=3):
+        pass
+
+
+READERS = {
+    "prompt.json": RunFolder.read_prompt,
+    "origin.json": RunFolder.read_origin,
+    "best.json": lambda folder: Best(folder, lambda *_: None),
+    "metrics.jsonl": write_metrics,
+    "bad_rows.jsonl": lambda folder: BadRowLog(folder.bad_rows, max_rate=0.1),
+    "data/lengths-376b6696acb07f67.json": lambda folder: Durations(folder.data_cache, "dev.jsonl"),
+    "features/dev/index.jsonl": lambda folder: _read_index(folder.features("dev")),
+}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7", "null", '{"x": 1}', 100_000 * "["])
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_of_a_run_is_named_with_a_way_out(tmp_path, name, text):
+    folder = RunFolder(tmp_path)
+    for path in (folder.config, folder.features("dev") / "frames.f32", tmp_path / name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (tmp_path / name).write_text(f"{text}\n")
+    # Nothing is known yet; or the end of the index is missing, as after a kill.
+    is_fine = text == "{}" and name[:4] in ("orig", "best", "data")
+    is_fine |= text in ("", "{") and name.startswith("features")
+    with nullcontext() if is_fine else pytest.raises(ValueError, match=r" is damaged \(.*\): \w+"):
+        READERS[name](folder)
 
 
 def damaged(**changes: Any) -> str:

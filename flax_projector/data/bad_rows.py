@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from flax_projector.data.audio import Problem
-from flax_projector.files import write_atomically, writing
+from flax_projector.files import reading, write_atomically, writing
 
 log = logging.getLogger(__name__)
 
@@ -214,10 +214,11 @@ def _to_line(name: str, row: BadRow) -> str:
 def _read(path: Path) -> dict[str, dict[str, BadRow]]:
     """Rows by set and key, ignoring a last line that a killed process did not finish."""
     found: dict[str, dict[str, BadRow]] = {}
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            entry = json.loads(line)
-            name, reason = entry.pop("set"), Problem[entry.pop("reason").upper()]
-            row = BadRow(reason=reason, **entry)
-            found.setdefault(name, {})[row.key] = row
+    with reading(path, way_out="remove it, and bad rows are found anew"):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                entry = json.loads(line)
+                name, reason = entry.pop("set"), Problem[entry.pop("reason").upper()]
+                row = BadRow(reason=reason, **entry)
+                found.setdefault(name, {})[row.key] = row
     return found

@@ -16,7 +16,7 @@ from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio, Problem, file_stamp
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.inputs import Clip, Waveforms
-from flax_projector.files import sync, write_atomically, writing
+from flax_projector.files import reading, sync, write_atomically, writing
 from flax_projector.lengths import num_encoder_frames
 from flax_projector.logs import progress_bar
 
@@ -83,7 +83,8 @@ def _read_index(folder: Path) -> _Index | None:
     index_path, frames_path, index, num_bytes = folder / _INDEX, folder / _FRAMES, None, 0
     if not (index_path.is_file() and frames_path.is_file()):
         return None
-    with index_path.open("rb") as file:
+    way_out = "remove its folder, and the frames are computed anew"
+    with reading(index_path, way_out=way_out), index_path.open("rb") as file:
         for line in file:
             try:
                 values = json.loads(line)

@@ -20,7 +20,7 @@ from flax_projector.data.hf_clips import Table, TableClip, encoded, parts_of
 from flax_projector.data.hf_source import HFSource, open_hf, parse_hf_source, without_torch
 from flax_projector.data.manifest import Draft, Durations, ManifestRow, check_rows, read_manifest
 from flax_projector.data.manifest_text import check_utf8, read_text
-from flax_projector.files import sync, write_atomically
+from flax_projector.files import reading, sync, write_atomically
 from flax_projector.logs import progress_bar
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,8 @@ def _keep_stream(source: str, hf: HFSource, max_rows: int, cache: Path) -> tuple
     manifest, progress_path = folder / "rows.jsonl", folder / "progress.json"
     done: dict[str, Any] = {"num_rows": 0, "is_whole": False, "stream": None}
     if progress_path.is_file():
-        done = json.loads(progress_path.read_text())
+        with reading(progress_path, way_out="remove its folder, to read the data set anew"):
+            done |= json.loads(progress_path.read_text("utf-8"))
     num_bytes = _length_of_rows(manifest, done["num_rows"])
     if done["is_whole"] or (max_rows and done["num_rows"] >= max_rows):
         log.info("%s: %d rows found in %s", source, done["num_rows"], folder)

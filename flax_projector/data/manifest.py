@@ -36,7 +36,7 @@ from flax_projector.data.manifest_text import (
     read_text,
 )
 from flax_projector.data.sound import DURATION_TOLERANCE_SECS
-from flax_projector.files import is_url, write_atomically
+from flax_projector.files import is_url, reading, write_atomically
 from flax_projector.lengths import FRAME_SECS
 from flax_projector.logs import progress_bar
 
@@ -113,7 +113,9 @@ class Durations:
         self._known: dict[str, tuple[float, list[int | str]]] = {}
         self._is_changed = False
         if self._path is not None and self._path.is_file():
-            self._known = json.loads(self._path.read_text())
+            with reading(self._path, way_out="remove it, and the lengths are read again"):
+                known = json.loads(self._path.read_text("utf-8")).items()
+                self._known = {name: (secs, stamp) for name, (secs, stamp) in known}
 
     def read(self, audio: Audio) -> float:
         """Length of a clip in seconds; several threads may call this.

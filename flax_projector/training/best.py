@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flax_projector.files import write_atomically
+from flax_projector.files import reading, write_atomically
 from flax_projector.models.speech_llm import Params
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.evaluate import Scores
@@ -37,7 +37,9 @@ class Best:
         """
         self._folder, self._write, self._record = folder, write, _Record()
         if folder.best_scores.is_file():
-            self._record = _Record(**json.loads(folder.best_scores.read_text("utf-8")))
+            way_out = "remove it, and the next evaluation is the best so far"
+            with reading(folder.best_scores, way_out=way_out):
+                self._record = _Record(**json.loads(folder.best_scores.read_text("utf-8")))
 
     def offer(self, step: int, scores: Collection[Scores], params: Params) -> None:
         """Keeps a projector if its mean scores are better than the best so far.

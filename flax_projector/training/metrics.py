@@ -16,7 +16,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flax_projector.files import write_atomically, writing
+from flax_projector.files import reading, write_atomically, writing
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.evaluate import Scores, Transcript
 
@@ -113,12 +113,14 @@ def _drop_after(path: Path, first_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):  # the process was killed while writing
-            continue
-        record = json.loads(line)
-        if record["step"] < first_step or (record["step"] == first_step and "grad_norm" in record):
-            kept.append(line)
+    with reading(path, way_out="remove the lines that are not JSON, or the file"):
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            if not line.endswith("\n"):  # the process was killed while writing
+                continue
+            record = json.loads(line)
+            step = record["step"]
+            if step < first_step or (step == first_step and "grad_norm" in record):
+                kept.append(line)
     write_atomically(path, "".join(kept))
 
 
