@@ -129,7 +129,7 @@ def batch_counts(batch: Batch, model: SpeechLLM, *, runs_llm: bool = True) -> Me
     sums = {
         "audio_secs": batch.num_frames * FRAME_SECS,
         "num_clips": batch.num_frames > 0,
-        "num_audio_tokens": jnp.sum(batch.frame_valid[:, ::k], axis=1),
+        "num_audio_tokens": batch.frame_valid[:, ::k],
     }
     if runs_llm:
         sums["num_tokens"] = jnp.maximum(batch.num_tokens - model.prefix_len, 0)
