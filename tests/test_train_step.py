@@ -236,6 +236,8 @@ def run(model, params):
                 state, found = steps[objective, bucket](state, *frozen, batch)
                 metrics.append(jax.device_get(found))
             assert int(state.step) == 4
+            assert shardings_of(state) == shardings_of(abstract)
+            assert all(value.is_fully_replicated for value in found.values())
             return before, copy((state.params, frozen)), metrics, num_compiled()
 
 
