@@ -162,6 +162,15 @@ def test_every_gradient_equals_torch(torch_class, stride, num_layers) -> None:
     assert_relative_l2(frame_grad, torch_frames.grad, 1e-4, what="gradient of the frames")
 
 
+def test_every_kernel_has_the_gradient_that_is_fast_on_cpus() -> None:
+    config = make_config(projector_num_layers=3)
+    _, params = make_projector_pair(TorchProjector, config)
+    program = jax.make_jaxpr(functools.partial(forward, ResidualAudioProjector(config)))(
+        params, random_frames(2, 11, ENCODER_DIM)
+    )
+    assert str(program).count("custom_vjp_call[") == 7  # input_proj, and two in every block
+
+
 def assert_same_gradients(got: dict, expected: dict) -> None:
     got, expected = flatten(got), flatten(expected)
     assert got.keys() == expected.keys()
