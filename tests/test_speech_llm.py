@@ -30,6 +30,14 @@ def params():
     return make_params()
 
 
+def test_only_the_trained_part_is_stored_in_f32():
+    model = make_model(dtype=jnp.bfloat16, remat="layers")
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    assert (model.encoder.dtype, model.encoder.param_dtype) == (bf16, bf16)
+    assert (model.projector.dtype, model.projector.param_dtype) == (bf16, f32)
+    assert (model.llm.dtype, model.llm.param_dtype, model.llm.remat) == (bf16, bf16, "layers")
+
+
 def summed_loss(projector_params, frozen, batch, *, model) -> Any:
     return LLMObjective().summed_loss(model, projector_params, *frozen, batch=batch)[0]
 

@@ -171,7 +171,7 @@ def test_the_loss_of_one_label_is_divided_by_one(model, params):
     @jax.jit
     def losses_of(state, batch):
         total = LLM.summed_loss(model, *params, batch=batch)[0]
-        return step(state, params[1], params[2], batch)[1]["loss"], total
+        return step(state, *params[1:], batch=batch)[1]["loss"], total
 
     loss, total = losses_of(state, batch)
     assert_relative_l2(loss, total, 1e-6)
@@ -186,7 +186,7 @@ def test_micro_batches_have_dropout_of_their_own(params):
     @functools.partial(jax.jit, static_argnames="accumulation_steps")
     def loss_of(batch, accumulation_steps):
         step = functools.partial(train_step, model=model, optimizer=optimizer, seed=0)
-        _, metrics = step(state, params[1], params[2], batch, accumulation_steps=accumulation_steps)
+        _, metrics = step(state, *params[1:], batch=batch, accumulation_steps=accumulation_steps)
         return metrics["loss"]
 
     alone = loss_of(row, 1)
