@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert import engine
-from convert.checkpoint import DTYPES, TensorInfo, in_memory
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, in_memory
 from convert.errors import ConversionError
 from convert.models import KINDS, LLAMA, PROJECTOR, WHISPER_ENCODER, ModelKind
 from convert.round_trip import check_round_trip, is_same
@@ -67,6 +67,25 @@ def test_values_land_where_the_module_reads_them() -> None:
     for layer in range(3):
         key = f"model.encoder.layers.{layer}.fc1.weight"
         np.testing.assert_array_equal(leaves["layers/fc1/kernel"][layer], tensors[key].T)
+
+
+def test_each_leaf_is_read_once_and_one_is_kept() -> None:
+    kind, config, reads = WHISPER_ENCODER, CONFIGS[WHISPER_ENCODER], []
+    tensors, infos = make_checkpoint(kind, config)
+    leaves = in_memory(read_all(engine.as_flax(plan(kind, config, infos), in_memory(tensors))))
+
+    def read(path: str) -> np.ndarray:
+        reads.append(path)
+        return leaves.read(path)
+
+    backward = engine.plan_to_torch(kind.table, leaves.infos, kind.leaves(config))
+    as_torch = engine.as_torch(backward, Checkpoint(leaves.infos, read))
+    read_all(as_torch)
+    assert reads == list(leaves.infos)
+    reads.clear()
+    for name in ("0.fc1", "1.fc1", "0.fc2", "1.fc1"):
+        as_torch.read(f"model.encoder.layers.{name}.weight")
+    assert reads == [f"layers/{name}/kernel" for name in ("fc1", "fc2", "fc1")]
 
 
 @pytest.mark.parametrize("prefix", ["model.encoder.", "encoder.", ""])
