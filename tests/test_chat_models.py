@@ -18,6 +18,7 @@ from flax_projector import __main__ as program
 from flax_projector import run as run_module
 from flax_projector.batch import AUDIO_TOKEN
 from flax_projector.config import PromptConfig, TrainConfig
+from flax_projector.logs import printable
 from flax_projector.run import load_prompt, resolve_config
 from flax_projector.training.metrics import MetricsWriter
 from tests.chat import Reference, save_chat_tokenizer
@@ -109,7 +110,7 @@ def test_a_family_trains_resumes_evaluates_and_transcribes(run, family, monkeypa
     assert len(heard) == 5
     clip = Path(resumed.data.eval[0]).parent / "0.wav"
     program.cli(["transcribe", resumed.out, str(clip)])
-    assert capsys.readouterr().out == f"{clip}\t{heard['clip0']}\n"
+    assert capsys.readouterr().out == f"{clip}\t{printable(heard['clip0'])}\n"
     program.cli(["evaluate", resumed.out, resumed.data.eval[0]])
     assert "WER" in capsys.readouterr().out
 

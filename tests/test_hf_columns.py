@@ -14,7 +14,7 @@ import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
 
 from flax_projector.config import DataConfig
-from flax_projector.data.audio import BadAudio, Problem, file_stamp, load_audio
+from flax_projector.data.audio import BadAudio, Problem, check_samples, file_stamp, load_audio
 from flax_projector.data.hf_data import read_hf
 from flax_projector.data.manifest import Durations
 
@@ -150,7 +150,7 @@ def test_a_clip_that_is_no_sound_is_a_bad_row(tmp_path, value, reason, detail):
     rows, bad = read_hf(source, DataConfig(), tmp_path / "kept")
     if not bad:
         with pytest.raises(BadAudio) as caught:
-            load_audio(rows[0].audio)
+            check_samples(rows[0].audio, load_audio(rows[0].audio))
         found = caught.value.problem, str(caught.value)
     else:
         found = bad[0].reason, bad[0].detail

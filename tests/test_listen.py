@@ -18,6 +18,7 @@ from flax_projector import __main__ as program
 from flax_projector.config import PRESETS, MeshConfig, to_json
 from flax_projector.data.manifest import ManifestRow
 from flax_projector.inference.listen import Listener, choose_projector
+from flax_projector.logs import printable
 from flax_projector.run_folder import Origin, RunFolder
 from tests.tiny import killed_at, make_projector, tiny_config
 
@@ -70,7 +71,9 @@ def test_one_device_in_another_directory_uses_the_best_of_eight_before_the_end(
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (0, f"{clip}\t{heard_at(home, best)}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{clip}\t{printable(heard_at(home, best))}\n"), (
+        done.stderr
+    )
     assert not list(tmp_path.iterdir())
 
 

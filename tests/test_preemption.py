@@ -31,7 +31,9 @@ from flax_projector.config import from_json
 from flax_projector.training import evaluate, preemption, train_step
 
 preemption.GRACE_SECS = 0.5
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs with it ignored
+# Shells start jobs with the one ignored, nohup with the other.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def stuck(*args, **kwargs):
     print("stuck", flush=True)
