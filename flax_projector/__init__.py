@@ -12,7 +12,7 @@ Folders are layers; each one's docstring says what is in it and what it may impo
   data         from a manifest to batches
   training     learning from them, evaluating, saving and logging
   run          from a config to the loaded model
-  inference    using a finished run
+  inference    using a run
 
 Every letter in a shape stands for one thing, in annotations, docstrings and comments:
 

@@ -1,4 +1,4 @@
-"""Using a finished run.
+"""Using a run.
 
   listen    the loaded towers and projector, ready to transcribe and score
 
