@@ -121,7 +121,8 @@ class BatchIterator:
         if self._grain is not None:
             self._grain.close()
             self._grain = None
-            gc.collect()  # arrays in shared memory, in circles
+            if self._num_workers:
+                gc.collect()  # arrays in shared memory, in circles
 
 
 @contextlib.contextmanager
