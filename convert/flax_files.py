@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from convert.orbax_readers import make_reader, reason
 from convert.paths import replacing
 from convert.trees import flatten, unflatten
 from flax_projector.file_types import recognise_any
-from flax_projector.files import check_orbax_path
+from flax_projector.files import check_orbax_path, system_error
 
 _PARAMS = "params"
 FLAX_NAMES = frozenset({CONFIG, _PARAMS})
@@ -287,10 +286,7 @@ def _os_error(error: Exception) -> OSError:
     """The error of the system inside an error of tensorstore, or all of its first line."""
     if isinstance(error, OSError):
         return error
-    text = str(error)
-    if found := re.search(r"([^:]+) \[os_error_code='(\d+)'", text):
-        return OSError(int(found[2]), found[1].strip())
-    return OSError(reason(error))
+    return system_error(error) or OSError(reason(error))
 
 
 def _params_of(src: str | Path) -> Path:

@@ -100,6 +100,12 @@ def sync(file: IO) -> None:
     os.fsync(file.fileno())
 
 
+def system_error(error: Exception) -> OSError | None:
+    """The error of the system inside one of TensorStore, through which Orbax writes, if any."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Gives errors in the block, which writes to `path`, a message with the path and a way out.

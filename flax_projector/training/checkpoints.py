@@ -1,8 +1,6 @@
 """Checkpoints of a run: the trained state, and the position in the data."""
 
 import contextlib
-import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_projector.data.reader import BatchIterator
-from flax_projector.files import writing
+from flax_projector.files import system_error, writing
 from flax_projector.run_folder import STATE
 from flax_projector.training.state import TrainState
 from flax_projector.training.step_log import StepLog
@@ -51,11 +49,10 @@ def _writing(folder: Any) -> Iterator[None]:
     with writing(Path(folder)):
         try:
             yield
-        except ValueError as error:  # of TensorStore; it ends in a code
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            if not code:
+        except ValueError as error:
+            if (found := system_error(error)) is None:
                 raise
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            raise found from error
 
 
 def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
