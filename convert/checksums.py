@@ -15,9 +15,14 @@ from flax_projector.files import parse_json
 _FILE = "checksums.json"
 
 
+def crc32(array: np.ndarray) -> int:
+    """CRC-32 of the bytes in C order."""
+    return zlib.crc32(contiguous(array).reshape(-1).view(np.uint8).data)
+
+
 def checksum(array: np.ndarray) -> str:
-    """CRC-32 of the bytes in C order, in hexadecimal."""
-    return f"{zlib.crc32(contiguous(array).reshape(-1).view(np.uint8).data):08x}"
+    """`crc32`, as it is written: in hexadecimal."""
+    return f"{crc32(array):08x}"
 
 
 def write_checksums(params: Path, sums: Mapping[str, str]) -> None:

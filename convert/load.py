@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import logging
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,8 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from convert import engine
-from convert.checkpoint import TensorInfo, contiguous
+from convert.checkpoint import TensorInfo
+from convert.checksums import crc32
 from convert.errors import Problem, raise_any
 from convert.flax_files import is_flax_folder, load_params
 from convert.hf_config import training
@@ -160,15 +160,12 @@ def digest(kind: ModelKind, path: str | Path) -> str:
     names = sorted(n for n in infos if not any(rule.matches(n) for rule in kind.table.ignore))
     used = stored.checkpoint.only(names)
 
-    def checksum(read: Callable[[str], np.ndarray], name: str) -> int:
-        return zlib.crc32(contiguous(read(name)).reshape(-1).view(np.uint8).data)
-
     found = hashlib.sha256(repr(config).encode())
     with (
         used.with_progress(f"comparing {kind.name}") as checkpoint,
         ThreadPoolExecutor(4) as threads,
     ):
-        checksums = threads.map(functools.partial(checksum, checkpoint.read), names)
+        checksums = threads.map(lambda name: crc32(checkpoint.read(name)), names)
         for name, number in zip(names, checksums, strict=True):
             found.update(f"{name} {infos[name]} {number}\n".encode())
     return found.hexdigest()[:16]
