@@ -1,5 +1,8 @@
 """Checkpoints for the tests of the converter: made, changed and compared. Needs no torch."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,21 @@ def random_tensors(dtype: Any = np.float32) -> dict[str, np.ndarray]:
         "b.weight": rng.normal(size=(3, 5)).astype(dtype),
         "a.bias": rng.normal(size=7).astype(dtype),
     }
+
+
+def run_script(script: str, folder: Path) -> list[str]:
+    """The lines that a script prints, run in a process of its own with a folder as its argument."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=REPO,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
 
 
 def write_weights(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
