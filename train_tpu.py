@@ -45,6 +45,7 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.best import Best
 from flax_projector.training.checkpoints import Saver, open_manager, restore
+from flax_projector.training.cluster import join
 from flax_projector.training.due import Due
 from flax_projector.training.held_out import HeldOut
 from flax_projector.training.metrics import MetricsWriter
@@ -113,8 +114,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
     """Trains on all `devices` to the config's last step, or until the process is told to stop."""
     with contextlib.ExitStack() as stack:
         # --- processes, run folder, mesh -----------------------------------------------------
-        if config.distributed:
-            jax.distributed.initialize()
+        join(config.distributed)
         quiet_other_processes(jax.process_index())
         guard = stack.enter_context(PreemptionGuard().watching())
         config, folder = resolve_config(config), RunFolder.of(config)

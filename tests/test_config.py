@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import re
 from typing import Annotated
 
 import pytest
 
 from flax_projector.config import (
     PRESETS,
+    Changes,
     CTCConfig,
     DataConfig,
+    DistributedConfig,
     Llama3RopeScaling,
     LlamaConfig,
     MeshConfig,
@@ -97,7 +100,7 @@ def test_wrong_values_name_field_value_and_rule(cls, valid, wrong, message):
 
 CONFIGS = [
     *(WhisperConfig, LlamaConfig, Llama3RopeScaling, ProjectorConfig, PromptConfig, MeshConfig),
-    *(DataConfig, OptimizerConfig, SpecAugmentConfig, CTCConfig, TrainConfig),
+    *(DistributedConfig, DataConfig, OptimizerConfig, SpecAugmentConfig, CTCConfig, TrainConfig),
 ]
 
 
@@ -184,6 +187,52 @@ def test_only_harmless_changes_pass_unnoticed():
     assert list(found.refused.values()) == ["--data.batch-size: 4 -> 16"]
     assert list(found.allowed) == ["mesh.fsdp", "keep_checkpoints"]
     assert not found.moved
+
+
+def test_what_says_where_a_process_runs_is_neither_saved_nor_compared():
+    config = PRESETS["demo"][1]
+    flags = DistributedConfig(coordinator="host:9", num_processes=2, process_id=1)
+    ours = dataclasses.replace(config, distributed=flags)
+    assert to_json(ours) == to_json(config) and "distributed" not in to_json(ours)
+    assert changes(config, ours) == Changes({}, {}, {})
+    by_0_1_0 = to_json(config).replace("{", '{"distributed": true,', 1)
+    assert from_json(by_0_1_0) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            {"coordinator": "host:9"},
+            "--distributed.coordinator must be given with --distributed.num-processes and "
+            "--distributed.process-id",
+        ),
+        (
+            {"num_processes": 1, "process_id": 0},
+            "--distributed.num-processes and --distributed.process-id must be given with "
+            "--distributed.coordinator",
+        ),
+        ({"num_processes": 2}, "--distributed.num-processes must be given with"),
+        ({"num_processes": 0}, "--distributed.num-processes = 0: must be at least 1"),
+        (
+            {"coordinator": "host:9", "num_processes": 2, "process_id": 2},
+            "--distributed.process-id = 2: must be less than --distributed.num-processes 2",
+        ),
+        ({"coordinator": "host:9", "num_processes": 2, "process_id": -1}, "-1: must be at least 0"),
+        *(
+            ({"coordinator": address}, "must be given as HOST:PORT")
+            for address in ("", "host", "host:", ":9", "host:x", "host:0", "host:65536", "::1:9")
+        ),
+    ],
+)
+def test_flags_that_name_no_process_are_an_error(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DistributedConfig(**flags)
+
+
+@pytest.mark.parametrize("address", ["host:9", "10.0.0.1:65535", "[::1]:8476", "a-0.b.c:1"])
+def test_addresses_of_process_0(address):
+    DistributedConfig(coordinator=address, num_processes=2, process_id=0)
 
 
 def test_what_is_learnt_from_may_be_named_by_another_path():

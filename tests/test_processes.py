@@ -21,16 +21,12 @@ from tests.tiny import read_losses, tiny_config
 pytestmark = pytest.mark.torch
 
 PROGRAM = """
-import functools, sys, time
-import jax
+import sys, time
 import train_tpu
-from flax_projector import logs
 from flax_projector.config import from_json
 from flax_projector.data.reader import BatchIterator
 
-config_path, port, index = sys.argv[1:]
-initialize = functools.partial(jax.distributed.initialize, f"localhost:{port}", 2, int(index))
-jax.distributed.initialize = initialize
+config_path, *flags = sys.argv[1:]
 read = BatchIterator.__next__
 
 def read_slowly(self):
@@ -38,8 +34,8 @@ def read_slowly(self):
     return read(self)
 
 BatchIterator.__next__ = read_slowly
-logs.setup_logging()
-train_tpu.main(from_json(open(config_path).read()))
+train_tpu.PRESETS = {"two": ("", from_json(open(config_path).read()))}
+train_tpu.cli(["two", *flags])
 """
 
 
@@ -47,12 +43,16 @@ def start(config_path: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    run = f"--distributed.coordinator localhost:{port} --distributed.num-processes 2".split()
+    xla_flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(config_path), str(port), str(index)],
+            [
+                *(sys.executable, "-c", PROGRAM, config_path, *run),
+                *("--distributed.process-id", str(index)),
+            ],
             cwd=Path(train_tpu.__file__).parent,
-            env=os.environ | {"XLA_FLAGS": flags},
+            env=os.environ | {"XLA_FLAGS": xla_flags},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -90,7 +90,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> 
         )
         for name in ("one", "two")
     )
-    two = dataclasses.replace(two, distributed=True, save_every_steps=1)
+    two = dataclasses.replace(two, save_every_steps=1)
     config_path = tmp_path / "config.json"
     config_path.write_text(to_json(two))
 

@@ -12,6 +12,7 @@ import enum
 import functools
 import math
 import numbers
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +39,16 @@ class OnResume(enum.Enum):
 
     MAY_CHANGE = "may have another value"
     MAY_MOVE = "may name the same contents by another path"
+    OF_PROCESS = "says where a process runs"
 
 
 MAY_CHANGE = OnResume.MAY_CHANGE
 """For a field that does not affect what a run learns."""
 MAY_MOVE = OnResume.MAY_MOVE
 """For a field that names what a run learns from: its contents must stay the same."""
+
+OF_PROCESS = OnResume.OF_PROCESS
+"""For a field that differs between the processes of a run: it is not part of what is saved."""
 
 PositiveInt = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
@@ -62,6 +67,9 @@ POSITIVE_OR_AUTO = Rule(
 )
 MESH_AXIS = Rule(
     lambda v: v >= 1 or v == -1, "must be at least 1, or -1 for all devices that are left over"
+)
+HOST_AND_PORT = Rule(
+    lambda v: v is None or _is_address(v), "must be given as HOST:PORT, with a port below 65536"
 )
 
 NAMES_WITH_VALUES = Rule(
@@ -128,6 +136,11 @@ def number_fields(cls: type) -> dict[str, Any]:
 
 
 _NUMBERS = {int: "a whole number", int | None: "a whole number or None", float: "a finite number"}
+
+
+def _is_address(value: str) -> bool:
+    found = re.fullmatch(r"(\[[\da-fA-F:]+\]|[^\s:/]+):(\d{1,5})", value, re.ASCII)
+    return found is not None and 0 < int(found[2]) < 2**16
 
 
 def _is_number(value: Any, kind: Any) -> bool:

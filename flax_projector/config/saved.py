@@ -7,14 +7,21 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from flax_projector.config.fields import MAY_CHANGE, MAY_MOVE, OnResume, on_resume, option
+from flax_projector.config.fields import (
+    MAY_CHANGE,
+    MAY_MOVE,
+    OF_PROCESS,
+    OnResume,
+    on_resume,
+    option,
+)
 from flax_projector.config.train import TrainConfig
 from flax_projector.files import parse_json
 
 
 def to_json(config: TrainConfig) -> str:
     """The resolved config, as it is saved in the run folder."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps(_shared(TrainConfig, dataclasses.asdict(config)), indent=2) + "\n"
 
 
 def from_json(text: str) -> TrainConfig:
@@ -26,6 +33,12 @@ def from_json(text: str) -> TrainConfig:
     return _build(TrainConfig, parse_json(text))
 
 
+def _shared(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Without what belongs to a process and not to the run."""
+    marks = on_resume(cls)
+    return {name: value for name, value in values.items() if marks.get(name) is not OF_PROCESS}
+
+
 def _build(cls: Any, values: Any) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"{cls.__name__}: expected an object, got {reprlib.repr(values)}")
@@ -33,7 +46,7 @@ def _build(cls: Any, values: Any) -> Any:
     if unknown := sorted(set(values) - set(types)):
         raise ValueError(f"{cls.__name__} has no field {unknown}: written by another version?")
     kwargs = {}
-    for name, value in values.items():
+    for name, value in _shared(cls, values).items():
         if dataclasses.is_dataclass(types[name]):
             value = _build(types[name], value)
         kwargs[name] = tuple(value) if isinstance(value, list) else value
@@ -77,6 +90,8 @@ def _leaves(
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         mine = mark or marks.get(field.name)
+        if mine is OF_PROCESS:
+            continue
         if dataclasses.is_dataclass(value):
             leaves |= _leaves(value, f"{name}.", mine)
         else:

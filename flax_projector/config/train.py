@@ -1,17 +1,19 @@
 """All settings of a run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
 from flax_projector.config.fields import (
     ASCENDING,
+    HOST_AND_PORT,
     MAY_CHANGE,
     MAY_MOVE,
     MESH_AXIS,
     NAMES_WITH_VALUES,
     NO_REPEATS,
+    OF_PROCESS,
     POSITIVE_OR_AUTO,
     Count,
     PositiveFloat,
@@ -20,6 +22,7 @@ from flax_projector.config.fields import (
     Rule,
     Text,
     check,
+    option,
 )
 from flax_projector.config.models import (
     AudioTokensName,
@@ -84,6 +87,39 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check(self, prefix="mesh.")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run on several hosts, where they are not detected: all three or none.
+
+    On TPU slices, by SLURM's `srun`, Open MPI up to version 4, and in Indexed Jobs of Kubernetes,
+    JAX detects them.
+    """
+
+    coordinator: Annotated[str | None, HOST_AND_PORT] = None
+    """HOST:PORT of process 0, where the others find it; any free port."""
+    num_processes: Annotated[int | None, Ge(1)] = None
+    """Number of processes of the run. 1, alone, turns detection off."""
+    process_id: Annotated[int | None, Ge(0)] = None
+    """Number of this process, from 0."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            prefix="distributed.",
+            process_id=Rule(
+                lambda v: v is None or self.num_processes is None or v < self.num_processes,
+                f"must be less than --distributed.num-processes {self.num_processes}, since "
+                "processes are numbered from 0",
+            ),
+        )
+        values = {option(f"distributed.{f.name}"): getattr(self, f.name) for f in fields(self)}
+        given = [name for name, value in values.items() if value is not None]
+        missing = [name for name, value in values.items() if value is None]
+        is_alone = self.num_processes == 1 and len(given) == 1
+        if given and missing and not is_alone:
+            raise ValueError(f"{' and '.join(given)} must be given with {' and '.join(missing)}")
 
 
 @dataclass(frozen=True)
@@ -304,8 +340,7 @@ class TrainConfig:
     """Initial weight of the projector's last norm, and thus the initial RMS of an audio token. The
     original's 1.0 is several times the RMS of an LLM's text embeddings; "auto" is that RMS. Without
     effect if `init_projector` is given."""
-    distributed: Annotated[bool, MAY_CHANGE] = False
-    """Run on several hosts: call jax.distributed.initialize first."""
+    distributed: Annotated[DistributedConfig, OF_PROCESS] = field(default_factory=DistributedConfig)
     profile_steps: Annotated[Count, MAY_CHANGE] = 0
     """Write a profiler trace of this many steps, after the first ten, to `profile` in the run
     folder."""

@@ -9,6 +9,7 @@
   due                  when a run logs, saves and evaluates
   metrics, step_log    what is logged, and where
   throughput           speed, FLOP utilisation, compilations, profiles
+  cluster, roll_call   on several hosts: which process this is, and whether all are there
   preemption           on SIGTERM: save and exit
 
 Imports everything below it (`models`, `data`, and the files of the package); never `convert`.
