@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_projector.config import MeshConfig
@@ -36,8 +38,12 @@ LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices.
 
+    On several slices, which only a slow network connects, `fsdp` and `tensor` stay inside a slice:
+    nothing but gradients and metrics crosses between them. A slice of GPUs is a machine.
+
     Raises:
-      ValueError: if the product of the axes is not the number of devices.
+      ValueError: if the product of the axes is not the number of devices, or a slice does not hold
+        whole replicas.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -58,8 +64,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{given} does not fit {found}: their product is {fixed}. "
             "With -1, one of them takes what the others leave"
         )
+    axis_names = ("data", "fsdp", "tensor")
     axis_types = (AxisType.Auto,) * 3  # linen's constraints need Auto; the default is Explicit
-    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=axis_types, devices=devices)
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(slices) == 1:
+        return jax.make_mesh(sizes, axis_names, axis_types=axis_types, devices=devices)
+    data, fsdp, tensor = sizes
+    if len(set(slices.values())) > 1:
+        found = ", ".join(f"{size} in slice {index}" for index, size in sorted(slices.items()))
+        raise ValueError(f"all slices must have equally many devices; there are {found}")
+    size = len(devices) // len(slices)
+    if size % (fsdp * tensor):
+        raise ValueError(
+            f"{given} does not fit {len(slices)} slices of {size} devices: --mesh.fsdp and "
+            f"--mesh.tensor stay inside a slice, so their product, {fsdp * tensor}, must divide "
+            f"{size}. --mesh.data -1 takes what they leave"
+        )
+    hybrid = create_hybrid_device_mesh(
+        (data // len(slices), fsdp, tensor),
+        (len(slices), 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
+    return Mesh(hybrid, axis_names, axis_types=axis_types)
 
 
 @contextlib.contextmanager

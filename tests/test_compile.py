@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
+import re
 import time
 
 import jax
@@ -15,6 +17,7 @@ from flax_projector.config import PRESETS, MeshConfig, ProjectorConfig
 from flax_projector.models.attention import attend
 from flax_projector.models.llama import abstract_decoder, make_cache
 from flax_projector.models.plain_attention import plain_attend
+from flax_projector.models.projector import abstract_projector
 from flax_projector.models.speech_llm import make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
@@ -74,14 +77,16 @@ def settings_of_a_run():
     compilation_cache.reset_cache()
 
 
-def tpu_devices(topology: str):
+def tpu_devices(topology: str, num_slices: int = 1):
     """v5e chips that nobody needs to have."""
     pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'flax-projector[slow]'")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, num_slices=num_slices
+    ).devices
 
 
 def gpu_devices():
@@ -109,6 +114,29 @@ STAGES = {  # what is minimised, and micro-batches
 }
 
 
+def compile_step(mesh, objective, config, whisper=WHISPER_BASE, llm=SMOLLM2_135M):
+    """The training step for 16 clips of 15 s, with 25 audio tokens for each second."""
+    dtype = jnp.dtype(config.dtype)
+    model = make_speech_llm(whisper, config.projector, llm, dtype=dtype, remat=config.remat)
+    prefix = jax.device_get(make_cache(llm, 1, 24, dtype))
+    model = dataclasses.replace(model, prefix=prefix)
+    schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    frozen = (
+        abstract_encoder(whisper, param_dtype=dtype, mesh=mesh),
+        abstract_decoder(llm, param_dtype=dtype, mesh=mesh),
+    )
+    bucket = Bucket(num_frames=750, merged_len=512, text_len=64)
+    window = empty_batch(bucket, 1, fill=0, audio_shape={"samples": (480_000,)})
+    batch = abstract_batch(window, 16, batch_sharding(mesh))
+    state = abstract_state(config.projector, optimizer, mesh)
+    with use_mesh(mesh):
+        steps = compile_steps(
+            [objective], [(bucket, batch)], state, frozen, optimizer, model, config
+        )
+    return steps[objective, bucket]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)])
 def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
@@ -117,27 +145,7 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
         PRESETS["whisper-base-smollm2-135m"][1], accumulation_steps=num_parts
     )
     mesh = make_mesh(mesh_config, tpu_devices("v5e:2x2"))
-    dtype = jnp.dtype(config.dtype)
-    model = make_speech_llm(
-        WHISPER_BASE, config.projector, SMOLLM2_135M, dtype=dtype, remat=config.remat
-    )
-    prefix = jax.device_get(make_cache(SMOLLM2_135M, 1, 24, dtype))
-    model = dataclasses.replace(model, prefix=prefix)
-    schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    frozen = (
-        abstract_encoder(WHISPER_BASE, param_dtype=dtype, mesh=mesh),
-        abstract_decoder(SMOLLM2_135M, param_dtype=dtype, mesh=mesh),
-    )
-    bucket = Bucket(num_frames=750, merged_len=512, text_len=64)  # 15 s, and 25 tokens for each
-    window = empty_batch(bucket, 1, fill=0, audio_shape={"samples": (480_000,)})
-    batch = abstract_batch(window, 16, batch_sharding(mesh))
-    state = abstract_state(config.projector, optimizer, mesh)
-    with use_mesh(mesh):
-        steps = compile_steps(
-            [objective], [(bucket, batch)], state, frozen, optimizer, model, config
-        )
-    compiled = steps[objective, bucket]
+    compiled = compile_step(mesh, objective, config)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     peak = peak_bytes(compiled)
@@ -145,6 +153,52 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
     assert memory.alias_size_in_bytes > 0, "the state is not donated"
     assert peak < CHIP_BYTES
     assert "all-reduce" in hlo, "gradients are not summed over the chips"
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_gradients_cross_slices_once_in_a_step(num_parts, report):
+    """Two slices of v5e, with parameters sharded inside each.
+
+    The compiler makes one program for all slices. What leaves a slice is sent by its host.
+    """
+    mesh = make_mesh(MeshConfig(fsdp=2), tpu_devices("v5e:2x2", num_slices=2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    config = dataclasses.replace(
+        PRESETS["whisper-base-smollm2-135m"][1], accumulation_steps=num_parts
+    )
+    compiled = compile_step(
+        mesh,
+        LLMObjective(),
+        config,
+        dataclasses.replace(WHISPER_BASE, encoder_layers=2),
+        dataclasses.replace(SMOLLM2_135M, num_hidden_layers=2),
+    )
+    hlo = compiled.as_text()
+    assert hlo is not None
+    sent, sent_in_loops = transfers(hlo)
+    params = abstract_projector(config.projector, mesh=mesh)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    chips = mesh.size // 2  # of a slice; each sends its share
+    report(f"2 x v5e:2x2: {chips * sum(sent)} of {num_params} numbers, in loops {sent_in_loops}")
+    assert num_params <= chips * sum(sent) < 1.01 * num_params
+    assert chips * sum(sent_in_loops) < 0.01 * num_params, "not only small sums, but gradients"
+    assert " all-gather(" in hlo, "parameters are not sharded"
+    groups = re.findall(r"replica_groups=\{([{}\d,]+)\}", hlo)
+    assert max(int(chip) for group in groups for chip in re.findall(r"\d+", group)) < chips
+
+
+def transfers(hlo: str) -> tuple[list[int], list[int]]:
+    """How many numbers a chip sends to other slices: once in a step, and within loops."""
+    sent = {True: [], False: []}
+    is_entry = False
+    for line in hlo.splitlines():
+        if not line.startswith(" "):
+            is_entry = line.startswith("ENTRY")
+        if " send(" in line:
+            assert 'megascale_transfer_type="ALL_REDUCE"' in line, line
+            (shape,) = re.findall(r"= \(\w+\[([\d,]*)\]", line)
+            sent[is_entry].append(math.prod(int(size) for size in shape.split(",")))
+    return sent[True], sent[False]
 
 
 LENGTH, LABELS = 512, 96  # of the sequence of an utterance

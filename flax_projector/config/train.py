@@ -76,7 +76,10 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; their product must be the number of devices."""
+    """Devices per mesh axis; their product must be the number of devices.
+
+    On several slices of TPUs or machines with GPUs, only `data` goes across.
+    """
 
     data: Annotated[int, MESH_AXIS] = -1
     """Data-parallel replicas; -1 uses all devices that the other axes leave over."""
