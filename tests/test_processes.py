@@ -39,25 +39,36 @@ train_tpu.cli(["two", *flags])
 """
 
 
-def start(config_path: Path) -> list[subprocess.Popen]:
+def place(by: str, number: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Flags and variables that tell one of two processes its place."""
+    if by == "flags":
+        run = f"--distributed.coordinator localhost:{port} --distributed.num-processes 2"
+        return [*run.split(), "--distributed.process-id", str(number)], {}
+    return [], {  # of SLURM's srun
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def start(config_path: Path, by: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    run = f"--distributed.coordinator localhost:{port} --distributed.num-processes 2".split()
     xla_flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     return [
         subprocess.Popen(
-            [
-                *(sys.executable, "-c", PROGRAM, config_path, *run),
-                *("--distributed.process-id", str(index)),
-            ],
+            [sys.executable, "-c", PROGRAM, config_path, *flags],
             cwd=Path(train_tpu.__file__).parent,
-            env=os.environ | {"XLA_FLAGS": xla_flags},
+            env=os.environ | {"XLA_FLAGS": xla_flags} | variables,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
+        for flags, variables in (place(by, number, port) for number in range(2))
     ]
 
 
@@ -76,7 +87,7 @@ def num_losses(config: TrainConfig) -> int:
 
 @pytest.mark.consistency("ours in one process")
 def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> None:
-    """A signal to one of them saves and ends both; started again they finish.
+    """A signal to one of them saves and ends both; started again, by srun, they finish.
 
     JAX notices only SIGTERM by itself.
     """
@@ -94,7 +105,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> 
     config_path = tmp_path / "config.json"
     config_path.write_text(to_json(two))
 
-    processes = start(config_path)
+    processes = start(config_path, "flags")
     while num_losses(two) < 3 and all(process.poll() is None for process in processes):
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGUSR1)
@@ -103,7 +114,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> 
         stopped_at = manager.latest_step()
     assert stopped_at is not None and 3 <= stopped_at < 20
 
-    assert f"resumed at step {stopped_at}" in finish(start(config_path))
+    assert f"resumed at step {stopped_at}" in finish(start(config_path, "srun"))
     train_tpu.main(one)
     assert_within(np.array(read_losses(two), np.float32), read_losses(one), 1e-4)
     names = [Path(c.out) / "transcripts" / "clips-000020.jsonl" for c in (one, two)]

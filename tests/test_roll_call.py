@@ -31,7 +31,9 @@ def run(processes: list[tuple[int, int]], secs: float = 2.0, port: int | None = 
             return str(error)
 
     with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:
-        return list(pool.map(call, *zip(*processes, strict=True)))
+        told = list(pool.map(call, *zip(*processes, strict=True)))
+    assert "roll call" not in [thread.name for thread in threading.enumerate()]
+    return told
 
 
 def test_all_are_there():

@@ -36,17 +36,23 @@ def call_roll(address: str, *, num_processes: int, process_id: int, timeout_secs
         have the same number. All processes that have reported get the same message.
     """
     host, _, port = address.rpartition(":")
-    if process_id == 0:
-        try:
-            listener = _listen(int(port))
-        except OSError as error:
-            raise ValueError(
-                f"process 0 cannot listen at port {port} ({error.strerror}): "
-                "give all processes another one, as in --distributed.coordinator HOST:PORT"
-            ) from error
-        desk = _Desk(listener, num_processes, timeout_secs)
-        threading.Thread(target=desk.run, daemon=True).start()
-    return _report((host.strip("[]"), int(port)), num_processes, process_id, timeout_secs)
+    where = host.strip("[]"), int(port)
+    if process_id > 0:
+        return _report(where, num_processes, process_id, timeout_secs)
+    try:
+        listener = _listen(int(port))
+    except OSError as error:
+        raise ValueError(
+            f"process 0 cannot listen at port {port} ({error.strerror}): "
+            "give all processes another one, as in --distributed.coordinator HOST:PORT"
+        ) from error
+    desk = _Desk(listener, num_processes, timeout_secs)
+    thread = threading.Thread(target=desk.run, name="roll call", daemon=True)
+    thread.start()
+    try:
+        return _report(where, num_processes, process_id, timeout_secs)
+    finally:
+        thread.join(2 * _LINGER_SECS)  # it may still be answering others
 
 
 def _listen(port: int) -> socket.socket:
