@@ -1,9 +1,11 @@
 """Which process of a run this is, as flags or a launcher say, and which GPUs it uses."""
 
+import http.server
 import importlib.machinery
 import logging
 import os
 import sys
+import threading
 import types
 
 import jax
@@ -118,6 +120,40 @@ def test_several_processes_never_train_by_themselves_unasked(case, environment, 
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(ValueError, match=message):
         join(NOTHING)
+
+
+METADATA = {  # of the second host in the second of two slices
+    "agent-worker-number": "1",
+    "worker-network-endpoints": "unknown:unknown:10.0.0.5,unknown:unknown:10.0.0.6",
+    "tpu-env": "MEGASCALE_COORDINATOR_ADDRESS: 'localhost:8080'\n"
+    "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n",
+}
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What a virtual machine of Google's learns about itself."""
+
+    def do_GET(self) -> None:
+        text = METADATA.get(self.path.rpartition("/")[2], "")
+        self.send_response(200 if text else 404)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+def test_the_hosts_of_several_slices_are_detected(environment, monkeypatch):
+    """On TPU VMs, which have no variables, but a server of metadata."""
+    environment({})
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.delenv("TPU_PROCESS_ADDRESSES", raising=False)
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+        assert find_place(NOTHING) == Place("localhost:8482", 4, 3)
+        server.shutdown()
 
 
 def test_an_indexed_job_of_kubernetes_is_detected(environment, monkeypatch):
