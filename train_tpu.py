@@ -121,6 +121,8 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         log.info("config:\n%s", to_json(config))
         stack.enter_context(folder.lock(jax.process_index()))
         moved = folder.check(config)
+        if jax.process_index() == 0:
+            folder.write_owner()
         check_sources(config)
         mesh = make_mesh(config.mesh, devices)
         log_devices(mesh, config)
@@ -189,7 +191,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         best = Best(folder, loaded.write_projector)
         evaluator = loaded.make_evaluator(bad_rows)
         held_out = HeldOut(evaluator, held_out_sets, loaded.frozen, writer, best, num_compiled)
-        saver = Saver(manager, iterator, step_log, every_mins=config.save_every_mins)
+        saver = Saver(manager, iterator, step_log, writer, every_mins=config.save_every_mins)
         due = Due(config)
         check_profile(config.profile_steps, config.num_steps - first)
         guard.protect(manager.wait_until_finished)

@@ -237,12 +237,10 @@ def load_projector(
     return ResidualAudioProjector(config, dtype), read_tree(leaves)
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Path) -> str | Path:
     """The path itself; or where a model of the hub was downloaded to, if it is a hub id."""
-    found = local_path(path)
-    if found.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):
-        return found
-    return resolve_model(str(path))
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) and not local_path(path).exists()
+    return resolve_model(str(path)) if is_id else path
 
 
 def _without(models: Sequence[StoredModel], patterns: Collection[str]) -> list[StoredModel]:

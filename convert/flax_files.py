@@ -23,7 +23,8 @@ from convert.orbax_readers import make_reader, reason
 from convert.paths import replacing
 from convert.trees import flatten, unflatten
 from flax_projector.file_types import recognise_any
-from flax_projector.files import check_orbax_path, system_error
+from flax_projector.files import any_path, check_orbax_path, system_error
+from flax_projector.storage import AnyPath
 
 _PARAMS = "params"
 FLAX_NAMES = frozenset({CONFIG, _PARAMS})
@@ -123,7 +124,7 @@ def load_params(src: str | Path, abstract: Mapping[str, Any]) -> dict:
 
 
 def write_flax(
-    dst: str | Path, checkpoint: Checkpoint, config_text: str, *, overwrite: bool = False
+    dst: str | AnyPath, checkpoint: Checkpoint, config_text: str, *, overwrite: bool = False
 ) -> None:
     """Writes a Flax folder, which appears when it is complete.
 
@@ -135,7 +136,7 @@ def write_flax(
       config_text: the config.json.
       overwrite: replaces a folder that an earlier conversion wrote.
     """
-    with replacing(Path(dst), names=FLAX_NAMES, overwrite=overwrite) as part:
+    with replacing(any_path(dst), names=FLAX_NAMES, overwrite=overwrite) as part:
         fill_flax(part, checkpoint, config_text)
 
 

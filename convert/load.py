@@ -24,6 +24,7 @@ from convert.stored import StoredModel, open_stored
 from convert.trees import flatten, unflatten
 from flax_projector.config import ProjectorConfig
 from flax_projector.logs import progress_bar
+from flax_projector.storage import AnyPath
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _load(kind: ModelKind, stored: StoredModel, abstract: Mapping[str, Any]) -> 
 
 
 def load_projector_params(
-    path: str | Path,
+    path: str | AnyPath,
     config: ProjectorConfig,
     abstract: Mapping[str, Any],
     *,
@@ -171,7 +172,7 @@ def digest(kind: ModelKind, path: str | Path) -> str:
     return found.hexdigest()[:16]
 
 
-def read_training(path: str | Path) -> dict[str, str]:
+def read_training(path: str | AnyPath) -> dict[str, str]:
     """What its config.json says of the training of a projector; see `hf_config.training`."""
     text = open_stored(path).config_text
     return {} if text is None else training(text)

@@ -7,18 +7,28 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from etils import epath
+
+from flax_projector.files import writing
+from flax_projector.storage import AnyPath
+from flax_projector.storage.bucket import filesystem
 
 _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Iterator[Path]:
-    """Gives a path to write to, and moves it to `dst` when the block succeeds.
+def replacing(dst: AnyPath, *, names: Collection[str] = (), overwrite: bool) -> Iterator[Path]:
+    """Gives a local path to write to, and moves it to `dst` when the block succeeds.
 
     If the block fails, everything that it wrote is removed and `dst` stays as it was. If the
     process is killed, the next one that writes to the same `dst` removes what was left behind.
+
+    A bucket has no folders that could be moved: there, a folder is complete when the files directly
+    in it are there, and `dst` is incomplete while it is being replaced.
 
     Args:
       dst: the destination. If it is a link, the target of the link is replaced.
@@ -30,6 +40,10 @@ def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Ite
         never deleted.
       OSError: naming `dst`, if it cannot be written.
     """
+    if not isinstance(dst, Path):
+        with _uploading(dst, names, overwrite) as part:
+            yield part
+        return
     dst = dst.resolve()
     stem = _stem(dst.name)
     for left in dst.parent.glob(f".{glob.escape(stem)}.*.part"):
@@ -61,7 +75,25 @@ def replacing(dst: Path, *, names: Collection[str] = (), overwrite: bool) -> Ite
     _discard(staging, dst)
 
 
-def _check_destination(dst: Path, names: Collection[str], overwrite: bool) -> None:
+@contextlib.contextmanager
+def _uploading(dst: epath.Path, names: Collection[str], overwrite: bool) -> Iterator[Path]:
+    _check_destination(dst, names, overwrite)
+    with tempfile.TemporaryDirectory(prefix="flax-projector-") as temporary:
+        part = Path(temporary, dst.name)
+        yield part
+        files = [file for file in part.rglob("*") if file.is_file()] if names else [part]
+        with writing(dst):
+            if dst.exists():
+                for file in (dst / name for name in names):
+                    if file.is_file():  # first, so that nobody takes the rest for a whole folder
+                        file.unlink()
+                dst.rmtree(missing_ok=True)
+            for file in sorted(files, key=lambda file: -len(file.parts)):
+                to = f"{dst.parent}/{file.relative_to(temporary).as_posix()}"
+                filesystem().pipe_file(to, file.read_bytes())
+
+
+def _check_destination(dst: AnyPath, names: Collection[str], overwrite: bool) -> None:
     if not dst.exists():
         return
     if not overwrite:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -27,8 +26,8 @@ if TYPE_CHECKING:  # JAX takes its time; `--help` should not
 class _Use:
     """What both commands take."""
 
-    run: Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder of a train_tpu.py run."""
+    run: Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
+    """Folder of a train_tpu.py run, on a disk or in a bucket."""
     projector: Annotated[str | None, tyro.conf.arg(metavar="best|final|STEP|PATH")] = None
     """Which projector: the best or the final one of the run, that of a checkpoint, or any other
     that the converter reads. If not given: the final one or, if the run has not ended, that of its

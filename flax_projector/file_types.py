@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+
+from flax_projector.storage import AnyPath
 
 _NUM_BYTES = 512
 
@@ -49,7 +50,7 @@ _KINDS: tuple[tuple[bytes, str], ...] = (
 """How a file begins, as a pattern, and what it is: the end of a sentence, and the way out."""
 
 
-def recognise(path: Path) -> str | None:
+def recognise(path: AnyPath) -> str | None:
     """What a file is, if that is something else than a checkpoint, a config or a tokenizer.
 
     Args:
@@ -63,7 +64,7 @@ def recognise(path: Path) -> str | None:
     return next((text for form, text in _KINDS if re.match(form, start, re.DOTALL)), None)
 
 
-def recognise_any(paths: Iterable[Path]) -> str | None:
+def recognise_any(paths: Iterable[AnyPath]) -> str | None:
     """The first of several files that `recognise` knows, as a whole sentence; None if none is."""
     for path in sorted(paths):
         if path.is_file() and (text := recognise(path)):

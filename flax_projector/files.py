@@ -13,12 +13,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from flax_projector.storage import AnyPath, in_bucket
+from flax_projector.storage.bucket import bucket_path, filesystem
+
 _log = logging.getLogger(__name__)
 
 
-def is_url(path: str | Path) -> bool:
+def is_url(path: str | AnyPath) -> bool:
     """Whether the path is a URL (`gs://...`), which fsspec opens, and not a local path."""
     return "://" in str(path)
+
+
+def any_path(path: str | AnyPath) -> AnyPath:
+    """The path of something that may be on a disk or in a bucket (`gs://...`).
+
+    Raises:
+      ValueError: as `local_path` and `bucket_path`.
+      OSError: if the bucket cannot be used.
+    """
+    return bucket_path(str(path)) if is_url(path) else local_path(str(path))
+
+
+def whole_path(path: AnyPath) -> AnyPath:
+    """An absolute path without links; one in a bucket is that already."""
+    return path if in_bucket(path) else path.resolve()
 
 
 def local_path(path: str | Path) -> Path:
@@ -42,7 +60,7 @@ def local_path(path: str | Path) -> Path:
     return Path(text)
 
 
-def check_orbax_path(path: Path, *, is_new: bool) -> None:
+def check_orbax_path(path: AnyPath, *, is_new: bool) -> None:
     """Checks that Orbax, which stores parameters and runs, can handle a path.
 
     Args:
@@ -53,9 +71,10 @@ def check_orbax_path(path: Path, *, is_new: bool) -> None:
     Raises:
       ValueError: naming what is in the way, also in the name of a folder above.
     """
-    whole = path.resolve()
+    whole = whole_path(path)
     wrong = {c for c in str(whole) if c in ("\\*?[" if is_new else "\\")}
-    wrong |= {name for name in whole.parts if name in ("gs:", "s3:", "az:", "hf:")}
+    if not in_bucket(path):  # Orbax would look there
+        wrong |= {name for name in whole.parts if name in ("gs:", "s3:", "az:", "hf:")}
     if wrong:
         raise ValueError(
             f"{whole}: parameters cannot be {'written to' if is_new else 'read from'} a path with "
@@ -77,7 +96,7 @@ def parse_json(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def reading(path: Path, *, way_out: str) -> Iterator[None]:
+def reading(path: AnyPath, *, way_out: str) -> Iterator[None]:
     """Gives errors in the block, which reads a file that we wrote, a message with its path.
 
     Args:
@@ -107,7 +126,7 @@ def system_error(error: Exception) -> OSError | None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: AnyPath) -> Iterator[None]:
     """Gives errors in the block, which writes to `path`, a message with the path and a way out.
 
     Raises:
@@ -122,7 +141,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class _NotWritten(OSError):
-    def __init__(self, path: Path, error: OSError):
+    def __init__(self, path: AnyPath, error: OSError):
+        if in_bucket(path):  # the error says the way out
+            super().__init__(f"{path} could not be written: {error}")
+            return
         way_out = "check who may write there"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             way_out = "make room"
@@ -134,7 +156,7 @@ class _NotWritten(OSError):
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: AnyPath, text: str) -> None:
     """Writes a text file, replacing any earlier one, and creates its folder if needed.
 
     A reader sees either the old text or the new one, even if the process is killed or the machine
@@ -144,6 +166,9 @@ def write_atomically(path: Path, text: str) -> None:
       OSError: naming the path, if it cannot be written.
     """
     with writing(path):
+        if in_bucket(path):
+            filesystem().pipe_file(str(path), text.encode())
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:

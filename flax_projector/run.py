@@ -25,12 +25,13 @@ from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, TrainConfig, option
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
-from flax_projector.files import local_path
+from flax_projector.files import any_path
 from flax_projector.models.llama import abstract_decoder, embedding_rms
 from flax_projector.models.speech_llm import Params, SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import batch_sharding, num_batch_shards, replicated, use_mesh
+from flax_projector.storage import AnyPath
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.throughput import FlopCounter, make_flop_counter
 from flax_projector.training.wer import make_normalizer
@@ -67,7 +68,7 @@ def find_towers(config: TrainConfig) -> Towers:
         except ValueError as error:
             raise ValueError(f"{option(name)}: {error}") from error
         contents[name] = digest(kind, folders[name])
-    path, folder = config.init_projector, RunFolder(local_path(config.out))
+    path, folder = config.init_projector, RunFolder(any_path(config.out))
     if path and not (folder.config.is_file() and folder.read_config().init_projector == path):
         contents["init_projector"] = digest(PROJECTOR, path)
     return Towers(**folders, contents=contents)
@@ -147,7 +148,7 @@ class LoadedModel:
         """Root mean square of the LLM's embedding table."""
         return embedding_rms(self.llm_params, self.mesh)
 
-    def write_projector(self, folder: Path, params: Params) -> None:
+    def write_projector(self, folder: AnyPath, params: Params) -> None:
         """Writes a projector as a Flax folder, replacing any earlier one; every process calls it.
 
         Args:
@@ -279,7 +280,7 @@ def load_prompt(config: TrainConfig, llm_folder: Path) -> Prompt:
     Raises:
       ValueError: if the LLM's tokenizer cannot make it.
     """
-    tokenizer, saved = load_tokenizer(llm_folder), RunFolder(local_path(config.out)).read_prompt()
+    tokenizer, saved = load_tokenizer(llm_folder), RunFolder(any_path(config.out)).read_prompt()
     if saved is not None:
         return remake_prompt(tokenizer, config.prompt, saved)
     return make_prompt(tokenizer, config.prompt, date=_time_of_process_0())

@@ -1,24 +1,29 @@
 """The folder of a run: where its files are, and which run it belongs to."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import re
+import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from flax_projector.config import TrainConfig, changes, from_json, option, to_json
 from flax_projector.file_types import recognise
 from flax_projector.files import (
+    any_path,
     check_orbax_path,
-    local_path,
     lock_file,
     parse_json,
     reading,
     write_atomically,
 )
+from flax_projector.storage import AnyPath, in_bucket
 
 _log = logging.getLogger(__name__)
 
@@ -41,106 +46,142 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Owner:
+    """The start of the program that trains in a folder.
+
+    Attributes:
+      nonce: a random name of it.
+      host: the name of its machine.
+      pid: the number of its process.
+      time: when it took over the folder, in local time.
+    """
+
+    nonce: str
+    host: str
+    pid: int
+    time: str
+
+
+_ME = uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """Every path of a run, in one place.
 
     Attributes:
-      path: the folder itself.
+      path: the folder itself, on a disk or in a bucket.
     """
 
-    path: Path
+    path: AnyPath
 
     @classmethod
     def of(cls, config: TrainConfig) -> "RunFolder":
         """The run folder that a config names.
 
         Raises:
-          ValueError: if it is not a local path, or one that checkpoints cannot be written to.
+          ValueError: if checkpoints cannot be written to it.
+          OSError: if it is in a bucket that cannot be used.
         """
         try:
-            path = local_path(config.out)
+            path = any_path(config.out)
             check_orbax_path(path, is_new=True)
-        except ValueError as error:
-            raise ValueError(f"--out: {error}") from error
+        except (OSError, ValueError) as error:
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"--out: {error}") from error
         return cls(path)
 
     @property
-    def config(self) -> Path:
+    def on_disk(self) -> Path:
+        """The folder itself; for a run in a bucket, a folder of this machine for what needs one."""
+        if isinstance(self.path, Path):
+            return self.path
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
+        return caches / "flax-projector" / f"{self.path.name}-{digest}"
+
+    @property
+    def config(self) -> AnyPath:
         """The run's `TrainConfig`."""
         return self.path / "config.json"
 
     @property
-    def prompt(self) -> Path:
+    def prompt(self) -> AnyPath:
         """The run's prompt, as text and as token ids."""
         return self.path / "prompt.json"
 
     @property
-    def origin(self) -> Path:
+    def origin(self) -> AnyPath:
         """The run's `Origin`."""
         return self.path / "origin.json"
 
     @property
-    def checkpoints(self) -> Path:
+    def owner(self) -> AnyPath:
+        """The `Owner` of the folder."""
+        return self.path / "owner.json"
+
+    @property
+    def checkpoints(self) -> AnyPath:
         """Orbax checkpoints, one folder per saved step."""
         return self.path / "checkpoints"
 
     @property
-    def projector(self) -> Path:
+    def projector(self) -> AnyPath:
         """The projector after the last step, as a Flax folder; every finished run has one."""
         return self.path / "projector"
 
     @property
-    def best(self) -> Path:
-        """The projector with the lowest word error rate so far, as a Flax folder."""
+    def best(self) -> AnyPath:
+        """The projector with the lowest word error rate so far; see `best_folder` for buckets."""
         return self.path / "best"
 
     @property
-    def best_scores(self) -> Path:
-        """Step, word error rate and loss of `best`."""
+    def best_scores(self) -> AnyPath:
+        """Step, word error rate and loss of the best projector so far."""
         return self.path / "best.json"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> AnyPath:
         """The metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> AnyPath:
         """Folder with TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
-    def wandb_id(self) -> Path:
+    def wandb_id(self) -> AnyPath:
         """File with the run's Weights & Biases id."""
         return self.path / "wandb_id"
 
     @property
-    def profile(self) -> Path:
+    def profile(self) -> AnyPath:
         """Folder with profiler traces."""
         return self.path / "profile"
 
     @property
-    def bad_rows(self) -> Path:
+    def bad_rows(self) -> AnyPath:
         """The rows that cannot be used, and why."""
         return self.path / "bad_rows.jsonl"
 
     @property
     def data_cache(self) -> Path:
         """Folder for streamed rows and durations, unless `data.cache_dir` names another."""
-        return self.path / "data"
+        return self.on_disk / "data"
 
     def features(self, name: str) -> Path:
         """Folder with the kept encoder frames of a set."""
-        return self.path / "features" / name
+        return self.on_disk / "features" / name
 
-    def transcripts(self, name: str, step: int) -> Path:
+    def transcripts(self, name: str, step: int) -> AnyPath:
         """All transcripts from one evaluation of a set."""
         return self.path / "transcripts" / f"{name}-{step:06d}.jsonl"
 
-    def steps(self) -> dict[int, Path]:
+    def steps(self) -> dict[int, AnyPath]:
         """The saved checkpoints, by step."""
         found = {path: re.fullmatch(r"\d+", path.name) for path in self.checkpoints.glob("*")}
-        return {int(match[0]): path for path, match in found.items() if match and path.is_dir()}
+        return {int(match[0]): path for path, match in found.items() if match and _is_whole(path)}
 
     def read_config(self) -> TrainConfig:
         """The config that the run was started with.
@@ -201,6 +242,9 @@ class RunFolder:
           An existing path, or else `name`.
         """
         started_in = self.read_origin().directory or os.getcwd()
+        if in_bucket(self.path):  # nothing has moved along with it
+            found = os.path.join(started_in, os.path.expanduser(name))
+            return found if os.path.exists(found) else name
         named = os.path.join(started_in, os.path.expanduser(name))
         out = os.path.join(started_in, os.path.expanduser(self.read_config().out))
         moved_along = [
@@ -214,6 +258,8 @@ class RunFolder:
     def lock(self, process_index: int = 0) -> Iterator[None]:
         """Keeps other programs from training in the folder until the block ends.
 
+        A bucket has no locks: see `write_owner`. An owner that has begun no run is forgotten.
+
         Args:
           process_index: of this process; only the first one of a program holds the lock.
 
@@ -223,7 +269,7 @@ class RunFolder:
         """
         with contextlib.ExitStack() as stack:
             try:
-                if process_index == 0:
+                if process_index == 0 and isinstance(self.path, Path):
                     stack.enter_context(lock_file(self.path / "lock"))
             except BlockingIOError as error:
                 raise ValueError(
@@ -232,7 +278,58 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 raise OSError(f"--out: {error}") from error
+            if process_index == 0:
+                stack.callback(self._disown)
             yield
+
+    def _disown(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # what ends the program matters more
+            owner = self.read_owner()
+            if owner is not None and owner.nonce == _ME and not self.config.is_file():
+                self.owner.unlink()
+
+    def write_owner(self) -> str:
+        """Takes over the folder for this program; the one that had it before ends at its next save.
+
+        Returns:
+          The nonce of the new `Owner`.
+
+        Raises:
+          OSError: if it cannot be written to.
+        """
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        owner = Owner(_ME, socket.gethostname(), os.getpid(), now)
+        try:
+            write_atomically(self.owner, json.dumps(asdict(owner)) + "\n")
+        except OSError as error:
+            raise OSError(f"--out: {error}") from error
+        return owner.nonce
+
+    def read_owner(self) -> Owner | None:
+        """The program that has last begun to train in the folder, if any has.
+
+        Raises:
+          ValueError: if the file cannot be read.
+        """
+        with reading(self.owner, way_out="remove it, and start the same command again"):
+            try:
+                return Owner(**json.loads(self.owner.read_text("utf-8")))
+            except FileNotFoundError:
+                return None
+
+    def check_owner(self) -> None:
+        """Checks that no other program has begun to train in the folder.
+
+        Raises:
+          OSError: naming it, if one has.
+        """
+        owner = self.read_owner()
+        if owner is not None and owner.nonce != _ME:
+            raise OSError(
+                f"{self.path} was taken over by process {owner.pid} on {owner.host}, started "
+                f"{owner.time}: this run ends here, and writes nothing more. If both are meant to "
+                "run, give one of them another --out"
+            )
 
     def check(self, config: TrainConfig) -> frozenset[str]:
         """Checks that the folder holds either no run or this one.
@@ -291,3 +388,11 @@ class RunFolder:
             write_atomically(self.prompt, prompt)
             write_atomically(self.origin, json.dumps(asdict(origin), indent=2) + "\n")
             write_atomically(self.config, to_json(config))
+
+
+def _is_whole(step: AnyPath) -> bool:
+    """Whether Orbax has finished a checkpoint.
+
+    On a disk, its folder gets its name when it is complete. In a bucket, a file is written last.
+    """
+    return (step / "commit_success.txt").exists() if in_bucket(step) else step.is_dir()

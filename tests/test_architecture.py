@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
 # Lowest first; each imports only those before it.
 BASE = [
     "lengths",
+    "storage",
     "files",
     "file_types",
     "logs",

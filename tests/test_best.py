@@ -8,6 +8,7 @@ import pytest
 
 from flax_projector.models.speech_llm import Params
 from flax_projector.run_folder import RunFolder
+from flax_projector.storage import AnyPath
 from flax_projector.training.best import Best
 from flax_projector.training.evaluate import Scores
 
@@ -24,7 +25,7 @@ class Run:
         self.start()
 
     def start(self) -> None:
-        def write(path: Path, params: Params) -> None:
+        def write(path: AnyPath, params: Params) -> None:
             path.write_text(params)
 
         self.best = Best(self.folder, write)

@@ -211,7 +211,7 @@ def test_a_flax_folder_that_was_moved_converts_anywhere(tmp_path, projector, nam
     assert_same_tensors(tmp_path / f"{name}.safetensors", projector)
 
 
-@pytest.mark.parametrize("dst", ["", "gs://bucket/x", "file:///tmp/x", "loop", "loop/x"])
+@pytest.mark.parametrize("dst", ["", "s3://bucket/x", "file:///tmp/x", "loop", "loop/x"])
 def test_a_destination_that_is_no_local_path_is_refused(
     tmp_path, projector, monkeypatch, dst
 ) -> None:

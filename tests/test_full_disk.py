@@ -90,7 +90,7 @@ def write_bad_rows(folder: RunFolder) -> None:
 
 
 def write_features(folder: RunFolder) -> None:
-    rows = make_batches(read_speech(folder.path, 2)).utterances
+    rows = make_batches(read_speech(folder.on_disk, 2)).utterances
     encode = lambda x: jnp.ones((len(x), 100, 4))  # noqa: E731
     options = {"window_samples": 32000, "batch_size": 2, "encoder_dim": 4, "encoder_name": ""}
     with full_disk(200):

@@ -33,7 +33,9 @@ CONFIG = PRESETS["tiny"][1]
         ("a?b", r"a path with \? in it"),
         ("a\\b", r"a path with \\ in it"),
         ("", "--out = '': must not be empty"),
-        ("gs://bucket/run", "--out: gs://bucket/run is a URL"),
+        ("s3://bucket/run", "--out: s3://bucket/run is a URL that cannot be used .* gs://BUCKET/"),
+        ("gs://bucket", "expected gs://BUCKET/FOLDER"),
+        ("gs://bucket/../run", "expected gs://BUCKET/FOLDER"),
         ("file:///tmp/run", "is a URL"),
     ],
 )
@@ -55,7 +57,7 @@ def test_whatever_is_not_refused_can_be_restored(tmp_path, name):
     config = CONFIGS[PROJECTOR]
     leaves = {path: np.full(x.shape, 3, x.dtype) for path, x in PROJECTOR.leaves(config).items()}
     run = RunFolder.of(dataclasses.replace(CONFIG, out=str(tmp_path / name)))
-    write_run(run.path, config, unflatten(leaves), steps=[3])
+    write_run(run.on_disk, config, unflatten(leaves), steps=[3])
     for path, array in read_all(open_stored(run.path).checkpoint).items():
         np.testing.assert_array_equal(array, leaves[path])
 

@@ -15,6 +15,8 @@ import jax
 
 from flax_projector.data.audio import Problem
 from flax_projector.files import reading, write_atomically, writing
+from flax_projector.storage import AnyPath
+from flax_projector.storage.growing import growing, publish
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class BadRowLog:
     `<name>.<i>.jsonl`. Every process checks the share; if one stops, the others stop too.
     """
 
-    def __init__(self, path: Path | None, *, max_rate: float):
+    def __init__(self, path: AnyPath | None, *, max_rate: float):
         """Opens the list.
 
         Args:
@@ -74,10 +76,11 @@ class BadRowLog:
         if path is not None and self._process > 0:
             path = path.with_suffix(f".{self._process}{path.suffix}")
         self._path, self._max_rate = path, max_rate
+        self._file = None if path is None else growing(path)
         self._num_rows: dict[str, int] = {}
         # By set and key: rows that are bad as written, and clips that this process could not read.
         self._written: dict[str, dict[str, BadRow]] = {}
-        self._unreadable = _read(path) if path is not None and path.is_file() else {}
+        self._unreadable = _read(self._file) if self._file and self._file.is_file() else {}
 
     def known(self, name: str) -> set[str]:
         """Keys of the rows of a set whose clips could not be read, now or by earlier starts.
@@ -136,10 +139,10 @@ class BadRowLog:
             return
         before = {row.reason for row in known.values()}
         known.update(new)
-        if self._path is not None:
-            with writing(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as file:
+        if self._file is not None:
+            with writing(self._file):
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                with self._file.open("a", encoding="utf-8") as file:
                     file.writelines(_to_line(name, row) for row in new.values())
         if left_out := _left_out(new.values()):
             listed = "; ".join(f"{row.id}: {row.detail}" for row in left_out)
@@ -169,7 +172,7 @@ class BadRowLog:
         return list((self._written[name] | self._unreadable[name]).values())
 
     def _rewrite(self) -> None:
-        if self._path is None:
+        if self._path is None or self._file is None:
             return
         parts = [self._unreadable] if self._process > 0 else [self._written, self._unreadable]
         lines = [
@@ -179,9 +182,11 @@ class BadRowLog:
             for row in rows.values()
         ]
         if lines:
-            write_atomically(self._path, "".join(lines))
+            write_atomically(self._file, "".join(lines))
         else:
+            self._file.unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
+        publish(self._path.parent)
 
     def _check(self, name: str) -> None:
         defects = [row for row in self._rows(name) if row.reason.is_defect]

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from flax_projector.data.hf_source import PREFIX
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
 from flax_projector.data.manifest import ManifestRow, read_manifest, settle_lengths
 from flax_projector.data.manifest_text import missing_manifest
-from flax_projector.files import is_url
+from flax_projector.files import is_url, local_path
 from flax_projector.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,8 @@ class BatchMaker:
         Raises:
           ValueError: if it does not exist or has no rows.
         """
-        cache = Path(self.config.data.cache_dir or self.folder.data_cache)
+        named = self.config.data.cache_dir
+        cache = local_path(named) if named else self.folder.data_cache
         if source.startswith(PREFIX):
             return read_hf(source, self.config.data, cache)
         return read_manifest(source, cache=cache)

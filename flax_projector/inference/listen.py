@@ -12,12 +12,14 @@ from flax_projector.data.audio import BadAudio, load_audio
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.manifest import ManifestRow
 from flax_projector.data.sources import source_name
-from flax_projector.files import local_path
+from flax_projector.files import any_path, whole_path
 from flax_projector.lengths import SAMPLE_RATE
 from flax_projector.models.projector import abstract_projector
 from flax_projector.run import find_towers, load_model, warn_of_other_training
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, num_batch_shards, use_mesh
+from flax_projector.storage import AnyPath
+from flax_projector.training.best import find_best
 from flax_projector.training.evaluate import Scores, Transcript
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class Listener:
 
     def __init__(
         self,
-        run: str | Path,
+        run: str | AnyPath,
         *,
         projector: str | None = None,
         encoder: str | None = None,
@@ -54,11 +56,11 @@ class Listener:
         Raises:
           ValueError: if it is no run, or has no such projector.
         """
-        folder = RunFolder(local_path(run))
+        folder = RunFolder(any_path(run))
         config = folder.read_config()
         path, step = choose_projector(folder, projector)
         self.config = _as_used(config, folder, encoder, llm)
-        if not path.resolve().is_relative_to(folder.path.resolve()):
+        if not whole_path(path).is_relative_to(whole_path(folder.path)):
             warn_of_other_training(config, str(path), read_training(path))
         on = make_mesh(mesh or MeshConfig())
         # First, since a run that has not ended may remove a checkpoint at any time.
@@ -117,7 +119,7 @@ class Listener:
             return self._evaluator(self._params, batches, name=source_name(source))
 
 
-def choose_projector(folder: RunFolder, choice: str | None) -> tuple[Path, int | None]:
+def choose_projector(folder: RunFolder, choice: str | None) -> tuple[AnyPath, int | None]:
     """Where one of a run's projectors is.
 
     Args:
@@ -132,30 +134,31 @@ def choose_projector(folder: RunFolder, choice: str | None) -> tuple[Path, int |
     Raises:
       ValueError: if the run does not have it.
     """
-    steps = folder.steps()
+    steps, best = folder.steps(), find_best(folder)
+    is_finished = (folder.projector / "config.json").is_file()
     others = [f"--projector {name}" for name in map(str, sorted(steps))]
-    others = ["--projector best"] * folder.best.is_dir() + others
+    others = ["--projector best"] * (best is not None) + others
     way_out = f"pass {' or '.join(others)}" if others else "wait for its first checkpoint"
     match choice:
-        case None if folder.projector.is_dir():
+        case None if is_finished:
             return folder.projector, None
         case None if steps:
             log.info("%s has not ended: its newest checkpoint is used", folder.path)
             return folder.path, max(steps)
         case None | "final":
-            if not folder.projector.is_dir():
+            if not is_finished:
                 raise ValueError(f"{folder.path} has not ended, so it has no projector: {way_out}")
             return folder.projector, None
         case "best":
-            if not folder.best.is_dir():
+            if best is None:
                 raise ValueError(
                     f"{folder.path} has no best projector: it has not been evaluated after a step. "
                     "Leave out --projector"
                 )
-            return folder.best, None
+            return best, None
         case _ if re.fullmatch(r"[0-9]+", choice):
             return folder.path, int(choice)
-    return Path(choice), None
+    return any_path(choice), None
 
 
 def _as_used(

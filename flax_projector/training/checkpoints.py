@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +11,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_projector.data.reader import BatchIterator
-from flax_projector.files import system_error, writing
+from flax_projector.files import any_path, system_error, whole_path, writing
 from flax_projector.run_folder import STATE
+from flax_projector.storage import AnyPath
+from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.state import TrainState
 from flax_projector.training.step_log import StepLog
 
@@ -46,7 +47,7 @@ class _Manager(ocp.CheckpointManager):
 
 @contextlib.contextmanager
 def _writing(folder: Any) -> Iterator[None]:
-    with writing(Path(folder)):
+    with writing(any_path(folder)):
         try:
             yield
         except ValueError as error:
@@ -55,7 +56,7 @@ def _writing(folder: Any) -> Iterator[None]:
             raise found from error
 
 
-def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
+def open_manager(folder: AnyPath, *, keep: int) -> ocp.CheckpointManager:
     """A manager that saves in the background and keeps the newest `keep` checkpoints."""
     options = ocp.CheckpointManagerOptions(
         preservation_policy=preservation_policy.LatestN(keep),
@@ -63,7 +64,7 @@ def open_manager(folder: Path, *, keep: int) -> ocp.CheckpointManager:
     )
     # Passed here so that metadata can be read before anything is restored.
     handlers = {STATE: ocp.StandardCheckpointHandler(), _POSITION: ocp.JsonCheckpointHandler()}
-    return _Manager(folder.absolute(), options=options, item_handlers=handlers)
+    return _Manager(whole_path(folder), options=options, item_handlers=handlers)
 
 
 def save(
@@ -131,6 +132,7 @@ class Saver:
         manager: ocp.CheckpointManager,
         iterator: BatchIterator,
         step_log: StepLog,
+        writer: MetricsWriter,
         *,
         every_mins: float,
     ):
@@ -140,15 +142,18 @@ class Saver:
           manager: the run's checkpoint manager.
           iterator: the iterator over the training batches.
           step_log: the run's step log.
+          writer: what the step log writes to.
           every_mins: see `is_late`.
         """
-        self._manager, self._iterator, self._step_log = manager, iterator, step_log
+        self._manager, self._iterator = manager, iterator
+        self._step_log, self._writer = step_log, writer
         self._every_secs = 60 * every_mins
         self._saved_step, self._saved_at = manager.latest_step(), time.monotonic()
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving, unless this step is already saved; every process must call it."""
         self._step_log.flush(step)  # so that the log of a checkpoint's steps is complete
+        self._writer.publish()
         if step != self._saved_step:
             position = {
                 "iterator": self._iterator.get_state(),

@@ -47,4 +47,5 @@ class HeldOut:
             self.writer.write_scores(step, name, scores)
             found.append(scores)
         log.info("%d programs compiled so far", self.num_compiled())
+        self.writer.publish()
         self.best.offer(step, found, params)

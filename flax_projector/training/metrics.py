@@ -18,9 +18,12 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_projector.files import reading, write_atomically, writing
 from flax_projector.run_folder import RunFolder
+from flax_projector.storage.growing import growing, publish
 from flax_projector.training.evaluate import Scores, Transcript
 
 log = logging.getLogger(__name__)
+
+_PUBLISH_EVERY_SECS = 60.0
 
 
 class MetricsWriter:
@@ -40,19 +43,22 @@ class MetricsWriter:
           ValueError: if wandb is requested but not installed.
         """
         self._is_writer = jax.process_index() == 0
-        self._folder = folder
+        self._folder, self._published_at = folder, time.monotonic()
         if self._is_writer:
-            with writing(folder.path):
-                folder.path.mkdir(parents=True, exist_ok=True)
             self._wandb = _start_wandb(wandb_project, folder) if wandb_project else None
-            _drop_after(folder.metrics, first_step)
             with writing(folder.metrics):
-                self._jsonl = folder.metrics.open("a", encoding="utf-8")
+                metrics = growing(folder.metrics)
+                metrics.parent.mkdir(parents=True, exist_ok=True)
+            _drop_after(metrics, first_step)
+            with writing(folder.metrics):
+                self._jsonl = metrics.open("a", encoding="utf-8")
             with writing(folder.tensorboard):
-                self._events = EventFileWriter(str(folder.tensorboard))
+                self._events = EventFileWriter(str(growing(folder.tensorboard, is_folder=True)))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records named scalars at a step."""
+        if time.monotonic() - self._published_at > _PUBLISH_EVERY_SECS:
+            self.publish()
         if not self._is_writer:
             return
         record = {"step": step, "time": round(time.time(), 3), **scalars}
@@ -63,6 +69,24 @@ class MetricsWriter:
             self._add_event(step, scalar_pb(name, value))
         if self._wandb is not None:
             self._wandb.log(dict(scalars), step=step)
+
+    def publish(self) -> None:
+        """Uploads what has been written, if the run folder is in a bucket; every process calls it.
+
+        Raises:
+          OSError: if another program has begun to train in the folder, or it cannot be written.
+        """
+        self._published_at = time.monotonic()
+        if self._is_writer:
+            with writing(self._folder.tensorboard):
+                self._events.flush()
+        self._upload()
+
+    def _upload(self) -> None:
+        if self._is_writer:
+            self._folder.check_owner()
+        with writing(self._folder.path):
+            publish(self._folder.path)
 
     def write_scores(self, step: int, name: str, scores: Scores) -> None:
         """Records the scores and transcripts of a set, and logs a sample of the transcripts."""
@@ -96,10 +120,12 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_exc_info: object) -> None:
-        if not self._is_writer:
-            return
+    def __exit__(self, _: object, error: BaseException | None, *_rest: object) -> None:
         with contextlib.ExitStack() as stack:  # each, even if one fails
+            if not isinstance(error, OSError):  # the folder may be another's, or out of reach
+                stack.callback(self._upload)
+            if not self._is_writer:
+                return
             if self._wandb is not None:
                 stack.callback(self._wandb.finish)
             stack.enter_context(writing(self._folder.tensorboard))
@@ -133,10 +159,11 @@ def _start_wandb(project: str, folder: RunFolder) -> Any:
         ) from error
     id_path = folder.wandb_id
     run_id = id_path.read_text() if id_path.is_file() else uuid.uuid4().hex
+    folder.on_disk.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
-        project=project, name=folder.path.name, dir=str(folder.path), id=run_id, resume="allow"
+        project=project, name=folder.path.name, dir=str(folder.on_disk), id=run_id, resume="allow"
     )
-    id_path.write_text(run_id)
+    write_atomically(id_path, run_id)
     return run
 
 

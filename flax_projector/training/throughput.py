@@ -4,13 +4,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from flax_projector.config import LlamaConfig
+from flax_projector.storage import AnyPath
+from flax_projector.storage.growing import growing
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 
 @contextlib.contextmanager
-def profiled(step: int, num_steps: int, folder: Path) -> Iterator[bool]:
+def profiled(step: int, num_steps: int, folder: AnyPath) -> Iterator[bool]:
     """Traces steps with the profiler, from the eleventh step of a start.
 
     Args:
@@ -132,7 +133,7 @@ def profiled(step: int, num_steps: int, folder: Path) -> Iterator[bool]:
       Whether this is the last step of the trace: if so, wait for its results inside the block.
     """
     if num_steps and step == _STEPS_BEFORE_TRACE:
-        jax.profiler.start_trace(str(folder))
+        jax.profiler.start_trace(str(growing(folder, is_folder=True)))
     is_last = num_steps > 0 and step == _STEPS_BEFORE_TRACE + num_steps - 1
     with jax.profiler.StepTraceAnnotation("train", step_num=step):
         yield is_last
