@@ -23,6 +23,7 @@ import tyro
 from jax.sharding import Mesh
 
 from convert.load import load_projector_params
+from flax_projector import hosts
 from flax_projector.config import PRESETS, TrainConfig, to_json
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
@@ -112,11 +113,12 @@ def make_stages(config: TrainConfig, loaded: LoadedModel, batches: Batches) -> S
 
 def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
     """Trains on all `devices` to the config's last step, or until the process is told to stop."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, hosts.telling():
         # --- processes, run folder, mesh -----------------------------------------------------
         join(config.distributed)
         quiet_other_processes(jax.process_index())
         guard = stack.enter_context(PreemptionGuard().watching())
+        stack.enter_context(hosts.ending_together())
         config, folder = resolve_config(config), RunFolder.of(config)
         log.info("config:\n%s", to_json(config))
         stack.enter_context(folder.lock(jax.process_index()))
@@ -246,7 +248,7 @@ def cli(args: Sequence[str] | None = None) -> None:
     with lines_above_bars():
         try:
             main(config)
-        except (ValueError, FloatingPointError, OSError) as error:
+        except hosts.USER_ERRORS as error:
             sys.exit(printable(f"error: {error}", keep="\n"))
 
 

@@ -33,6 +33,7 @@ BASE = [
     "logs",
     "config",
     "run_folder",
+    "hosts",
     "sharding",
     "batch",
     "chat",

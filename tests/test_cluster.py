@@ -12,6 +12,7 @@ import jax
 import pytest
 from jax._src.clusters import GkeTpuCluster, K8sCluster, cloud_tpu_cluster
 
+from flax_projector import hosts
 from flax_projector.config import DistributedConfig
 from flax_projector.training import cluster
 from flax_projector.training.cluster import Place, find_place, gpus_of, join
@@ -178,13 +179,15 @@ def test_jax_is_told_what_was_found(environment, monkeypatch):
     told = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **kw: told.append((a, kw)))
     monkeypatch.setattr(cluster, "call_roll", lambda *_, **__: 2)
+    monkeypatch.setattr(hosts, "connect", lambda: told.append("hosts"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     environment({})
     join(NOTHING)
     assert not told, "a process that is alone needs no others"
     environment(SRUN)
     join(NOTHING)
-    ((place, options),) = told
+    (place, options), connected = told
+    assert connected == "hosts"
     assert place == ("node07:62344", 4, 3)
     assert options["local_device_ids"] == [1]
     assert options["cluster_detection_method"] == "deactivate"  # it would choose other devices

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from jax._src.clusters import ClusterEnv, K8sCluster  # there is no public form
 
+from flax_projector import hosts
 from flax_projector.config import DistributedConfig
 from flax_projector.training.roll_call import call_roll
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 START_SECS = 600.0
 """How long the processes wait for one another: machines and containers start minutes apart."""
+
+_GONE_SECS = 30
+"""Without a sign of life from a process for so long, JAX ends the others."""
 
 # Variables with the number of processes and the number of this one, of launchers that JAX does not
 # detect, or confuses with SLURM, which they start their own daemons by.
@@ -79,7 +83,10 @@ def join(config: DistributedConfig, *, timeout_secs: float = START_SECS) -> None
         local_device_ids=gpus_of(place, neighbours),
         cluster_detection_method="deactivate",
         initialization_timeout=max(1, int(timeout_secs)),
+        heartbeat_timeout_seconds=_GONE_SECS,
+        shutdown_timeout_seconds=_GONE_SECS,  # of those that have all come to the end of the run
     )
+    hosts.connect()
     log.info(
         "process %d of %d, connected by %s",
         place.process_id,

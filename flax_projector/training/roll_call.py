@@ -11,6 +11,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+from flax_projector.hosts import some
+
 log = logging.getLogger(__name__)
 
 _RETRY_SECS = 0.5
@@ -194,13 +196,6 @@ class _Desk:
         here = [f"{i} on {host}" for i, host in sorted(self.hosts.items())]
         more = len(missing) > 1
         return (
-            f"process{'es' * more} {_some(missing)} of {self.num_processes} (found: {_some(here)}) "
+            f"process{'es' * more} {some(missing)} of {self.num_processes} (found: {some(here)}) "
             f"{'are' if more else 'is'}"
         )
-
-
-def _some(names: list[str]) -> str:
-    """The first of many names."""
-    shown = names[:8]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + f" and {rest} more" * (rest > 0) if names else "none"
