@@ -32,7 +32,6 @@ from flax_projector.data.sources import check_sources
 from flax_projector.logs import (
     lines_above_bars,
     printable,
-    quiet_other_processes,
     setup_logging,
     start_in_utf8,
 )
@@ -44,6 +43,7 @@ from flax_projector.run import (
 )
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, use_mesh
+from flax_projector.training.agreement import agree_on_command, agree_on_start
 from flax_projector.training.best import Best
 from flax_projector.training.checkpoints import Saver, open_manager, restore
 from flax_projector.training.cluster import join
@@ -116,15 +116,14 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
     with contextlib.ExitStack() as stack, hosts.telling():
         # --- processes, run folder, mesh -----------------------------------------------------
         join(config.distributed)
-        quiet_other_processes(jax.process_index())
         guard = stack.enter_context(PreemptionGuard().watching())
         stack.enter_context(hosts.ending_together())
-        config, folder = resolve_config(config), RunFolder.of(config)
-        log.info("config:\n%s", to_json(config))
+        folder = RunFolder.of(config)
         stack.enter_context(folder.lock(jax.process_index()))
+        config = resolve_config(config)
+        log.info("config:\n%s", to_json(config))
         moved = folder.check(config)
-        if jax.process_index() == 0:
-            folder.write_owner()
+        agree_on_command(config, folder)
         check_sources(config)
         mesh = make_mesh(config.mesh, devices)
         log_devices(mesh, config)
@@ -143,25 +142,24 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         )
         stack.enter_context(contextlib.closing(iterator))
 
-        # --- state ---------------------------------------------------------------------------
+        # --- state, compiled functions -------------------------------------------------------
         # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
         schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
         optimizer = make_optimizer(config.optimizer, schedule)
         abstract = abstract_state(config.projector, optimizer, mesh)
         manager = open_manager(folder.checkpoints, keep=config.keep_checkpoints)
         stack.enter_context(manager)
-        latest, audio_secs = manager.latest_step(), 0.0
-        if latest is not None:
+        latest = manager.latest_step()
+        agree_on_start(loaded.prompt, [batches, *held_out_sets.values()], latest)
+        if latest is None:
+            state, audio_secs = begin(config, loaded, optimizer, abstract), 0.0
+        else:
             state, position = restore(manager, latest, abstract)
             iterator.set_state(position["iterator"], has_moved="data.train" in moved)
             audio_secs = position["audio_secs"]
             log.info("resumed at step %d", latest)
-        else:
-            state = begin(config, loaded, optimizer, abstract)
         loaded.log_parameters(state.params)
         first = step = int(state.step)
-
-        # --- compiled functions --------------------------------------------------------------
         stages = make_stages(config, loaded, batches)
         steps = compile_steps(
             stages.objectives(first, config.num_steps),
@@ -174,14 +172,14 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         )
 
         # --- what happens between steps ------------------------------------------------------
-        writer = stack.enter_context(
-            MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
-        )
+        writer = MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
+        stack.enter_context(writer)
         if jax.process_index() == 0:
             folder.claim(config, loaded.prompt.to_json(), towers.contents)
         step_log = StepLog(
             writer,
             batches,
+            bad_rows,
             first_step=first,
             num_steps=config.num_steps,
             audio_secs=audio_secs,

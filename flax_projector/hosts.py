@@ -168,9 +168,8 @@ def agree(values: Mapping[str, str]) -> None:
             problems.append(f"{name}: {' but '.join(parts)}")
     if problems:
         raise HostsDiffer(
-            "the hosts of this run differ:\n  "
-            + "\n  ".join(problems)
-            + "\nStart the same command, with the same versions and the same files, on all of them"
+            "the hosts of this run differ: start the same command, with the same versions and the "
+            "same files, on all of them\n  " + "\n  ".join(problems)
         )
 
 
@@ -227,8 +226,14 @@ def leave(code: int) -> NoReturn:
     if (store := _store) is not None:
         store.ending.acquire()  # never released: only one thread ends the process
         _wait_for_others(store, SAVE_SECS + _ANSWER_SECS)
-    for stream in (sys.stdout, sys.stderr):
+    end_now(code)
+
+
+def end_now(code: int, last_line: str = "") -> NoReturn:
+    """Ends this process without waiting for anything."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, last_line)):
         with contextlib.suppress(OSError):  # the terminal may be gone
+            stream.write(text)
             stream.flush()
     os._exit(code)
 
@@ -276,13 +281,9 @@ def _cause(store: _Store, error: BaseException) -> str:
 def _end(store: _Store) -> NoReturn:
     """Ends this process with the cause as its last line."""
     store.ending.acquire()
-    cause = printable(f"error: {store.get(_ERROR)}\n", keep="\n")
-    for stream, text in ((sys.stdout, ""), (sys.stderr, cause)):
-        with contextlib.suppress(OSError):
-            stream.write(text)
-            stream.flush()
+    cause = store.get(_ERROR)
     _wait_for_others(store, _ANSWER_SECS)
-    os._exit(1)
+    end_now(1, printable(f"error: {cause}\n", keep="\n"))
 
 
 def _wait_for_others(store: _Store, secs: float) -> None:

@@ -38,10 +38,24 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 class _Formatter(logging.Formatter):
-    """Messages contain names of files; some have several lines."""
+    """Messages contain names of files; some have several lines.
+
+    Attributes:
+      process: the number of this process, if there are several.
+      step: the last step that it has begun.
+    """
+
+    process: int | None = None
+    step: int | None = None
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), keep="\n\t")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if self.process is not None:
+            step = "" if self.step is None else f" step {self.step}"
+            record.message = f"[{self.process}{step}] {record.message}"
+        return super().formatMessage(record)
 
 
 def setup_logging(format: str = "%(asctime)s %(message)s") -> None:
@@ -85,11 +99,20 @@ def start_in_utf8() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def quiet_other_processes(process_index: int) -> None:
-    """Lets only process 0 log and show progress; the other processes only log warnings."""
-    if process_index > 0:
+def one_of_several(process: int) -> None:
+    """Gives every line the number of this process, and lets only process 0 show progress.
+
+    The other processes only log warnings.
+    """
+    _Formatter.process = process
+    if process > 0:
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def at_step(step: int | None) -> None:
+    """Gives the lines of several processes the number of a step; None before the first one."""
+    _Formatter.step = step
 
 
 def is_terminal() -> bool:

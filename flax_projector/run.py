@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from convert.checkpoint import in_memory
@@ -20,6 +19,7 @@ from convert.hf_config import config_text, run_config_dict
 from convert.load import digest, load_tower, read_training, resolve_model
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
 from convert.trees import flatten
+from flax_projector import hosts
 from flax_projector.chat.prompt import Prompt, make_prompt, remake_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, TrainConfig, option
@@ -60,6 +60,7 @@ def find_towers(config: TrainConfig) -> Towers:
 
     Raises:
       ValueError: naming the option, if there is no such model.
+      HostsDiffer: on all processes, if one has other contents.
     """
     folders, contents = {}, {}
     for name, kind in (("encoder", WHISPER_ENCODER), ("llm", LLAMA)):
@@ -71,6 +72,7 @@ def find_towers(config: TrainConfig) -> Towers:
     path, folder = config.init_projector, RunFolder(any_path(config.out))
     if path and not (folder.config.is_file() and folder.read_config().init_projector == path):
         contents["init_projector"] = digest(PROJECTOR, path)
+    hosts.agree({f"contents of {option(name)}": value for name, value in contents.items()})
     return Towers(**folders, contents=contents)
 
 
@@ -281,14 +283,8 @@ def load_prompt(config: TrainConfig, llm_folder: Path) -> Prompt:
       ValueError: if the LLM's tokenizer cannot make it.
     """
     tokenizer, saved = load_tokenizer(llm_folder), RunFolder(any_path(config.out)).read_prompt()
+    # Of process 0, so that hosts agree on the date around midnight.
+    now = hosts.broadcast("date", datetime.now().isoformat(timespec="seconds"))
     if saved is not None:
         return remake_prompt(tokenizer, config.prompt, saved)
-    return make_prompt(tokenizer, config.prompt, date=_time_of_process_0())
-
-
-def _time_of_process_0() -> datetime:
-    """The local time of process 0, so that hosts agree on the date around midnight."""
-    now = np.frombuffer(datetime.now().isoformat(timespec="seconds").encode(), np.uint8)
-    if jax.process_count() > 1:
-        now = multihost_utils.broadcast_one_to_all(now)
-    return datetime.fromisoformat(bytes(now).decode())
+    return make_prompt(tokenizer, config.prompt, date=datetime.fromisoformat(now))

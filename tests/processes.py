@@ -20,6 +20,26 @@ import os, signal, sys, time
 import train_tpu
 from flax_projector.config import from_json
 
+def say(text):
+    sys.stderr.write(text + "\\n")
+    sys.stderr.flush()
+
+def at(owner, name, number, act):
+    "Does something at a call of a method, then goes on."
+    original, count = getattr(owner, name), [0]
+    def patched(*args, **kwargs):
+        count[0] += 1
+        if count[0] == number:
+            say("NOW")
+            act()
+        return original(*args, **kwargs)
+    setattr(owner, name, patched)
+
+def fail(error):
+    def act():
+        raise error
+    return act
+
 config_path, *flags = sys.argv[1:]
 {patch}
 train_tpu.PRESETS = {{"run": ("", from_json(open(config_path).read()))}}
@@ -41,6 +61,10 @@ class Ended:
     text: str
     secs: float
 
+    def secs_after(self, moment: float, processes: "Processes") -> float:
+        """How long it went on after a moment of `wait_for`."""
+        return processes.began + self.secs - moment
+
     @property
     def last_line(self) -> str:
         """The last line that is not empty."""
@@ -61,7 +85,7 @@ class Processes:
     logs: list[Path]
     began: float = field(default_factory=time.monotonic)
 
-    def wait_for(self, text: str, process: int = 0) -> float:
+    def wait_for(self, text: str = "NOW", process: int = 0) -> float:
         """Waits until a process has logged a text; the time at which that was seen."""
         while text not in self.logs[process].read_text(errors="replace"):
             assert self.running[process].poll() is None, self.logs[process].read_text()[-3000:]

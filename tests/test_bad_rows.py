@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flax_projector import hosts
 from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 
@@ -152,26 +153,43 @@ def test_sets_that_have_not_started_again_stay_listed(tmp_path):
     assert listed(tmp_path / "bad.jsonl") == [("dev", "r0")]
 
 
-def test_a_list_that_ends_within_a_line_is_read_up_to_it(tmp_path):
+def test_a_list_that_is_cut_short_is_named(tmp_path):
+    """Every list is written whole, even by a process that is killed."""
     path, row = tmp_path / "bad.jsonl", BadRow("x", "a", Problem.UNREADABLE, "why", "one\u2028two")
     bad_rows = BadRowLog(path, max_rate=1.0)
     bad_rows.start("train", [row], num_rows=3)
     bad_rows.add("train", defects(1))
-    path.write_bytes(path.read_bytes()[:-9])  # as a process leaves it that is killed
-    bad_rows = BadRowLog(path, max_rate=1.0)
-    assert bad_rows.known("train") == {row.key}
-    bad_rows.start("train", [row], num_rows=3)
-    assert listed(path) == [("train", "x")]
+    assert BadRowLog(path, max_rate=1.0).known("train") == {row.key, *(r.key for r in defects(1))}
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"bad.jsonl is damaged .* remove it, and bad rows are fo"):
+        BadRowLog(path, max_rate=1.0)
 
 
-def test_every_process_writes_what_only_it_can_know(tmp_path, monkeypatch):
+def test_all_processes_list_count_and_stop_alike(tmp_path, monkeypatch):
+    """Each reads other clips; what they share is the list of all, which process 0 writes."""
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    sent: list[str] = []
+
+    def run(process: int, answer: list[str]) -> BadRowLog:
+        def exchange(_, text: str) -> list[str]:
+            sent.append(text)
+            return answer
+
+        monkeypatch.setattr("jax.process_index", lambda: process)
+        monkeypatch.setattr(hosts, "exchange", exchange)
+        bad_rows = BadRowLog(tmp_path / f"{process}.jsonl", max_rate=0.03)
+        bad_rows.start("train", defects(1, Problem.TOO_LONG, first=90), num_rows=100)
+        bad_rows.add("train", defects(2, first=10 * process))
+        bad_rows.add("train", defects(1, first=10 * process))  # again, in another epoch
+        assert "too long" in bad_rows.summary() and "undecodable" not in bad_rows.summary()
+        return bad_rows
+
     for process in range(2):
-        monkeypatch.setattr("jax.process_index", lambda process=process: process)
-        for _ in range(2):
-            bad_rows = BadRowLog(tmp_path / "bad.jsonl", max_rate=1.0)
-            read = defects(process + 1, first=50 + 10 * process)
-            known = [row for row in read if row.key in bad_rows.known("train")]
-            bad_rows.start("train", defects(1), num_rows=100, unreadable=known)
-            bad_rows.add("train", read)
-    assert [row for _, row in listed(tmp_path / "bad.jsonl")] == ["r0", "r50"]
-    assert [row for _, row in listed(tmp_path / "bad.1.jsonl")] == ["r60", "r61"]
+        run(process, []).share()
+    for process in range(2):
+        bad_rows = run(process, sent[:2])
+        with pytest.raises(ValueError, match=r"4 of 100 rows are defective \(4 undecodable\)"):
+            bad_rows.share()
+        assert "train 5 of 100 (4 undecodable, 1 too long)" in bad_rows.summary()
+    assert [row for _, row in listed(tmp_path / "0.jsonl")] == ["r90", "r0", "r1", "r10", "r11"]
+    assert not (tmp_path / "1.jsonl").exists()

@@ -1,25 +1,18 @@
 """Runs in a bucket of Google Cloud Storage, on a real server of it (`tests/bucket.py`)."""
 
 import dataclasses
-import http.server
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import train_tpu
-from convert import api
 from flax_projector.config import TrainConfig, to_json
-from flax_projector.run_folder import RunFolder
-from flax_projector.training.best import find_best
-from tests.bucket import BUCKET, Emulator, emulator, environment
+from tests.bucket import BUCKET, Emulator, emulator
 from tests.tiny import final_params, read_losses, tiny_config
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("bucket")]

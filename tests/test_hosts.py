@@ -87,13 +87,13 @@ def test_values_that_differ_are_named_with_the_processes_that_have_them(client):
         client.texts[f"agreement/1/{process}"] = json.dumps(other)
     with pytest.raises(hosts.HostsDiffer) as error:
         hosts.agree(mine)
-    _, *lines, way_out = str(error.value).splitlines()
+    way_out, *lines = str(error.value).splitlines()
     assert lines == [
         "  --seed: 0 (process 0 on a, process 1 on b) but 1 (process 2 on c)",
         "  rows: y (process 0 on a, process 2 on c) but [...] (process 1 on b)",
         "  jax: 0.10.2 (process 0 on a, process 1 on b) but nothing (process 2 on c)",
     ]
-    assert way_out.startswith("Start the same command")
+    assert "start the same command" in way_out
     client.texts |= {f"agreement/2/{process}": json.dumps(mine) for process in (0, 2)}
     hosts.agree(mine)
 

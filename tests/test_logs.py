@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from flax_projector.logs import printable, progress_bar, quiet_other_processes, setup_logging
+from flax_projector import logs
+from flax_projector.logs import at_step, one_of_several, printable, progress_bar, setup_logging
 
 log = logging.getLogger("flax_projector.test")
 
@@ -114,12 +115,13 @@ def test_on_a_terminal_a_bar_is_drawn_and_nothing_logged(clock, caplog, capsys, 
 
 
 @pytest.mark.parametrize(("process_index", "is_shown"), [(0, True), (1, False)])
-def test_only_the_first_process_talks(clock, caplog, process_index, is_shown):
+def test_only_the_first_process_talks(clock, caplog, monkeypatch, process_index, is_shown):
+    monkeypatch.setattr(logs._Formatter, "process", None)
     loggers = [logging.getLogger(name) for name in ("flax_projector", "convert", "train")]
     levels = [logger.level for logger in loggers]
     caplog.set_level(logging.INFO)
     try:
-        quiet_other_processes(process_index)
+        one_of_several(process_index)
         work(clock, 40)
         log.warning("a warning of any process")
     finally:
@@ -127,6 +129,22 @@ def test_only_the_first_process_talks(clock, caplog, process_index, is_shown):
             logger.setLevel(level)
     assert any(message.startswith("clips: ") for message in caplog.messages) == is_shown
     assert "a warning of any process" in caplog.messages
+
+
+def test_lines_of_several_processes_carry_process_and_step(monkeypatch, capsys):
+    for name in ("process", "step"):
+        monkeypatch.setattr(logs._Formatter, name, None)
+    setup_logging("%(message)s")
+    log = logging.getLogger("train")
+    at_step(7)
+    log.warning("alone")
+    at_step(None)
+    one_of_several(3)
+    log.warning("begins")
+    at_step(120)
+    log.warning("trains %s", "on\nand on")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["alone", "[3] begins", "[3 step 120] trains on", "and on"]
 
 
 @pytest.mark.parametrize(

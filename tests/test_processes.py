@@ -1,88 +1,75 @@
-"""A run of two processes on loopback, as two hosts would run it."""
+"""Runs of several processes on loopback, as hosts would run them: as one, and with every fault.
+
+`make test` has the most telling cases. All of them, with their seconds:
+
+  python -m pytest -s -m '' tests/test_processes.py
+"""
 
 import dataclasses
-import os
+import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+from safetensors.numpy import load_file, save_file
 
 import train_tpu
-from flax_projector.config import TrainConfig, to_json
+from flax_projector.config import TrainConfig
 from flax_projector.training.checkpoints import open_manager
 from tests.parity import assert_within
+from tests.processes import Ended, Processes, by_srun, start
 from tests.tiny import read_losses, tiny_config
 
-pytestmark = pytest.mark.torch
+# One at a time: two processes at once are as many as CI has cores.
+pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("processes")]
 
-PROGRAM = """
-import sys, time
-import train_tpu
-from flax_projector.config import from_json
+LIMIT_SECS = 60.0
+"""In which all processes end after a fault in one: 30 s, doubled for slow machines."""
+
+SLOWLY = """
 from flax_projector.data.reader import BatchIterator
-
-config_path, *flags = sys.argv[1:]
 read = BatchIterator.__next__
-
 def read_slowly(self):
     time.sleep(0.2)
     return read(self)
-
 BatchIterator.__next__ = read_slowly
-train_tpu.PRESETS = {"two": ("", from_json(open(config_path).read()))}
-train_tpu.cli(["two", *flags])
 """
+BATCH = "from flax_projector.data.reader import BatchIterator\n"
+MANAGER = "from flax_projector.training.checkpoints import _Manager\n"
 
 
-def place(by: str, number: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """Flags and variables that tell one of two processes its place."""
-    if by == "flags":
-        run = f"--distributed.coordinator localhost:{port} --distributed.num-processes 2"
-        return [*run.split(), "--distributed.process-id", str(number)], {}
-    return [], {  # of SLURM's srun
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": str(number),
-        "SLURM_LOCALID": str(number),
-        "JAX_COORDINATOR_PORT": str(port),
-    }
+def make_config(folder: Path, towers: dict[str, str], **overrides) -> TrainConfig:
+    """A run with one bucket, which compiles fast."""
+    data = {"bucket_secs": (2.0,), **overrides.pop("data", {})}
+    options = {"num_steps": 20, "eval_every_steps": 5, **overrides}
+    return tiny_config(folder, towers, data=data, **options)
 
 
-def start(config_path: Path, by: str) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    xla_flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, config_path, *flags],
-            cwd=Path(train_tpu.__file__).parent,
-            env=os.environ | {"XLA_FLAGS": xla_flags} | variables,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for flags, variables in (place(by, number, port) for number in range(2))
-    ]
-
-
-def finish(processes: list[subprocess.Popen]) -> str:
-    """What they said, once both have ended well."""
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    for process, text in zip(processes, errors, strict=True):
-        assert process.returncode == 0, text[-3000:]
-    return "".join(errors)
+@pytest.fixture
+def config(tmp_path, tiny_towers) -> TrainConfig:
+    """A run without evaluations, which would have to be compiled."""
+    return make_config(tmp_path / "several", tiny_towers, data={"eval": ()}, eval_every_steps=0)
 
 
 def num_losses(config: TrainConfig) -> int:
     metrics = Path(config.out) / "metrics.jsonl"
     return metrics.read_text().count('"grad_norm"') if metrics.is_file() else 0
+
+
+def wait_for_losses(processes: Processes, config: TrainConfig, count: int) -> None:
+    while num_losses(config) < count and all(p.poll() is None for p in processes.running):
+        time.sleep(0.05)
+
+
+def assert_all_say(ends: list[Ended], cause: str) -> None:
+    """All end with code 1 and the same last line."""
+    for end in ends:
+        assert end.code == 1, end.text[-3000:]
+        assert cause in end.last_line, end.text[-3000:]
+    assert len({end.last_line for end in ends}) == 1
 
 
 @pytest.mark.consistency("ours in one process")
@@ -91,31 +78,89 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, tiny_towers) -> 
 
     JAX notices only SIGTERM by itself.
     """
-    one, two = (
-        tiny_config(
-            tmp_path / name,
-            tiny_towers,
-            num_steps=20,
-            eval_every_steps=5,
-            data={"bucket_secs": (2.0,)},
-        )
-        for name in ("one", "two")
-    )
+    one, two = (make_config(tmp_path / name, tiny_towers) for name in ("one", "two"))
     two = dataclasses.replace(two, save_every_steps=1)
-    config_path = tmp_path / "config.json"
-    config_path.write_text(to_json(two))
-
-    processes = start(config_path, "flags")
-    while num_losses(two) < 3 and all(process.poll() is None for process in processes):
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGUSR1)
-    assert "which is saved: the same command continues" in finish(processes)
+    processes = start(two, patch=SLOWLY)
+    wait_for_losses(processes, two, 3)
+    processes.send(signal.SIGUSR1, 1)
+    assert "which is saved: the same command continues" in processes.finish()
     with open_manager(Path(two.out) / "checkpoints", keep=2) as manager:
         stopped_at = manager.latest_step()
     assert stopped_at is not None and 3 <= stopped_at < 20
 
-    assert f"resumed at step {stopped_at}" in finish(start(config_path, "srun"))
+    assert f"resumed at step {stopped_at}" in start(two, place=by_srun).finish()
     train_tpu.main(one)
     assert_within(np.array(read_losses(two), np.float32), read_losses(one), 1e-4)
     names = [Path(c.out) / "transcripts" / "clips-000020.jsonl" for c in (one, two)]
     assert names[0].read_text() == names[1].read_text()
+
+
+# --- hosts that differ ------------------------------------------------------------------------
+
+
+def other_option(config: TrainConfig) -> dict:
+    return {"options": {1: ["--optimizer.learning-rate", "0.02"]}}
+
+
+def other_folder(config: TrainConfig) -> dict:
+    return {"options": {1: ["--out", config.out + "-of-another-host"]}}
+
+
+def longer_clip(config: TrainConfig) -> dict:
+    """The longest clip is 0.3 s longer on one host."""
+    folder = Path(config.data.train[0]).parent
+    other = folder.with_name("longer")
+    shutil.copytree(folder, other)
+    longest = max(other.glob("*.wav"), key=lambda file: soundfile.info(file).duration)
+    samples, rate = soundfile.read(longest)
+    soundfile.write(longest, np.append(samples, samples[: int(0.3 * rate)]), rate)
+    return {"options": {1: ["--data.train", str(other / "clips.jsonl")]}}
+
+
+def other_weights(config: TrainConfig) -> dict:
+    other = Path(config.out).with_name("llm")
+    shutil.copytree(config.llm, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors[min(tensors)] = tensors[min(tensors)] * 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return {"options": {1: ["--llm", str(other)]}}
+
+
+def other_version(config: TrainConfig) -> dict:
+    patch = "import importlib.metadata as m\nv = m.version\n"
+    return {"patches": {1: patch + "m.version = lambda name: '9.9' if name == 'jax' else v(name)"}}
+
+
+def no_checkpoint(config: TrainConfig) -> dict:
+    """A host does not see the newest checkpoint."""
+    train_tpu.main(dataclasses.replace(config, num_steps=4))
+    # As if it had been stopped: the config says 20 steps.
+    saved = Path(config.out) / "config.json"
+    saved.write_text(saved.read_text().replace('"num_steps": 4', '"num_steps": 20'))
+    return {"patches": {1: MANAGER + "_Manager.latest_step = lambda self: None"}}
+
+
+DIFFERENT = {  # what is different, and what all processes say of it
+    other_option: r"--optimizer.learning-rate: 0.01 (process 0 on ",
+    longer_clip: "lengths of train: ",
+    other_folder: "a folder that all hosts must share: ",
+    other_weights: "contents of --llm: ",
+    other_version: "jax: ",
+    no_checkpoint: "newest checkpoint: 4 (process 0 on ",
+}
+FAST = (other_option, longer_clip)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in DIFFERENT],
+    ids=lambda case: case.__name__,
+)
+def test_hosts_that_differ_are_named_before_the_first_step(case, config, report):
+    before = num_losses(config)
+    options = case(config)
+    ends = start(config, **options).end()
+    assert_all_say(ends, DIFFERENT[case])
+    assert "process 1 on " in ends[0].last_line and "differ: start the same" in ends[1].text
+    assert num_losses(config) == before or case is no_checkpoint
+    report(f"{case.__name__}: all had ended {max(end.secs for end in ends):.0f} s after the start")

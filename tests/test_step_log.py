@@ -11,6 +11,7 @@ import pytest
 
 from flax_projector.chat.prompt import make_prompt
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
+from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batch_plan import prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Waveforms
@@ -72,6 +73,7 @@ def make_log(folder, batches):
             StepLog(
                 writers[-1],
                 batches,
+                BadRowLog(None, max_rate=1.0),
                 first_step=first_step,
                 num_steps=20,
                 audio_secs=audio_secs,

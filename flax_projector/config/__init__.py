@@ -22,7 +22,7 @@ from flax_projector.config.models import (
     WhisperConfig,
 )
 from flax_projector.config.presets import PRESETS
-from flax_projector.config.saved import Changes, changes, from_json, to_json
+from flax_projector.config.saved import Changes, changes, from_json, shared_options, to_json
 from flax_projector.config.train import (
     AUDIO,
     TINY_AUDIO_SYSTEM,
@@ -62,5 +62,6 @@ __all__ = [
     "changes",
     "from_json",
     "option",
+    "shared_options",
     "to_json",
 ]

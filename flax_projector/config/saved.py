@@ -18,6 +18,8 @@ from flax_projector.config.fields import (
 from flax_projector.config.train import TrainConfig
 from flax_projector.files import parse_json
 
+_OF_HOST = {"out", "data.cache_dir"}  # the one is compared by its contents
+
 
 def to_json(config: TrainConfig) -> str:
     """The resolved config, as it is saved in the run folder."""
@@ -79,6 +81,19 @@ def changes(saved: TrainConfig, current: TrainConfig) -> Changes:
         if value != now[name][0]:
             found[mark][name] = f"{option(name)}: {value!r} -> {now[name][0]!r}"
     return Changes(*found.values())
+
+
+def shared_options(config: TrainConfig) -> dict[str, str]:
+    """The options that all processes of a run must be given alike, and their values.
+
+    Not those that name contents by paths, which may be different ones on every host.
+    """
+    marks = {MAY_MOVE, OF_PROCESS}
+    return {
+        option(name): repr(value)
+        for name, (value, mark) in _leaves(config).items()
+        if mark not in marks and name not in _OF_HOST
+    }
 
 
 def _leaves(

@@ -9,14 +9,13 @@ import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
+from flax_projector import hosts
 from flax_projector.data.audio import Problem
-from flax_projector.files import reading, write_atomically, writing
+from flax_projector.files import reading, write_atomically
 from flax_projector.storage import AnyPath
-from flax_projector.storage.growing import growing, publish
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +59,9 @@ class BadRowLog:
     finds itself: rows that are bad in the manifest, and clips that it tries again because an
     earlier start could not read them (`known`). So a repaired row is no longer listed or counted.
 
-    Every process finds the same bad rows in a manifest, and process 0 writes them. A clip that
-    cannot be read is known only to the process that reads it: process i > 0 writes its own
-    `<name>.<i>.jsonl`. Every process checks the share; if one stops, the others stop too.
+    Every process finds the same bad rows in a manifest. A clip that cannot be read is known only to
+    the process that reads it, until all of them share what they have found. So all count the same
+    rows and stop at the same step, and process 0 writes the list.
     """
 
     def __init__(self, path: AnyPath | None, *, max_rate: float):
@@ -72,15 +71,12 @@ class BadRowLog:
           path: a `.jsonl` file; None keeps the list in memory, and logs it.
           max_rate: largest allowed share of defective rows in a set.
         """
-        self._process = jax.process_index()
-        if path is not None and self._process > 0:
-            path = path.with_suffix(f".{self._process}{path.suffix}")
         self._path, self._max_rate = path, max_rate
-        self._file = None if path is None else growing(path)
         self._num_rows: dict[str, int] = {}
-        # By set and key: rows that are bad as written, and clips that this process could not read.
+        self._found: list[tuple[str, BadRow]] = []  # and not yet shared
+        # By set and key: rows that are bad as written, and clips that could not be read.
         self._written: dict[str, dict[str, BadRow]] = {}
-        self._unreadable = _read(self._file) if self._file and self._file.is_file() else {}
+        self._unreadable = _read(path) if path is not None and path.is_file() else {}
 
     def known(self, name: str) -> set[str]:
         """Keys of the rows of a set whose clips could not be read, now or by earlier starts.
@@ -128,36 +124,51 @@ class BadRowLog:
         self._check(name)
 
     def add(self, name: str, rows: Iterable[BadRow]) -> None:
-        """Lists rows whose clips could not be read or are doubtful; known rows change nothing.
+        """Takes rows whose clips could not be read or are doubtful; known rows change nothing.
+
+        If there are several processes, they are listed when all have called `share`.
 
         Raises:
           ValueError: if too many are now defective.
         """
         known = self._unreadable[name]
-        new = {row.key: row for row in rows if row.key not in known}
-        if not new:
+        self._found += [(name, row) for row in rows if row.key not in known]
+        if jax.process_count() == 1:
+            self.share()
+
+    def share(self) -> None:
+        """Lists what has been added, by all processes; each must call it.
+
+        Raises:
+          ValueError: if too many are now defective.
+        """
+        lines = [_to_line(name, row) for name, row in self._found]
+        self._found.clear()
+        everywhere = "".join(hosts.exchange("bad rows", "".join(lines)))
+        if not everywhere:
             return
+        found = _parse(everywhere.encode())
+        for name, rows in found.items():
+            self._list(name, rows)
+        self._rewrite()
+        for name in found:
+            self._check(name)
+
+    def _list(self, name: str, rows: dict[str, BadRow]) -> None:
+        known = self._unreadable[name]
+        new = [row for key, row in rows.items() if key not in known]
         before = {row.reason for row in known.values()}
-        known.update(new)
-        if self._file is not None:
-            with writing(self._file):
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.writelines(_to_line(name, row) for row in new.values())
-        if left_out := _left_out(new.values()):
+        known.update({row.key: row for row in new})
+        if left_out := _left_out(new):
             listed = "; ".join(f"{row.id}: {row.detail}" for row in left_out)
             log.warning("%s: left out %s", name, listed)
-        for row in new.values():
+        for row in new:
             if row.is_used and row.reason not in before:
                 before.add(row.reason)  # one line for each reason: there may be many such clips
                 log.warning("%s: doubtful, but used: %s: %s", name, row.id, row.detail)
-        self._check(name)
 
     def summary(self) -> str:
-        """One line for the end of a run: how many rows were left out or doubtful, by reason.
-
-        Of the clips that could not be read, it counts only this process's.
-        """
+        """One line for the end of a run: how many rows were left out or doubtful, by reason."""
         parts = []
         for name, num_rows in self._num_rows.items():
             rows = self._rows(name)
@@ -172,21 +183,18 @@ class BadRowLog:
         return list((self._written[name] | self._unreadable[name]).values())
 
     def _rewrite(self) -> None:
-        if self._path is None or self._file is None:
+        if self._path is None or jax.process_index() > 0:
             return
-        parts = [self._unreadable] if self._process > 0 else [self._written, self._unreadable]
         lines = [
             _to_line(name, row)
-            for part in parts
+            for part in (self._written, self._unreadable)
             for name, rows in part.items()
             for row in rows.values()
         ]
         if lines:
-            write_atomically(self._file, "".join(lines))
+            write_atomically(self._path, "".join(lines))
         else:
-            self._file.unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
-        publish(self._path.parent)
 
     def _check(self, name: str) -> None:
         defects = [row for row in self._rows(name) if row.reason.is_defect]
@@ -216,14 +224,17 @@ def _to_line(name: str, row: BadRow) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _read(path: Path) -> dict[str, dict[str, BadRow]]:
-    """Rows by set and key, ignoring a last line that a killed process did not finish."""
-    found: dict[str, dict[str, BadRow]] = {}
+def _read(path: AnyPath) -> dict[str, dict[str, BadRow]]:
     with reading(path, way_out="remove it, and bad rows are found anew"):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                entry = json.loads(line)
-                name, reason = entry.pop("set"), Problem[entry.pop("reason").upper()]
-                row = BadRow(reason=reason, **entry)
-                found.setdefault(name, {})[row.key] = row
+        return _parse(path.read_bytes())
+
+
+def _parse(lines: bytes) -> dict[str, dict[str, BadRow]]:
+    """Rows by set and key."""
+    found: dict[str, dict[str, BadRow]] = {}
+    for line in lines.splitlines():
+        entry = json.loads(line)
+        name, reason = entry.pop("set"), Problem[entry.pop("reason").upper()]
+        row = BadRow(reason=reason, **entry)
+        found.setdefault(name, {})[row.key] = row
     return found

@@ -170,7 +170,7 @@ def read_batch(iterator: BatchIterator, batches: Batches, bad_rows: BadRowLog) -
 
     Raises:
       StopIteration: after the last batch.
-      ValueError: if too many clips have turned out to be unusable.
+      ValueError: if too many clips have turned out to be unusable; see `BadRowLog.add`.
     """
     local = next(iterator)
     bad_rows.add(batches.name, local.bad)

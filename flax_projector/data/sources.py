@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from flax_projector.chat.prompt import Prompt
@@ -188,7 +187,7 @@ class BatchMaker:
           options: passed on to `Batches`.
 
         Raises:
-          ValueError: if too many rows are defective, none is left, or hosts see different rows.
+          ValueError: if too many rows are defective, or none is left.
         """
         good, bad = rows
         num_rows = len(good) + len(bad)
@@ -219,7 +218,6 @@ class BatchMaker:
             drop_doubtful=drop_doubtful,
             **options,
         )
-        _require_same_on_all_hosts(batches)
         log.info("%s: %d utterances, buckets %s", name, len(utterances), batches.buckets)
         return batches
 
@@ -236,14 +234,4 @@ class BatchMaker:
             batch_size=config.data.eval_batch_size,
             encoder_dim=config.projector.encoder_dim,
             encoder_name=f"{self.encoder_digest} {config.dtype}",
-        )
-
-
-def _require_same_on_all_hosts(batches: Batches) -> None:
-    """Hosts that see different rows would train on different batches, or wait for each other."""
-    ours = np.frombuffer(bytes.fromhex(batches.fingerprint), np.uint8)
-    everywhere = np.reshape(multihost_utils.process_allgather(ours), (-1, len(ours)))
-    if not (everywhere == ours).all():
-        raise ValueError(
-            f"{batches.name}: the hosts see different rows: give all of them the same files"
         )

@@ -10,6 +10,7 @@
   metrics, step_log    what is logged, and where
   throughput           speed, FLOP utilisation, compilations, profiles
   cluster, roll_call   on several hosts: which process this is, and whether all are there
+  agreement            what the hosts must have in common, compared before the first step
   preemption           on SIGTERM: save and exit
 
 Imports everything below it (`models`, `data`, and the files of the package); never `convert`.

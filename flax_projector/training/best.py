@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import jax
 import numpy as np
 
+from flax_projector import hosts
 from flax_projector.files import reading, write_atomically
 from flax_projector.models.speech_llm import Params
 from flax_projector.run_folder import RunFolder
@@ -73,7 +74,10 @@ class Best:
           folder: the run's folder.
           write: writes parameters as a Flax folder; every process calls it.
         """
-        self._folder, self._write, self._record = folder, write, _read_record(folder)
+        self._folder, self._write = folder, write
+        found = _read_record(folder) if jax.process_index() == 0 else _Record()
+        # What decides whether all processes write together is one process's view of the file.
+        self._record = _Record(**json.loads(hosts.broadcast("best", json.dumps(asdict(found)))))
 
     def offer(self, step: int, scores: Collection[Scores], params: Params) -> None:
         """Keeps a projector if its mean scores are better than the best so far.

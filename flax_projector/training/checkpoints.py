@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flax_projector import hosts
 from flax_projector.data.reader import BatchIterator
 from flax_projector.files import any_path, system_error, whole_path, writing
 from flax_projector.run_folder import STATE
@@ -22,9 +22,12 @@ _POSITION = "position"
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, except for two things.
+    """Orbax's manager, except for three things.
 
     Errors of writing become OSErrors that name the folder.
+
+    If a save fails in the background, the other processes are told at once. Orbax's own thread
+    would first wait for them, and they for it: for 20 minutes.
 
     It leaves the preemption service to `PreemptionGuard`. Orbax asks the service at every save,
     with the number of the step. The service says yes only once, at a number that it derives from
@@ -35,6 +38,10 @@ class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         del step
         return False
+
+    def _wait_for_checkpointers(self) -> None:
+        with hosts.telling(), _writing(self.directory):
+            super()._wait_for_checkpointers()
 
     def save(self, *args: Any, **kwargs: Any) -> bool:
         with _writing(self.directory):
@@ -165,4 +172,4 @@ class Saver:
     def is_late(self) -> bool:
         """Whether the last save was more than `every_mins` ago; process 0 decides for all."""
         is_late = time.monotonic() - self._saved_at > self._every_secs
-        return bool(multihost_utils.broadcast_one_to_all(is_late))
+        return bool(hosts.broadcast("save is late", "yes" if is_late else ""))

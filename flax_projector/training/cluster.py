@@ -15,6 +15,7 @@ from jax._src.clusters import ClusterEnv, K8sCluster  # there is no public form
 
 from flax_projector import hosts
 from flax_projector.config import DistributedConfig
+from flax_projector.logs import one_of_several
 from flax_projector.training.roll_call import call_roll
 
 log = logging.getLogger(__name__)
@@ -86,13 +87,9 @@ def join(config: DistributedConfig, *, timeout_secs: float = START_SECS) -> None
         heartbeat_timeout_seconds=_GONE_SECS,
         shutdown_timeout_seconds=_GONE_SECS,  # of those that have all come to the end of the run
     )
+    one_of_several(place.process_id)
     hosts.connect()
-    log.info(
-        "process %d of %d, connected by %s",
-        place.process_id,
-        place.num_processes,
-        place.coordinator,
-    )
+    log.info("%d processes, connected by %s", place.num_processes, place.coordinator)
 
 
 def find_place(config: DistributedConfig, *, timeout_secs: float = START_SECS) -> Place | None:

@@ -225,6 +225,7 @@ class Evaluator:
                 check()
                 yield index, read_batch(iterator, batches, self._bad_rows)
                 progress.update()
+        self._bad_rows.share()
 
 
 def eval_step(

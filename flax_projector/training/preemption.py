@@ -4,13 +4,13 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from flax_projector import hosts
 from flax_projector.data.reader import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ class PreemptionGuard:
     called there is nothing to save, and the process ends at once.
 
     On several hosts, JAX's own preemption service handles SIGTERM, and all hosts agree on the poll
-    at which they stop: the other signals are passed on to it as SIGTERM. No host ends by itself
-    during work that cannot be interrupted.
+    at which they stop: the other signals are passed on to it as SIGTERM. The grace period begins on
+    all of them when one has been told to stop.
     """
 
     def __init__(self) -> None:
@@ -73,6 +73,7 @@ class PreemptionGuard:
         }
         old_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         stop = self._stop if is_alone else lambda: os.kill(os.getpid(), signal.SIGTERM)
+        hosts.when_told_to_stop(self._stop)
         thread = threading.Thread(target=self._watch, args=(read_fd, stop), daemon=True)
         thread.start()
         try:
@@ -95,19 +96,15 @@ class PreemptionGuard:
                 log.info("%s: stopping; Ctrl-C ends at once", signal.Signals(byte[0]).name)
                 threading.Thread(target=stop, daemon=True).start()
             elif byte[0] == signal.SIGINT:
-                _end(128 + signal.SIGINT)  # as shells have it
+                hosts.end_now(128 + signal.SIGINT)  # as shells have it
 
     def _stop(self) -> None:
         if self._finish is not None:
             if self._ended.wait(GRACE_SECS):
                 return
-            self._finish()
+            saving = threading.Thread(target=self._finish, daemon=True)
+            saving.start()
+            # On several hosts, one that saves with this one may be stuck.
+            saving.join(None if jax.process_count() == 1 else hosts.SAVE_SECS)
         log.info("start the same command again to continue")
-        _end(0)
-
-
-def _end(code: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            stream.flush()
-    os._exit(code)
+        hosts.leave(0)

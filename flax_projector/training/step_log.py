@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import optax
 
+from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
-from flax_projector.logs import progress_bar
+from flax_projector.logs import at_step, progress_bar
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.throughput import FlopCounter, summarize
 
@@ -32,6 +33,7 @@ class StepLog:
         self,
         writer: MetricsWriter,
         batches: Batches,
+        bad_rows: BadRowLog,
         *,
         first_step: int,
         num_steps: int,
@@ -45,6 +47,7 @@ class StepLog:
         Args:
           writer: receives the lines.
           batches: the training batches.
+          bad_rows: rows that cannot be used; whatever is found is shared at every line.
           first_step: number of steps done before this start.
           num_steps: number of steps in the whole run.
           audio_secs: seconds of speech trained on in earlier starts.
@@ -54,6 +57,7 @@ class StepLog:
         """
         self.audio_secs = audio_secs
         self._writer, self._batches, self._schedule = writer, batches, schedule
+        self._bad_rows, self._step = bad_rows, first_step
         self._count_flops, self._num_compiled = count_flops, num_compiled
         self._pending: list[Mapping[str, Any]] = []
         self._progress = progress_bar(
@@ -84,12 +88,17 @@ class StepLog:
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of the next step, which may still be computing."""
         self._pending.append(metrics)
+        self._step += 1
+        at_step(self._step)
         self._progress.update()
 
     def flush(self, step: int) -> None:
         """Writes a line about the steps since the last line, up to `step`, if there are any.
 
+        All processes must call it.
+
         Raises:
+          ValueError: if too many rows cannot be used.
           FloatingPointError: if a metric is not finite; names it, the step and its utterances.
         """
         if not self._pending:
@@ -112,6 +121,7 @@ class StepLog:
         self._writer.write(step, scalars)
         self._progress.set_postfix(progress_postfix(scalars))
         self._pending = []
+        self._bad_rows.share()
         self._restart_clock()
 
 
