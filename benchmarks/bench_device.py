@@ -174,7 +174,7 @@ def measure(config: TrainConfig, num_rows: int, lengths: list[float], rounds: in
             count_flops=count_flops,
             devices=mesh.devices.flatten().tolist(),
         )
-        memory = step.memory_analysis()
+        memory: Any = step.memory_analysis()
         results[f"{secs:g} s"] = {
             "step_secs": round(step_secs, 4),
             "audio_secs_per_sec": round(summary["audio_secs_per_sec"], 1),
