@@ -47,6 +47,7 @@ from flax_projector.training.agreement import agree_on_command, agree_on_start
 from flax_projector.training.best import Best
 from flax_projector.training.checkpoints import Saver, open_manager, restore
 from flax_projector.training.cluster import join
+from flax_projector.training.compile_cache import compile_cache
 from flax_projector.training.due import Due
 from flax_projector.training.held_out import HeldOut
 from flax_projector.training.metrics import MetricsWriter
@@ -122,6 +123,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         stack.enter_context(folder.lock(jax.process_index()))
         config = resolve_config(config)
         log.info("config:\n%s", to_json(config))
+        stack.enter_context(compile_cache(config.compile_cache, shared=folder.compile_cache))
         moved = folder.check(config)
         agree_on_command(config, folder)
         check_sources(config)

@@ -123,7 +123,9 @@ def cli(argv: list[str] | None = None) -> None:
         args=argv,
         config=(FlagCreatePairsOff,),
     )
-    with lines_above_bars():
+    from flax_projector.training.compile_cache import compile_cache
+
+    with lines_above_bars(), compile_cache("auto"):
         try:
             command()
         except (ValueError, FloatingPointError, OSError) as error:

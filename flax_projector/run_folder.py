@@ -170,6 +170,11 @@ class RunFolder:
         """Folder for streamed rows and durations, unless `data.cache_dir` names another."""
         return self.on_disk / "data"
 
+    @property
+    def compile_cache(self) -> Path:
+        """Folder for compiled programs, if the run is one of several hosts."""
+        return self.path / "compile_cache"
+
     def features(self, name: str) -> Path:
         """Folder with the kept encoder frames of a set."""
         return self.on_disk / "features" / name

@@ -343,6 +343,10 @@ class TrainConfig:
     """Initial weight of the projector's last norm, and thus the initial RMS of an audio token. The
     original's 1.0 is several times the RMS of an LLM's text embeddings; "auto" is that RMS. Without
     effect if `init_projector` is given."""
+    compile_cache: Annotated[Text, MAY_CHANGE] = "auto"
+    """Where compiled programs are kept for the next start: a folder, which may be a URL, or "off".
+    "auto" is $JAX_COMPILATION_CACHE_DIR; if that is not set, on several hosts, `compile_cache` in
+    the run folder, and on one, `flax-projector/xla` in the user's cache."""
     distributed: Annotated[DistributedConfig, OF_PROCESS] = field(default_factory=DistributedConfig)
     profile_steps: Annotated[Count, MAY_CHANGE] = 0
     """Write a profiler trace of this many steps, after the first ten, to `profile` in the run
