@@ -53,6 +53,7 @@ from flax_projector.training.held_out import HeldOut
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.objectives import CTCObjective, Stages, ctc_classes
 from flax_projector.training.preemption import Preempted, PreemptionGuard
+from flax_projector.training.start_up import StartUp
 from flax_projector.training.state import (
     TrainState,
     abstract_state,
@@ -61,7 +62,7 @@ from flax_projector.training.state import (
     make_optimizer,
     make_schedule,
 )
-from flax_projector.training.step_log import StepLog
+from flax_projector.training.step_log import StepLog, Totals
 from flax_projector.training.throughput import (
     check_profile,
     compilations,
@@ -115,7 +116,7 @@ def make_stages(config: TrainConfig, loaded: LoadedModel, batches: Batches) -> S
 def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
     """Trains on all `devices` to the config's last step, or until the process is told to stop."""
     with contextlib.ExitStack() as stack, hosts.telling():
-        # --- processes, run folder, mesh -----------------------------------------------------
+        start_up = StartUp("connect")  # --- processes, run folder, mesh ----------------------
         join(config.distributed)
         guard = stack.enter_context(PreemptionGuard().watching())
         stack.enter_context(hosts.ending_together())
@@ -124,7 +125,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         config = resolve_config(config)
         log.info("config:\n%s", to_json(config))
         stack.enter_context(compile_cache(config.compile_cache, shared=folder.compile_cache))
-        moved = folder.check(config)
+        moved, began = folder.check(config), folder.read_origin().began
         agree_on_command(config, folder)
         check_sources(config)
         mesh = make_mesh(config.mesh, devices)
@@ -132,10 +133,11 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         stack.enter_context(use_mesh(mesh))
         num_compiled = stack.enter_context(compilations())
 
-        # --- frozen towers and data ----------------------------------------------------------
+        start_up.enter("towers")  # --- frozen towers and data --------------------------------
         towers = find_towers(config)
         folder.check_contents(towers.contents)
         loaded = load_model(config, mesh, towers)
+        start_up.enter("data")
         bad_rows = BadRowLog(folder.bad_rows, max_rate=config.data.max_bad_rate)
         maker = loaded.make_batch_maker(folder, bad_rows)
         batches, held_out_sets = maker.train(), maker.eval()
@@ -144,7 +146,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         )
         stack.enter_context(contextlib.closing(iterator))
 
-        # --- state, compiled functions -------------------------------------------------------
+        start_up.enter("state")  # --- state, compiled functions -----------------------------
         # Restart order: 1. the run folder's newest checkpoint; 2. --init-projector; 3. the seed.
         schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
         optimizer = make_optimizer(config.optimizer, schedule)
@@ -154,37 +156,35 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         latest = manager.latest_step()
         agree_on_start(loaded.prompt, [batches, *held_out_sets.values()], latest)
         if latest is None:
-            state, audio_secs = begin(config, loaded, optimizer, abstract), 0.0
+            state, totals = begin(config, loaded, optimizer, abstract), Totals()
         else:
             state, position = restore(manager, latest, abstract)
             iterator.set_state(position["iterator"], has_moved="data.train" in moved)
-            audio_secs = position["audio_secs"]
+            totals = Totals(**position["totals"])
             log.info("resumed at step %d", latest)
         loaded.log_parameters(state.params)
         first = step = int(state.step)
+        start_up.enter("compile")
         stages = make_stages(config, loaded, batches)
+        objectives, shapes = stages.objectives(first, config.num_steps), batches.abstract_batches()
         steps = compile_steps(
-            stages.objectives(first, config.num_steps),
-            batches.abstract_batches(),
-            abstract,
-            loaded.frozen,
-            optimizer,
-            loaded.model,
-            config,
+            objectives, shapes, abstract, loaded.frozen, optimizer, loaded.model, config
         )
 
-        # --- what happens between steps ------------------------------------------------------
+        start_up.enter("files")  # --- what happens between steps ------------------------------
         writer = MetricsWriter(folder, first_step=first, wandb_project=config.wandb_project)
         stack.enter_context(writer)
         if jax.process_index() == 0:
-            folder.claim(config, loaded.prompt.to_json(), towers.contents)
+            folder.claim(config, loaded.prompt.to_json(), towers.contents, began)
         step_log = StepLog(
             writer,
             batches,
             bad_rows,
             first_step=first,
             num_steps=config.num_steps,
-            audio_secs=audio_secs,
+            totals=totals,
+            began=began,
+            start_up=start_up,
             schedule=schedule,
             count_flops=loaded.make_flop_counter(state.params),
             num_compiled=num_compiled,
@@ -198,10 +198,12 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         check_profile(config.profile_steps, config.num_steps - first)
         guard.protect(manager.wait_until_finished)
 
-        # --- loop ----------------------------------------------------------------------------
+        start_up.enter("evaluation")  # --- loop -----------------------------------------------
         try:
             if due.evaluate(first):  # even after a restart, since it may have been interrupted
-                held_out.evaluate(first, state.params, check=guard.check)
+                with step_log.paused():
+                    held_out.evaluate(first, state.params, check=guard.check)
+            start_up.enter("first step")
             while step < config.num_steps:
                 guard.check()
                 with profiled(step - first, config.profile_steps, folder.profile) as is_last:

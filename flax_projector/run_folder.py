@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -39,10 +40,12 @@ class Origin:
       directory: where it was started: relative paths in its config begin there. Empty if it is not
         known.
       contents: digests of what options name by paths, by the options' names.
+      began: when the run began, by `time.time()`.
     """
 
     directory: str = ""
     contents: Mapping[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ class RunFolder:
         return text
 
     def read_origin(self) -> Origin:
-        """What `claim` saved of the run's origin; an empty one if it was an earlier version's.
+        """What `claim` saved of the run's origin; an empty one, of now, if it saved none.
 
         Raises:
           ValueError: if it cannot be read.
@@ -230,8 +233,9 @@ class RunFolder:
             return Origin()
         with reading(self.origin, way_out="remove it, and give the run's paths as options"):
             origin = Origin(**json.loads(self.origin.read_text("utf-8")))
-            if not (isinstance(origin.directory, str) and isinstance(origin.contents, dict)):
-                raise TypeError("expected a directory and digests by option")
+            types = (type(origin.directory), type(origin.contents), type(origin.began))
+            if types != (str, dict, float):
+                raise TypeError("expected a directory, digests by option and a time")
             return origin
 
     def find(self, name: str) -> str:
@@ -383,13 +387,15 @@ class RunFolder:
                 "of that time, under any path, or choose another --out"
             )
 
-    def claim(self, config: TrainConfig, prompt: str, contents: Mapping[str, str]) -> None:
+    def claim(
+        self, config: TrainConfig, prompt: str, contents: Mapping[str, str], began: float
+    ) -> None:
         """Saves what the run begins with unless there is a config: then the folder is its own.
 
         To be called when no user input can fail any more.
         """
         if not self.config.is_file():
-            origin = Origin(os.getcwd(), contents)
+            origin = Origin(os.getcwd(), contents, began)
             write_atomically(self.prompt, prompt)
             write_atomically(self.origin, json.dumps(asdict(origin), indent=2) + "\n")
             write_atomically(self.config, to_json(config))

@@ -92,7 +92,9 @@ def write_run(path: Path, config: ProjectorConfig, params: dict, *, steps: Seque
     from flax_projector.training.state import TrainState
 
     run = RunFolder(path)
-    run.claim(TrainConfig(encoder="some/whisper", llm="some/llama", projector=config), PROMPT, {})
+    run.claim(
+        TrainConfig(encoder="some/whisper", llm="some/llama", projector=config), PROMPT, {}, 0.0
+    )
     state = TrainState(np.int32(0), params, {"count": np.int32(0)})
     with open_manager(run.checkpoints, keep=len(steps)) as manager:
         for step in steps:

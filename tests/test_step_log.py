@@ -19,9 +19,12 @@ from flax_projector.data.manifest import ManifestRow
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh
 from flax_projector.training.metrics import MetricsWriter
-from flax_projector.training.step_log import StepLog, progress_postfix
+from flax_projector.training.start_up import StartUp
+from flax_projector.training.step_log import StepLog, Totals, progress_postfix
 from flax_projector.training.throughput import FlopCounter
 from tests.tiny import make_tokenizer
+
+NOTHING = Totals()
 
 
 def metrics_of(step: int, **changes: float) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def make_log(folder, batches):
     """Makes the log of a start of a run; `folder.metrics` gets its lines."""
     writers, logs = [], []
 
-    def make(first_step: int = 0, audio_secs: float = 0.0) -> StepLog:
+    def make(first_step: int = 0, totals: Totals = NOTHING, began: float = 0.0) -> StepLog:
         writers.append(MetricsWriter(folder, first_step=first_step))
         logs.append(
             StepLog(
@@ -76,7 +79,9 @@ def make_log(folder, batches):
                 BadRowLog(None, max_rate=1.0),
                 first_step=first_step,
                 num_steps=20,
-                audio_secs=audio_secs,
+                totals=totals,
+                began=began,
+                start_up=StartUp("connect"),
                 schedule=lambda step: 0.001 * step,
                 count_flops=FlopCounter(encoder=1000, projector=100, layers=10, head=1),
                 num_compiled=lambda: 3,
@@ -110,11 +115,11 @@ def test_a_line_is_about_the_steps_since_the_last_one(make_log, folder):
 
 
 def test_speech_adds_up_over_all_starts_of_a_run(make_log, folder):
-    log = make_log(first_step=10, audio_secs=3600.0)
+    log = make_log(first_step=10, totals=Totals(audio_secs=3600.0))
     log.add(metrics_of(11))
     log.add(metrics_of(12))
     log.flush(12)
-    assert log.audio_secs == 3600 + 2 * 60
+    assert log.totals.audio_secs == 3600 + 2 * 60
     assert lines_of(folder)[0]["audio_hours"] == pytest.approx(1 + 2 / 60)
 
 
@@ -170,6 +175,31 @@ def test_rates_leave_pauses_out_and_tell_waiting_apart(make_log, folder, clock):
     assert (first["step_secs"], first["data_wait_rate"]) == (4.0, 0.25)
     assert first["audio_secs_per_sec"] == pytest.approx(60 / 4)
     assert (second["step_secs"], second["data_wait_rate"]) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "goodput"), [(2000.0, 0.3), (1000.0, 1.0)], ids=["", "clock behind"]
+)
+def test_goodput_is_the_time_of_steps_over_that_of_the_run(
+    make_log, folder, clock, monkeypatch, now, goodput
+):
+    """The hosts of two starts need not agree about the time."""
+    monkeypatch.setattr("flax_projector.training.step_log.time.time", lambda: now)
+    log = make_log(first_step=10, totals=Totals(step_secs=290.0), began=1000.0)
+    clock.secs += 10.0
+    log.add(metrics_of(11))
+    log.flush(11)
+    assert lines_of(folder)[0]["goodput"] == goodput
+    assert log.totals.step_secs == 300
+
+
+def test_the_first_line_of_a_start_says_what_the_start_took(make_log, folder):
+    log = make_log()
+    for step in (1, 2, 3):
+        log.add(metrics_of(step))
+        if step > 1:
+            log.flush(step)
+    assert ["start_secs/connect" in line for line in lines_of(folder)] == [True, False]
 
 
 def test_the_progress_bar_shows_the_losses_that_there_are():

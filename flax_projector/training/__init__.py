@@ -9,6 +9,7 @@
   due                  when a run logs, saves and evaluates
   metrics, step_log    what is logged, and where
   throughput           speed, FLOP utilisation, compilations, profiles
+  start_up             how long a start takes, phase by phase
   compile_cache        keeps compiled programs for the next start
   cluster, roll_call   on several hosts: which process this is, and whether all are there
   agreement            what the hosts must have in common, compared before the first step

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -164,7 +165,7 @@ class Saver:
         if step != self._saved_step:
             position = {
                 "iterator": self._iterator.get_state(),
-                "audio_secs": self._step_log.audio_secs,
+                "totals": asdict(self._step_log.totals),
             }
             save(self._manager, step, state, position)
             self._saved_step, self._saved_at = step, time.monotonic()

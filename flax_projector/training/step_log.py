@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,9 +15,25 @@ from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.logs import at_step, progress_bar
 from flax_projector.training.metrics import MetricsWriter
+from flax_projector.training.start_up import StartUp
 from flax_projector.training.throughput import FlopCounter, summarize
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the steps of a run, those of earlier starts included; a checkpoint keeps them.
+
+    Steps that a kill has lost are not in it: they are done again.
+
+    Attributes:
+      audio_secs: seconds of speech that the run has been trained on.
+      step_secs: seconds that the steps took.
+    """
+
+    audio_secs: float = 0.0
+    step_secs: float = 0.0
 
 
 class StepLog:
@@ -26,7 +43,7 @@ class StepLog:
     then the devices run ahead.
 
     Attributes:
-      audio_secs: seconds of speech that the run has been trained on, over all starts.
+      totals: sums over the steps that have been written.
     """
 
     def __init__(
@@ -37,7 +54,9 @@ class StepLog:
         *,
         first_step: int,
         num_steps: int,
-        audio_secs: float,
+        totals: Totals,
+        began: float,
+        start_up: StartUp,
         schedule: optax.Schedule,
         count_flops: FlopCounter,
         num_compiled: Callable[[], int],
@@ -50,12 +69,15 @@ class StepLog:
           bad_rows: rows that cannot be used; whatever is found is shared at every line.
           first_step: number of steps done before this start.
           num_steps: number of steps in the whole run.
-          audio_secs: seconds of speech trained on in earlier starts.
+          totals: those of earlier starts.
+          began: when the run began, by `time.time()`.
+          start_up: times this start; the first step ends it.
           schedule: the learning rate schedule.
           count_flops: counts the FLOPs of the run's model.
           num_compiled: returns the number of programs compiled so far.
         """
-        self.audio_secs = audio_secs
+        self.totals, self._began, self._start_up = totals, began, start_up
+        self._start_secs: dict[str, float] | None = None
         self._writer, self._batches, self._schedule = writer, batches, schedule
         self._bad_rows, self._step = bad_rows, first_step
         self._count_flops, self._num_compiled = count_flops, num_compiled
@@ -87,6 +109,9 @@ class StepLog:
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of the next step, which may still be computing."""
+        if self._start_secs is None:
+            jax.block_until_ready(metrics)
+            self._start_secs = self._start_up.finish()
         self._pending.append(metrics)
         self._step += 1
         at_step(self._step)
@@ -107,18 +132,24 @@ class StepLog:
         for index, metrics in enumerate(measured, step - len(measured)):
             ids = [u.row.id for u in self._batches.members(index) if u is not None]
             require_finite(metrics, step=index + 1, utterance_ids=ids)
+        secs = time.monotonic() - self._since
         scalars = summarize(
             measured,
-            secs=time.monotonic() - self._since,
+            secs=secs,
             wait_secs=self._waited_secs,
             count_flops=self._count_flops,
             devices=self._batches.mesh.devices.flatten().tolist(),
         )
-        self.audio_secs += scalars.pop("audio_secs")
-        scalars["audio_hours"] = self.audio_secs / 3600
+        audio_secs = self.totals.audio_secs + scalars.pop("audio_secs")
+        self.totals = Totals(audio_secs, self.totals.step_secs + secs)
+        scalars["audio_hours"] = audio_secs / 3600
         scalars["learning_rate"] = float(np.asarray(self._schedule(step - 1)))
         scalars["num_compiled"] = self._num_compiled()
-        self._writer.write(step, scalars)
+        # At most 1, even if the clock of the host on which the run began is ahead of this one's.
+        run_secs = max(time.time() - self._began, self.totals.step_secs)
+        scalars["goodput"] = self.totals.step_secs / run_secs
+        self._writer.write(step, scalars | (self._start_secs or {}))
+        self._start_secs = {}
         self._progress.set_postfix(progress_postfix(scalars))
         self._pending = []
         self._bad_rows.share()
