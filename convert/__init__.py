@@ -11,6 +11,7 @@ each of which imports only what stands above it:
   tables           the mapping of each model, one row per kind of tensor
   checkpoint       named tensors that are read one at a time
   bounds           refuses numbers and texts that would grow beyond any memory
+  bucket           reads models in a bucket
   wrappers         takes what wrappers add out of the names of tensors
   plan             which torch tensors belong to which Flax leaf
   misfits          finds what is missing, unexpected or of another shape
@@ -27,6 +28,7 @@ each of which imports only what stands above it:
   flax_files       reads and writes Orbax checkpoints
   stored           recognises and opens whatever is stored at a path
   models           the models that can be converted
+  spread           divides the reading of a leaf among all devices
   load             loads weights into sharded device arrays, for training
   compare          decides whether two checkpoints hold the same model
   api              the public functions

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,9 @@ DTYPES = {
 CASTABLE = (*DTYPES.values(), np.dtype(np.float64))
 """What `cast` casts. Integers and float8 are useless without their scales, which are elsewhere, and
 complex numbers without their imaginary part."""
+
+View = Callable[[np.ndarray], np.ndarray]
+"""Takes a part of a tensor, or moves its axes, without looking at its elements."""
 
 _Result = TypeVar("_Result")
 
@@ -50,16 +53,24 @@ class Checkpoint:
       infos: shape and dtype of every tensor, in the order that is cheapest to read.
       read: returns one tensor, possibly a view of the file or of another tensor.
       files: the files or Orbax folders that are read; empty if the tensors are in memory.
+      fetch: yields views of several tensors, if they are in a bucket; see `views`.
     """
 
     infos: Mapping[str, TensorInfo]
     read: Callable[[str], np.ndarray]
     files: frozenset[Path] = frozenset()
+    fetch: Callable[[Sequence[str], View], Iterator[np.ndarray]] | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of all tensors together, in bytes."""
         return sum(info.nbytes for info in self.infos.values())
+
+    def views(self, names: Sequence[str], view: View) -> Iterator[np.ndarray]:
+        """Yields the same view of several tensors; of files, only what lies in it is read."""
+        if self.fetch is not None:
+            return self.fetch(names, view)
+        return (view(self.read(name)) for name in names)
 
     def cast(self, dtype: np.dtype) -> "Checkpoint":
         """The same tensors, converted to `dtype` when they are read, if they are `CASTABLE`.
@@ -71,7 +82,10 @@ class Checkpoint:
             for name, info in self.infos.items()
         }
         return replace(
-            self, infos=infos, read=lambda name: _cast(name, self.read(name), infos[name].dtype)
+            self,
+            infos=infos,
+            read=lambda name: _cast(name, self.read(name), infos[name].dtype),
+            fetch=None,
         )
 
     def only(self, names: Collection[str]) -> "Checkpoint":
@@ -81,7 +95,16 @@ class Checkpoint:
     def renamed(self, old_names: Mapping[str, str]) -> "Checkpoint":
         """The same tensors under new names: {new: old}."""
         infos = {new: self.infos[old] for new, old in old_names.items()}
-        return replace(self, infos=infos, read=lambda name: self.read(old_names[name]))
+
+        def fetch(names: Sequence[str], view: View) -> Iterator[np.ndarray]:
+            return self.views([old_names[name] for name in names], view)
+
+        return replace(
+            self,
+            infos=infos,
+            read=lambda name: self.read(old_names[name]),
+            fetch=fetch if self.fetch else None,
+        )
 
     def stream(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, tensor in C order) in order, while two threads read the next two."""
@@ -98,7 +121,7 @@ class Checkpoint:
                 progress.update(array.nbytes)
                 return array
 
-            yield replace(self, read=read)
+            yield replace(self, read=read, fetch=None)
 
 
 def map_ahead(

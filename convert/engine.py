@@ -170,9 +170,12 @@ def read_part(leaf: LeafPlan, tensors: Checkpoint, index: tuple[slice, ...]) -> 
         keys, slots, index = leaf.keys[index[0]], part, index[1:]
     else:
         keys, slots = leaf.keys, part[np.newaxis]
-    for i, key in enumerate(keys):
-        tensor = leaf.rule.transform.forward(tensors.read(key))
-        copy_into(slots[i, ...], tensor[*index, ...])
+
+    def view(tensor: np.ndarray) -> np.ndarray:
+        return leaf.rule.transform.forward(tensor)[*index, ...]
+
+    for i, tensor in enumerate(tensors.views(keys, view)):
+        copy_into(slots[i, ...], tensor)
     return part
 
 

@@ -39,6 +39,17 @@ class LeafPlan:
         """Shape and dtype of each of the torch tensors."""
         return TensorInfo(self.rule.tensor_shape(self.info.shape), self.info.dtype)
 
+    @property
+    def order(self) -> list[int]:
+        """The leaf's dimensions from the slowest to the fastest in the torch files.
+
+        A part that is cut along the first of them lies there in one piece.
+        """
+        tensor = [*range(len(self.info.shape))][self.rule.is_stacked :]
+        axes = self.rule.transform.axes or range(len(tensor))
+        dims = [dim for _, dim in sorted(zip(axes, tensor, strict=True))]
+        return [0, *dims] if self.rule.is_stacked else dims
+
 
 @dataclass(frozen=True)
 class Plan:

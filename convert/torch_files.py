@@ -1,16 +1,19 @@
 """Opens PyTorch checkpoints of every form; reads and writes safetensors, without torch."""
 
+import functools
+import itertools
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, contiguous
+from convert.bucket import LINK, RemoteFile
+from convert.checkpoint import DTYPES, Checkpoint, TensorInfo, View, contiguous
 from convert.torch_save import TORCH_SUFFIXES, is_saved, open_saved
 from flax_projector.file_types import recognise
 from flax_projector.files import local_path, parse_json
@@ -144,6 +147,8 @@ def _open_file(path: Path) -> Checkpoint:
         raise ValueError(f"{path} does not exist")
     with path.open("rb") as file:
         start = file.read(40)
+    if start.startswith(LINK):
+        return _open_remote(path)
     if start[7:9] == b"\x00{":  # behind the length of the header
         return _open_safetensors(path)
     if kind := recognise(path):
@@ -180,7 +185,14 @@ def _open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(infos, read, frozenset({path}))
 
 
-def _header(path: Path, key: str, entry: Mapping[str, Any]) -> TensorInfo:
+def _open_remote(link: Path) -> Checkpoint:
+    file = RemoteFile(link)
+    infos = {key: _header(file.url, key, entry) for key, entry in file.header.items()}
+    fetch = functools.partial(file.fetch, infos)
+    return Checkpoint(infos, lambda key: next(fetch([key], lambda x: x)), frozenset({link}), fetch)
+
+
+def _header(path: str | Path, key: str, entry: Mapping[str, Any]) -> TensorInfo:
     code = entry["dtype"]
     if code not in _SAFETENSORS_DTYPES:
         known = ", ".join(_SAFETENSORS_DTYPES)
@@ -217,4 +229,15 @@ def _open_sharded(index: Path) -> Checkpoint:
         raise ValueError(f"{index} and its files disagree about {', '.join(wrong[:20])}{more}")
     infos = {key: shards[name].infos[key] for key, name in weight_map.items()}
     files = frozenset({index}).union(*(shard.files for shard in shards.values()))
-    return Checkpoint(infos, lambda key: shards[weight_map[key]].read(key), files)
+
+    def fetch(keys: Sequence[str], view: View) -> Iterator[np.ndarray]:
+        for name, group in itertools.groupby(keys, weight_map.__getitem__):
+            yield from shards[name].views(list(group), view)
+
+    is_remote = any(shard.fetch for shard in shards.values())
+    return Checkpoint(
+        infos,
+        lambda key: shards[weight_map[key]].read(key),
+        files,
+        fetch if is_remote else None,
+    )

@@ -33,7 +33,7 @@ class _Use:
     that the converter reads. If not given: the final one or, if the run has not ended, that of its
     newest checkpoint."""
     encoder: str | None = None
-    """The encoder, if it is no longer where the run found it: an HF folder or hub id."""
+    """The encoder, if it is no longer where the run found it: an HF folder, URL or hub id."""
     llm: str | None = None
     """The same for the LLM."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

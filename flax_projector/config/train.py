@@ -293,9 +293,9 @@ class TrainConfig:
     """All settings of a run."""
 
     encoder: Annotated[Text, MAY_MOVE]
-    """The frozen Whisper model: an HF folder or hub id."""
+    """The frozen Whisper model: an HF folder, which may be a URL (gs://...), or a hub id."""
     llm: Annotated[Text, MAY_MOVE]
-    """The frozen Llama-family LLM: an HF folder or hub id."""
+    """The frozen Llama-family LLM: likewise."""
     projector: ProjectorConfig
     """The part that is trained."""
     out: Annotated[Text, MAY_CHANGE] = "runs/default"

@@ -29,17 +29,18 @@ def compile_cache(folder: str, *, shared: str | Path | None = None) -> Iterator[
         names; else `shared` if there are several processes; else a folder of the user's cache.
       shared: a folder that all hosts see, if there is any.
     """
+    config: Any = jax.config  # its fields are made at run time
     if folder == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif folder != "auto" or jax.config.jax_compilation_cache_dir is None:
+        config.update("jax_enable_compilation_cache", False)
+    elif folder != "auto" or config.jax_compilation_cache_dir is None:
         if folder == "auto":
             folder = str(shared if shared and jax.process_count() > 1 else users_cache())
         if is_url(folder):  # XLA's own caches, of GPUs, cannot be there
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+            config.update("jax_persistent_cache_enable_xla_caches", "none")
         if jax.default_backend() == "cpu":
             folder = f"{folder.rstrip('/')}/{cpu_features()}"
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-    with _one_warning(str(jax.config.jax_compilation_cache_dir)):
+        config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+    with _one_warning(str(config.jax_compilation_cache_dir)):
         yield
 
 
