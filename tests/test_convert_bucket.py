@@ -273,3 +273,60 @@ def test_a_real_server_gives_the_same_bits(folder, url):
         assert bits_of(load_tower(LLAMA, copy, abstract)) == bits_on_one_device(folder)
     copy_small_files.cache_clear()
     fsspec.filesystem("gcs").clear_instance_cache()
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import jax
+import numpy as np
+from convert import bucket
+from convert.checkpoint import in_memory
+from convert.load import load_tower
+from convert.models import LLAMA
+from convert.torch_files import write_safetensors
+from convert.trees import flatten
+from flax_projector.config import LlamaConfig, MeshConfig
+from flax_projector.sharding import make_mesh
+from tests.tiny import torch_infos
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+def load(config, folder):
+    infos = torch_infos(LLAMA, config)
+    folder.mkdir()
+    tensors = in_memory({key: np.ones(info.shape, info.dtype) for key, info in infos.items()})
+    write_safetensors(folder / "model.safetensors", tensors)
+    del tensors
+    abstract = LLAMA.abstract_params(config, mesh=make_mesh(MeshConfig()))
+    copy = bucket.copy_small_files(f"file://{folder}")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    params = flatten(load_tower(LLAMA, copy, abstract))
+    sizes = [leaf.nbytes for leaf in params.values()]
+    return peak() - before, sum(sizes), max(sizes)
+
+folder = Path(sys.argv[1])
+load(LlamaConfig(26, 10, 14, 3, 4, 2, head_dim=6), folder / "small")
+print(*load(LlamaConfig(2048, 512, 2048, 24, 8, 8, head_dim=64), folder / "large"))
+"""
+
+
+@pytest.mark.slow
+def test_loading_holds_the_model_and_two_copies_of_a_leaf(tmp_path):
+    """What is fetched, and the same in the order of the leaf, which the device then takes over."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not measure the peak of memory anew")
+    ran = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        cwd=REPO,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rise, model, leaf = map(int, ran.stdout.split())
+    assert model < rise < model + 2.2 * leaf, (rise, model, leaf)

@@ -11,11 +11,14 @@ import pytest
 
 from flax_projector.batch import AUDIO_TOKEN
 from flax_projector.config import MeshConfig
+from flax_projector.models import speech_llm
+from flax_projector.models.llama import abstract_decoder
 from flax_projector.models.speech_llm import encode_prefix
 from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.objectives import LLMObjective
+from flax_projector.training.state import shardings_of
 from tests.parity import assert_relative_l2
-from tests.tiny_model import PREFIX, make_batch, make_model, make_params, rows_of
+from tests.tiny_model import LLAMA, PREFIX, make_batch, make_model, make_params, rows_of
 
 pytestmark = pytest.mark.xdist_group("test_speech_llm")
 
@@ -79,6 +82,18 @@ def test_a_shared_prefix_changes_neither_loss_nor_gradients(
         got = loss_and_gradients(with_prefix, params, batch_with_padding)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(without_prefix), strict=True):
         assert_relative_l2(a, b, 1e-5)
+
+
+def test_every_host_gets_the_whole_prefix(model, params, monkeypatch):
+    """Also where the devices of a host hold only some of the heads."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = shardings_of(abstract_decoder(LLAMA, mesh=mesh))
+    fetched = []
+    monkeypatch.setattr(speech_llm.jax, "device_get", fetched.append)
+    with use_mesh(mesh):
+        encode_prefix(model, jax.device_put(params[2], shardings), PREFIX, mesh)
+    leaves = jax.tree.leaves(fetched)
+    assert leaves and all(leaf.is_fully_replicated for leaf in leaves)
 
 
 def test_without_tokens_there_is_no_prefix(model, params):
