@@ -174,7 +174,7 @@ class RunFolder:
         return self.on_disk / "data"
 
     @property
-    def compile_cache(self) -> Path:
+    def compile_cache(self) -> AnyPath:
         """Folder for compiled programs, if the run is one of several hosts."""
         return self.path / "compile_cache"
 

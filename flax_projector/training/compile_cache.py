@@ -13,12 +13,13 @@ from typing import Any
 import jax
 
 from flax_projector.files import is_url
+from flax_projector.storage import AnyPath
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def compile_cache(folder: str, *, shared: str | Path | None = None) -> Iterator[None]:
+def compile_cache(folder: str, *, shared: str | AnyPath | None = None) -> Iterator[None]:
     """Inside the block, JAX keeps what it compiles; it never fails because of that.
 
     JAX reads on every host but writes on process 0 only, so several hosts need a folder that all of
