@@ -107,6 +107,8 @@ class LoadedModel:
 
     def make_batch_maker(self, folder: RunFolder, bad_rows: BadRowLog) -> BatchMaker:
         """A `BatchMaker` for the run's training and evaluation sets."""
+        if folder.path != folder.on_disk:
+            log.info("%s: what needs a disk is kept in %s", folder.path, folder.on_disk)
         encode_on_devices = jax.jit(self.model.encode)
 
         def encode(samples: np.ndarray) -> jax.Array:

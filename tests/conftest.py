@@ -50,6 +50,15 @@ def tiny_towers(tmp_path_factory):
     return make_towers(tmp_path_factory.mktemp("towers"))
 
 
+@pytest.fixture(scope="session")
+def bucket_server():
+    """A server of Google Cloud Storage: one for all tests, since TensorStore looks it up once."""
+    from tests.bucket import emulator
+
+    with emulator() as server:
+        yield server
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
     """Takes back what a program under test set up for its own log."""

@@ -149,7 +149,7 @@ class DataConfig:
     """Use only this many rows from the start of each `hf:` source; 0 uses all."""
     cache_dir: Annotated[str, MAY_CHANGE] = ""
     """Folder for streamed rows and for durations read from audio files; several runs may share
-    it. Empty means `data` in the run folder."""
+    it. Empty means `data` in the run folder; for one in a bucket, in the user's cache folder."""
     max_bad_rate: Annotated[float, Interval(ge=0, le=1), MAY_CHANGE] = 0.01
     """Largest allowed share of defective rows (missing file, undecodable, no transcript, ...) in a
     set. Above it the run stops; otherwise such rows are left out and listed in `bad_rows.jsonl` in
@@ -299,7 +299,8 @@ class TrainConfig:
     projector: ProjectorConfig
     """The part that is trained."""
     out: Annotated[Text, MAY_CHANGE] = "runs/default"
-    """Run folder: config, checkpoints, metrics and the final projector."""
+    """Run folder: config, checkpoints, metrics and the final projector. A path, or
+    `gs://BUCKET/FOLDER`."""
     resume: Annotated[bool, MAY_CHANGE] = True
     """Continue the run found in `out`. With `--no-resume`, finding one is an error."""
     prompt: PromptConfig = field(default_factory=PromptConfig)

@@ -1,0 +1,176 @@
+"""Files of runs in a bucket, on a real server of Google Cloud Storage (`tests/bucket.py`)."""
+
+import http.server
+import re
+import sys
+import threading
+
+import pytest
+
+import flax_projector.__main__
+import train_tpu
+from convert.stored import open_stored
+from flax_projector.data.audio import Problem
+from flax_projector.data.bad_rows import BadRow, BadRowLog
+from flax_projector.files import any_path
+from flax_projector.inference import listen
+from flax_projector.run_folder import Owner, RunFolder
+from flax_projector.storage import bucket
+from flax_projector.storage.growing import publish
+from flax_projector.training import metrics
+from flax_projector.training.best import Best, find_best
+from flax_projector.training.evaluate import Scores
+from flax_projector.training.metrics import MetricsWriter
+from tests.bucket import BUCKET, environment
+
+
+def test_an_owner_without_a_run_leaves_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        nonce, owner = folder.write_owner(), folder.read_owner()
+        assert isinstance(owner, Owner) and owner.nonce == nonce
+        folder.check_owner()
+    assert not folder.path.exists()
+
+
+@pytest.fixture
+def refusal(request):
+    """A server that refuses everything with one status."""
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(request.param)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "program", "message"),
+    [
+        (403, "train", "--out: gs://mine: no rights (403): give the account the roles"),
+        (401, "train", "--out: gs://mine: no valid credentials: log in with `gcloud auth"),
+        (404, "train", "--out: gs://mine: there is no such bucket: check the name, or create it"),
+        (404, "evaluate", "gs://mine: there is no such bucket"),
+    ],
+    indirect=["refusal"],
+)
+def test_a_bucket_that_cannot_be_used_is_one_line(refusal, program, message, monkeypatch):
+    for name, value in environment(refusal).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train_tpu, "find_towers", lambda _: pytest.fail("loads a model"))
+    monkeypatch.setattr(listen, "find_towers", lambda _: pytest.fail("loads a model"))
+    use = {
+        "train": lambda: train_tpu.cli(["tiny", "--out", "gs://mine/run"]),
+        "evaluate": lambda: flax_projector.__main__.cli(["evaluate", "gs://mine/run", "x.jsonl"]),
+    }
+    with pytest.raises(SystemExit) as ended:
+        use[program]()
+    assert str(ended.value).startswith(f"error: {message}") and "\n" not in str(ended.value)
+
+
+def test_without_gcsfs_a_bucket_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"need gcsfs: `pip install 'flax-projector\[gcs\]'`"):
+        bucket._patient_filesystem.__wrapped__()
+
+
+def test_the_log_is_uploaded_when_it_is_due_and_not_at_every_line(bucket_server, monkeypatch):
+    folder, uploads = RunFolder(any_path(f"gs://{BUCKET}/log")), []
+    client = bucket.filesystem()
+    upload = client.pipe_file
+
+    def count(path, *args):
+        uploads.append(path.rpartition("/")[2])
+        return upload(path, *args)
+
+    def lines() -> int:
+        return len(folder.metrics.read_text().splitlines())
+
+    monkeypatch.setattr(client, "pipe_file", count)
+    with MetricsWriter(folder) as writer:
+        for step in range(1, 11):
+            writer.write(step, {"loss": 1.0, "grad_norm": 1.0})
+        assert not uploads
+        writer.publish()
+        assert lines() == 10 and len(uploads) == 2  # with TensorBoard's
+        writer.publish()
+        assert len(uploads) == 2, "nothing is new"
+        monkeypatch.setattr(metrics, "_PUBLISH_EVERY_SECS", 0.0)
+        writer.write(11, {"loss": 1.0})
+        assert uploads.count("metrics.jsonl") == 1, "the next line uploads this one"
+        writer.write(12, {"loss": 1.0})
+        assert lines() == 11
+    assert lines() == 12
+    with MetricsWriter(folder, first_step=10):  # on the same machine or another one
+        pass
+    assert lines() == 10
+
+
+def test_bad_rows_are_uploaded_with_the_log(bucket_server):
+    folder = RunFolder(any_path(f"gs://{BUCKET}/bad rows"))
+    row = BadRow("id", "clips.jsonl", Problem.UNDECODABLE, "noise")
+    log = BadRowLog(folder.bad_rows, max_rate=1.0)
+    log.start("train", [], num_rows=2)
+    log.add("train", [row])
+    assert not folder.bad_rows.exists()
+    publish(folder.path)
+    again = BadRowLog(folder.bad_rows, max_rate=1.0)
+    assert again.known("train") == {row.key}
+    again.start("train", [], num_rows=2)
+    assert not folder.bad_rows.exists(), "it can be read again"
+    with pytest.raises(ValueError, match=f"all of them are in {folder.bad_rows}"):
+        BadRowLog(folder.bad_rows, max_rate=0.1).start("train", [row], num_rows=2)
+    assert "noise" in folder.bad_rows.read_text()
+
+
+def test_the_best_projector_is_not_lost_while_the_next_one_is_written(bucket_server):
+    folder = RunFolder(any_path(f"gs://{BUCKET}/best"))
+
+    def write(path, text):
+        (path / "part").write_text("")
+        if text == "killed":
+            raise KeyboardInterrupt
+        (path / "config.json").write_text(text)
+
+    def offer(step: int, wer: float, text: str) -> None:
+        scores = Scores(loss=1.0, wer=wer, transcripts=(), num_unheard=0, num_left_out=0)
+        Best(folder, write).offer(step, [scores], text)
+
+    def kept() -> str:
+        found = find_best(folder)
+        assert found is not None
+        return (found / "config.json").read_text()
+
+    assert find_best(folder) is None
+    offer(2, 0.5, "first")
+    assert kept() == "first"
+    with pytest.raises(KeyboardInterrupt):
+        offer(4, 0.4, "killed")
+    assert kept() == "first"
+    offer(6, 0.3, "third")
+    assert kept() == "third" and len(list(folder.path.glob("best-*"))) == 1
+
+
+def test_caches_of_a_run_in_a_bucket_are_on_this_machine(bucket_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = [RunFolder(any_path(f"gs://{BUCKET}/{name}/run")) for name in "ab"]
+    for folder in folders:
+        assert folder.data_cache.parent == folder.features("x").parents[1]
+        assert re.fullmatch(r"run-\w{8}", folder.data_cache.parent.name)
+        assert folder.data_cache.is_relative_to(tmp_path / "flax-projector")
+    assert folders[0].data_cache != folders[1].data_cache
+    assert RunFolder(tmp_path).data_cache == tmp_path / "data"
+
+
+def test_what_is_not_read_from_a_bucket_says_so(bucket_server):
+    bucket_server.files().pipe_file(f"gs://{BUCKET}/hf/model.safetensors", b"x")
+    with pytest.raises(ValueError, match=r"`gcloud storage cp -r gs://runs/hf \.`"):
+        open_stored(f"gs://{BUCKET}/hf")
+    with pytest.raises(ValueError, match="gs://runs/none does not exist"):
+        open_stored(f"gs://{BUCKET}/none")
