@@ -297,15 +297,17 @@ class RunFolder:
             if owner is not None and owner.nonce == _ME and not self.config.is_file():
                 self.owner.unlink()
 
-    def write_owner(self) -> str:
+    def write_owner(self, process_index: int = 0) -> str:
         """Takes over the folder for this program; the one that had it before ends at its next save.
 
         Returns:
-          The nonce of the new `Owner`.
+          The nonce of the new `Owner`; empty in all processes but the first, which write nothing.
 
         Raises:
           OSError: if it cannot be written to.
         """
+        if process_index > 0:
+            return ""
         now = datetime.now().astimezone().isoformat(" ", "seconds")
         owner = Owner(_ME, socket.gethostname(), os.getpid(), now)
         try:
