@@ -17,7 +17,7 @@ from flax_projector.inference import listen
 from flax_projector.run_folder import Owner, RunFolder
 from flax_projector.storage import bucket
 from flax_projector.storage.growing import publish
-from flax_projector.training import metrics
+from flax_projector.training import checkpoints, metrics
 from flax_projector.training.best import Best, find_best
 from flax_projector.training.evaluate import Scores
 from flax_projector.training.metrics import MetricsWriter
@@ -72,6 +72,14 @@ def test_a_bucket_that_cannot_be_used_is_one_line(refusal, program, message, mon
     with pytest.raises(SystemExit) as ended:
         use[program]()
     assert str(ended.value).startswith(f"error: {message}") and "\n" not in str(ended.value)
+
+
+def test_an_error_of_tensorstore_in_a_bucket_is_one_line(bucket_server):
+    text = 'PERMISSION_DENIED: Error writing "gs://runs/x": HTTP 403 [http_response_code=403]'
+    folder = RunFolder(any_path(f"gs://{BUCKET}/refused")).checkpoints
+    with pytest.raises(OSError) as error, checkpoints._writing(folder):
+        raise ValueError(text)
+    assert str(error.value) == f"{folder} could not be written: {text.partition(' [')[0]}"
 
 
 def test_without_gcsfs_a_bucket_is_one_line(monkeypatch):

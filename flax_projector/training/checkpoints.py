@@ -12,7 +12,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_projector import hosts
 from flax_projector.data.reader import BatchIterator
-from flax_projector.files import any_path, system_error, whole_path, writing
+from flax_projector.files import any_path, is_url, system_error, whole_path, writing
 from flax_projector.run_folder import STATE
 from flax_projector.storage import AnyPath
 from flax_projector.training.metrics import MetricsWriter
@@ -59,7 +59,12 @@ def _writing(folder: Any) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            if (found := system_error(error)) is None:
+            found = system_error(error)
+            if found is None and is_url(
+                folder
+            ):  # TensorStore's own errors, with a long description
+                found = OSError(str(error).partition(" [")[0])
+            if found is None:
                 raise
             raise found from error
 
