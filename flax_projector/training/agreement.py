@@ -68,7 +68,7 @@ def _versions() -> dict[str, str]:
 
 def _folder(folder: RunFolder) -> dict[str, str]:
     """What process 0 has just written to the run folder, as this process sees it."""
-    written = hosts.broadcast("owner", folder.write_owner() if jax.process_index() == 0 else "")
+    written = hosts.broadcast("owner", folder.write_owner(jax.process_index()))
     end = time.monotonic() + _SETTLE_SECS
     while (found := _owner(folder)) != written and time.monotonic() < end:
         time.sleep(0.5)
