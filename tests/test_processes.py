@@ -8,6 +8,7 @@
 import dataclasses
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -164,3 +165,132 @@ def test_hosts_that_differ_are_named_before_the_first_step(case, config, report)
     assert "process 1 on " in ends[0].last_line and "differ: start the same" in ends[1].text
     assert num_losses(config) == before or case is no_checkpoint
     report(f"{case.__name__}: all had ended {max(end.secs for end in ends):.0f} s after the start")
+
+
+# --- faults while training --------------------------------------------------------------------
+
+
+READ = BATCH + "at(BatchIterator, '__next__', 9, {})"
+FULL = """
+import errno
+from orbax.checkpoint import StandardCheckpointHandler
+from orbax.checkpoint import future
+original = StandardCheckpointHandler.async_save
+class Failing:
+    def result(self, timeout=None):
+        say("NOW")
+        raise OSError(errno.ENOSPC, "No space left on device")
+async def async_save(self, *args, **kwargs):
+    return [*(await original(self, *args, **kwargs) or ()), Failing()]
+StandardCheckpointHandler.async_save = async_save
+"""
+FAULTS = {  # where, what, and the cause that all name
+    "reading fails": (1, READ.format("fail(OSError('no disk'))"), "process 1 on {}: no disk"),
+    "reading fails in process 0": (
+        0,
+        READ.format("fail(OSError('no disk'))"),
+        "process 0 on {}: n",
+    ),
+    "a bug": (1, READ.format("fail(KeyError('x'))"), "process 1 on {}: KeyError: 'x'"),
+    "a bug in a save": (
+        0,
+        MANAGER + "at(_Manager, 'save', 2, fail(TypeError('x')))",
+        "process 0 on {}: TypeError: x",
+    ),
+    "a full disk in a background save": (1, FULL, "process 1 on {}: "),
+    "a full disk in a background save of process 0": (0, FULL, "process 0 on {}: "),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [c if c == "reading fails" else pytest.param(c, marks=pytest.mark.slow) for c in FAULTS]
+)
+def test_an_error_in_one_process_ends_all_with_its_cause(case, config, report):
+    where, patch, cause = FAULTS[case]
+    processes = start(config, patches={where: patch})
+    moment = processes.wait_for("NOW", where)
+    ends = processes.end()
+    assert_all_say(ends, cause.format(socket.gethostname()))
+    assert ("Traceback" in ends[where].text) == ("bug" in case)
+    secs = max(end.secs_after(moment, processes) for end in ends)
+    assert secs < LIMIT_SECS
+    report(f"{case}: all had ended {secs:.1f} s later")
+
+
+GONE = {  # which process, what happens to it, and what the other one says
+    "killed": (1, signal.SIGKILL, "process 1 on {} has ended or does not answer"),
+    "process 0 killed": (0, signal.SIGKILL, ""),
+    "stopped": (1, signal.SIGSTOP, ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GONE)
+def test_a_process_that_is_gone_ends_the_others(case, config, report):
+    where, number, cause = GONE[case]
+    processes = start(dataclasses.replace(config, num_steps=500), patch=SLOWLY)
+    wait_for_losses(processes, config, 3)
+    processes.send(number, where)
+    moment = time.monotonic()
+    other = processes.running[1 - where]
+    other.wait(120)
+    secs = time.monotonic() - moment
+    processes.running[where].kill()
+    end = processes.end()[1 - where]
+    assert end.code != 0 and cause.format(socket.gethostname()) in end.text, end.text[-3000:]
+    assert secs < 90
+    report(f"{case}: the other one ended after {secs:.1f} s with code {end.code}: {end.last_line}")
+
+
+STOPPED = {  # where a process is when the signal comes, and whether it saves
+    "in a step": (READ.format("lambda: time.sleep(2)"), True),
+    "in a save": (MANAGER + "at(_Manager, 'save', 2, lambda: time.sleep(2))", True),
+    "in compilation": (
+        "import jax\nat(jax.stages.Lowered, 'compile', 1, lambda: time.sleep(3))",
+        False,
+    ),
+    "reading hangs": (READ.format("lambda: time.sleep(300)"), True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STOPPED)
+def test_sigterm_ends_all_well_even_if_one_is_stuck(case, config, report):
+    patch, saves = STOPPED[case]
+    processes = start(config, patches={1: patch})
+    moment = processes.wait_for("NOW", 1)
+    processes.send(signal.SIGTERM)
+    ends = processes.end()
+    assert [end.code for end in ends] == [0, 0], ends[0].text[-3000:] + ends[1].text[-3000:]
+    secs = max(end.secs_after(moment, processes) for end in ends)
+    assert secs < 2 * LIMIT_SECS
+    report(f"SIGTERM {case}: all had ended {secs:.1f} s later")
+    assert ("start the same command again" in ends[0].text) != ("which is saved" in ends[0].text), (
+        ends[0].text[-3000:]
+    )
+    processes = start(config)
+    assert ("resumed at step" in processes.finish()) == saves
+    assert num_losses(config) == config.num_steps
+
+
+@pytest.mark.slow
+def test_sigterm_in_an_evaluation_saves(tmp_path, tiny_towers):
+    config = make_config(tmp_path, tiny_towers)
+    patch = "from flax_projector.training.evaluate import Evaluator\n"
+    processes = start(
+        config, patches={1: patch + "at(Evaluator, 'loss', 2, lambda: time.sleep(2))"}
+    )
+    processes.wait_for("NOW", 1)
+    processes.send(signal.SIGTERM)
+    assert "step 5, which is saved" in processes.finish()
+    assert "resumed at step 5" in start(config).finish()
+
+
+@pytest.mark.slow
+def test_a_slow_good_ending_stays_good(config, report):
+    patch = "from flax_projector.run import LoadedModel\nat(LoadedModel, 'write_projector', 1, "
+    processes = start(config, patches={0: patch + "lambda: time.sleep(45))"})
+    processes.wait_for("NOW")
+    processes.finish()
+    assert (Path(config.out) / "projector").is_dir()
+    report("45 s of writing in process 0: all ended with code 0")
