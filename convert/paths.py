@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -19,13 +21,16 @@ from flax_projector.storage.bucket import filesystem
 
 _log = logging.getLogger(__name__)
 
+_A_DAY = 24 * 3600.0
+
 
 @contextlib.contextmanager
 def replacing(dst: AnyPath, *, names: Collection[str] = (), overwrite: bool) -> Iterator[Path]:
     """Gives a local path to write to, and moves it to `dst` when the block succeeds.
 
     If the block fails, everything that it wrote is removed and `dst` stays as it was. If the
-    process is killed, the next one that writes to the same `dst` removes what was left behind.
+    process is killed, the next one that writes to the same `dst` removes what was left behind: at
+    once on the same host, after a day on others, which cannot know whether it is running.
 
     A bucket has no folders that could be moved: there, a folder is complete when the files directly
     in it are there, and `dst` is incomplete while it is being replaced.
@@ -47,11 +52,11 @@ def replacing(dst: AnyPath, *, names: Collection[str] = (), overwrite: bool) -> 
     dst = dst.resolve()
     stem = _stem(dst.name)
     for left in dst.parent.glob(f".{glob.escape(stem)}.*.part"):
-        pid = re.fullmatch(r"\.(\d+)\.part", left.name.removeprefix(f".{stem}"))
-        if pid and not _is_of_another(int(pid[1])):
+        owner = re.fullmatch(r"\.(\d+)@(.*)\.part", left.name.removeprefix(f".{stem}"))
+        if owner and _is_left_behind(left, int(owner[1]), owner[2]):
             _discard(left, dst)
     _check_destination(dst, names, overwrite)
-    staging = dst.with_name(f".{stem}.{os.getpid()}.part")
+    staging = dst.with_name(f".{stem}.{os.getpid()}@{socket.gethostname()}.part")
     part = staging / "new" / dst.name
     new_parents = [parent for parent in dst.parents if not parent.exists()]
     try:
@@ -137,8 +142,18 @@ def _discard(staging: Path, dst: Path) -> None:
         shutil.rmtree(staging)
 
 
+def _is_left_behind(staging: Path, pid: int, host: str) -> bool:
+    """Whether the process that wrote there is gone; those of other hosts are, after a day."""
+    if host == socket.gethostname():
+        return not _is_of_another(pid)
+    try:
+        return time.time() - staging.stat().st_mtime > _A_DAY
+    except FileNotFoundError:  # it has just been finished
+        return False
+
+
 def _is_of_another(pid: int) -> bool:
-    """Whether another process with this number is running."""
+    """Whether another process with this number is running on this host."""
     if pid == os.getpid():
         return False
     try:

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,14 +110,20 @@ def test_an_empty_folder_may_be_filled(tmp_path) -> None:
 
 
 def test_what_killed_processes_left_behind_is_removed(tmp_path) -> None:
+    """On other hosts, whose processes may have the same numbers, it is what is older than a day."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    mine, others = f".x.{dead.pid}.part", {f".x.{os.getppid()}.part", f".x.y.{dead.pid}.part"}
-    for name in (mine, *others):
+    here = socket.gethostname()
+    left, alive = f".x.{dead.pid}@{here}.part", f".x.{os.getppid()}@{here}.part"
+    other, old, of_y = (f".x{end}@other.host.part" for end in (".7", ".8", ".y.8"))
+    for name in (left, alive, other, old, of_y):
         (tmp_path / name / "x").mkdir(parents=True)
+    long_ago = time.time() - 90_000
+    for name in (old, of_y):
+        os.utime(tmp_path / name, (long_ago, long_ago))
     with replacing(tmp_path / "x", overwrite=False) as part:
         part.write_text("new")
-    assert {path.name for path in tmp_path.iterdir()} == {"x", *others}
+    assert {path.name for path in tmp_path.iterdir()} == {"x", alive, other, of_y}
 
 
 @pytest.mark.parametrize(
