@@ -5,7 +5,10 @@
   python -m pytest -s -m '' tests/test_processes.py
 """
 
+import collections
 import dataclasses
+import json
+import re
 import shutil
 import signal
 import socket
@@ -217,10 +220,10 @@ def test_an_error_in_one_process_ends_all_with_its_cause(case, config, report):
     report(f"{case}: all had ended {secs:.1f} s later")
 
 
-GONE = {  # which process, what happens to it, and what the other one says
-    "killed": (1, signal.SIGKILL, "process 1 on {} has ended or does not answer"),
-    "process 0 killed": (0, signal.SIGKILL, ""),
-    "stopped": (1, signal.SIGSTOP, ""),
+GONE = {  # which process, what happens to it, and what the other one says, whoever notices first
+    "killed": (1, signal.SIGKILL, "has ended or does not answer|stopped sending heartbeats"),
+    "process 0 killed": (0, signal.SIGKILL, "coordination service"),
+    "its machine is gone": (1, signal.SIGSTOP, "stopped sending heartbeats"),
 }
 
 
@@ -232,14 +235,12 @@ def test_a_process_that_is_gone_ends_the_others(case, config, report):
     wait_for_losses(processes, config, 3)
     processes.send(number, where)
     moment = time.monotonic()
-    other = processes.running[1 - where]
-    other.wait(120)
+    processes.running[1 - where].wait(LIMIT_SECS + 30)
     secs = time.monotonic() - moment
     processes.running[where].kill()
     end = processes.end()[1 - where]
-    assert end.code != 0 and cause.format(socket.gethostname()) in end.text, end.text[-3000:]
-    assert secs < 90
-    report(f"{case}: the other one ended after {secs:.1f} s with code {end.code}: {end.last_line}")
+    assert end.code != 0 and re.search(cause, end.text), end.text[-3000:]
+    report(f"{case}: the other one ended {secs:.1f} s later with code {end.code}")
 
 
 STOPPED = {  # where a process is when the signal comes, and whether it saves
@@ -294,3 +295,86 @@ def test_a_slow_good_ending_stays_good(config, report):
     processes.finish()
     assert (Path(config.out) / "projector").is_dir()
     report("45 s of writing in process 0: all ended with code 0")
+
+
+# --- as one -----------------------------------------------------------------------------------
+
+
+LIST_CLIPS = """
+from flax_projector.data import batches
+read_clip = batches.read_clip
+def listed(utterance, *args, **kwargs):
+    with open(os.environ["CLIPS"], "a") as file:
+        file.write(utterance.row.id + "\\n")
+    return read_clip(utterance, *args, **kwargs)
+batches.read_clip = listed
+"""
+
+
+def spoil(config: TrainConfig, numbers: list[int]) -> TrainConfig:
+    """Makes clips unreadable, which is only seen when they are read: the manifest has durations."""
+    manifest = Path(config.data.train[0])
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        clip = manifest.with_name(row["audio"])
+        row["duration"] = soundfile.info(clip).duration
+        if number in numbers:
+            clip.write_bytes(b"no audio")
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_read_every_row_once_and_write_everything_once(count, config, report):
+    config = spoil(config, [3, 8])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_rate=1.0))
+    lists = [Path(config.out).with_name(f"clips.{i}") for i in range(count)]
+    patches = {i: f"os.environ['CLIPS'] = {str(file)!r}" for i, file in enumerate(lists)}
+    text = start(config, count, patches={i: p + LIST_CLIPS for i, p in patches.items()}).finish()
+    read = [collections.Counter(file.read_text().splitlines()) for file in lists]
+    # 20 batches of 8 rows: 13 clips, of which an epoch has 8 and 5.
+    assert sum(sum(each.values()) for each in read) == 10 * 13
+    assert sum(read, collections.Counter()) == {f"clip{i}": 10 for i in range(13)}
+    assert text.count("rows left out: train 2 of 13 (2 undecodable)") == 1
+    assert text.count("projector saved in") == 1
+    folder = Path(config.out)
+    lines = (folder / "bad_rows.jsonl").read_text().splitlines()
+    bad = [json.loads(line)["id"] for line in lines]
+    assert sorted(bad) == ["clip3", "clip8"] and len(list(folder.glob("bad_rows*"))) == 1
+    steps = [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, 21))
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["18", "20"]
+    alone = dataclasses.replace(config, out=config.out + "-alone")
+    train_tpu.main(alone)
+    assert_within(np.array(read_losses(config), np.float32), read_losses(alone), 1e-4)
+    report(f"{count} processes: read {[sum(each.values()) for each in read]} clips")
+
+
+@pytest.mark.slow
+def test_too_many_bad_clips_stop_all_at_the_same_step(config):
+    config = spoil(config, [2, 3, 8, 9])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_rate=0.25))
+    ends = start(config).end()
+    for end in ends:
+        assert end.code == 1
+        assert "train: 4 of 13 rows are defective (4 undecodable)" in end.text, end.text[-3000:]
+    assert ends[0].text.splitlines()[-1] == ends[1].text.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_a_run_whose_process_0_is_killed_in_a_save_goes_on_with_any_number(config, then, report):
+    patch = MANAGER + "at(_Manager, '_wait_for_checkpointers', 3, lambda: os.kill(os.getpid(), 9))"
+    ends = start(config, patches={0: patch}).end()
+    assert ends[0].code == -signal.SIGKILL and ends[1].code != 0
+    assert "resumed at step" in start(config, then).finish()
+    alone = dataclasses.replace(config, out=config.out + "-alone")
+    train_tpu.main(alone)
+    ours, expected = np.array(read_losses(config)), np.array(read_losses(alone))
+    assert len(ours) == len(expected)
+    report(f"then {then} processes: losses within {np.abs(ours - expected).max():.1e}")
+    assert_within(ours.astype(np.float32), list(expected), 1e-5)
