@@ -25,8 +25,8 @@ def spread(
 
     Returns:
       The leaf as it should be loaded: if any dimension can be divided among all devices, each has
-      its own part, as whole numbers of the same bits. And a function that turns it into `like`;
-      every process must call it.
+      its own part, on CPUs as whole numbers of the same bits. And a function that turns it into
+      `like`; every process must call it.
     """
     sharding = like.sharding
     ways = sharding.num_devices
@@ -36,9 +36,14 @@ def spread(
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)
     specs = _stages(mesh, dim, _axes(sharding.spec, len(like.shape)))
-    bits = np.dtype(f"uint{8 * np.dtype(like.dtype).itemsize}")
-    first = like.update(dtype=bits, sharding=NamedSharding(mesh, specs[0]))
-    return first, _exchange(mesh, specs, np.dtype(like.dtype))
+    dtype = np.dtype(like.dtype)
+    # CPUs exchange f32 instead of bf16, and do not bring back every bit of what is no number.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    first = like.update(
+        dtype=f"uint{8 * dtype.itemsize}" if is_cpu else dtype,
+        sharding=NamedSharding(mesh, specs[0]),
+    )
+    return first, _exchange(mesh, specs, dtype)
 
 
 def _stages(mesh: Mesh, dim: int, wanted: Sequence[Axes]) -> tuple[PartitionSpec, ...]:
@@ -75,7 +80,6 @@ def _exchange(
     def exchange(leaf: jax.Array) -> jax.Array:
         for spec in specs[1:]:
             leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
-        # Only now: on a CPU, collectives would make f32 of bf16, and change numbers that are none.
         return jax.lax.bitcast_convert_type(leaf, dtype)
 
     return jax.jit(exchange, out_shardings=NamedSharding(mesh, specs[-1]))
