@@ -43,7 +43,7 @@ def spread(
         dtype=f"uint{8 * dtype.itemsize}" if is_cpu else dtype,
         sharding=NamedSharding(mesh, specs[0]),
     )
-    return first, _exchange(mesh, specs, dtype)
+    return first, _exchange(sharding, specs[1:], dtype)
 
 
 def _stages(mesh: Mesh, dim: int, wanted: Sequence[Axes]) -> tuple[PartitionSpec, ...]:
@@ -75,11 +75,11 @@ def _axes(spec: PartitionSpec, ndim: int) -> list[Axes]:
 
 @functools.lru_cache(maxsize=64)  # a new function would be compiled again
 def _exchange(
-    mesh: Mesh, specs: tuple[PartitionSpec, ...], dtype: np.dtype
+    sharding: NamedSharding, specs: tuple[PartitionSpec, ...], dtype: np.dtype
 ) -> Callable[[jax.Array], jax.Array]:
     def exchange(leaf: jax.Array) -> jax.Array:
-        for spec in specs[1:]:
-            leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        for spec in specs:
+            leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
         return jax.lax.bitcast_convert_type(leaf, dtype)
 
-    return jax.jit(exchange, out_shardings=NamedSharding(mesh, specs[-1]))
+    return jax.jit(exchange, out_shardings=sharding)
