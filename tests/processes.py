@@ -160,7 +160,7 @@ def start(
       patches: Python of some of the processes, which runs before anything else.
       patch: Python of all of them.
     """
-    folder = Path(config.out).parent / "processes"
+    folder = Path(config.data.train[0]).parents[1] / "processes"  # the run may be in a bucket
     folder.mkdir(parents=True, exist_ok=True)
     run = len(list(folder.iterdir()))
     config_path = folder / f"{run}.json"

@@ -21,9 +21,8 @@ from flax_projector.run_folder import Owner, RunFolder
 from flax_projector.training.best import find_best
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog
+from tests import processes
 from tests.bucket import BUCKET, Emulator
-from tests.test_processes import finish
-from tests.test_processes import start as start_two
 from tests.tiny import final_params, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -239,16 +238,12 @@ def test_two_processes_that_are_killed_in_a_save_continue(
 ):
     """They end with the bytes of two that write to a disk and are never stopped."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pair, path = configs("two"), tmp_path / "config.json"
-    path.write_text(to_json(pair))
-    begun = start_two(path, "flags")
+    pair, local = configs("two"), configs("two", local=True)
+    begun = processes.start(pair)
     while not bucket_server.files().find(f"{pair.out}/checkpoints/4"):
-        assert all(process.poll() is None for process in begun)
-    for process in begun:
-        process.kill()
-        process.communicate()
-    assert "resumed at step" in finish(start_two(path, "flags"))
-    local = configs("two", local=True)
-    path.write_text(to_json(local))
-    finish(start_two(path, "flags"))
+        assert all(process.poll() is None for process in begun.running)
+    begun.send(signal.SIGKILL)
+    begun.end()
+    assert "resumed at step" in processes.start(pair).finish()
+    processes.start(local).finish()
     assert_same(download(bucket_server, pair, tmp_path / "home"), local)
