@@ -37,14 +37,14 @@ def start(tmp_path, tiny_towers):
 
 
 def moved(config: TrainConfig, folder: Path, monkeypatch) -> TrainConfig:
-    """The same data by a copy, the encoder by a link, the LLM and the projector relative."""
+    """The same data by a copy, the encoder by a URL, the LLM by a link, the projector relative."""
     shutil.copytree(folder / "speech", folder / "elsewhere/speech")
-    (folder / "link").symlink_to(folder / "encoder")
+    (folder / "link").symlink_to(folder / "llm")
     monkeypatch.chdir(folder / "elsewhere")
     return dataclasses.replace(
         config,
-        encoder=str(folder / "link"),
-        llm="../llm",
+        encoder=f"file://{folder}/encoder",
+        llm="../link",
         init_projector="../projector",
         data=dataclasses.replace(config.data, train=("speech/clips.jsonl",)),
     )
