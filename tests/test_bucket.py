@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -197,10 +198,12 @@ def test_the_same_of_a_local_run(configs, monkeypatch):
 def test_an_outage_is_survived(bucket_server, configs, whole, tmp_path, monkeypatch, caplog):
     """The real waiting times are kept, for an outage of seconds: they add up to 95 seconds."""
     config = configs("outage", data={"eval": ()})
-    publish, saved = MetricsWriter.publish, []
+    publish, saved, files = MetricsWriter.publish, [], bucket_server.files()
 
     def lose_the_server(self):
         if len(saved) == 2:  # before a checkpoint; it comes back while that is written
+            while not files.exists(f"{config.out}/checkpoints/2/commit_success.txt"):
+                time.sleep(0.05)  # the server forgets uploads that are going on
             bucket_server.stop()
             threading.Timer(1.5, bucket_server.start).start()
         saved.append(publish(self))
