@@ -14,7 +14,7 @@ option of a preset with its default.
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,7 @@ from flax_projector.run import (
     resolve_config,
 )
 from flax_projector.run_folder import RunFolder
+from flax_projector.run_folder.owner import lock
 from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.agreement import agree_on_command, agree_on_start
 from flax_projector.training.best import Best
@@ -73,11 +74,15 @@ from flax_projector.training.train_step import compile_steps
 log = logging.getLogger("train")
 
 
-def log_devices(mesh: Mesh, config: TrainConfig) -> None:
-    """Logs the devices that the run uses."""
+@contextlib.contextmanager
+def mesh_in_use(config: TrainConfig, devices: Sequence[Any] | None) -> Iterator[Mesh]:
+    """The mesh of the run's devices, which it uses in the block; logs it."""
+    mesh = make_mesh(config.mesh, devices)
     log.info("%d %s devices, mesh %s", mesh.size, jax.default_backend(), dict(mesh.shape))
     if jax.default_backend() == "cpu" and config.dtype == "bfloat16":
         log.warning("bfloat16 is many times slower than float32 on CPUs: pass --dtype float32")
+    with use_mesh(mesh):
+        yield mesh
 
 
 def begin(
@@ -121,16 +126,14 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         guard = stack.enter_context(PreemptionGuard().watching())
         stack.enter_context(hosts.ending_together())
         folder = RunFolder.of(config)
-        stack.enter_context(folder.lock(jax.process_index()))
+        stack.enter_context(lock(folder, jax.process_index()))
         config = resolve_config(config)
         log.info("config:\n%s", to_json(config))
         stack.enter_context(compile_cache(config.compile_cache, shared=folder.compile_cache))
         moved, began = folder.check(config), folder.read_origin().began
         agree_on_command(config, folder)
         check_sources(config)
-        mesh = make_mesh(config.mesh, devices)
-        log_devices(mesh, config)
-        stack.enter_context(use_mesh(mesh))
+        mesh = stack.enter_context(mesh_in_use(config, devices))
         num_compiled = stack.enter_context(compilations())
 
         start_up.enter("towers")  # --- frozen towers and data --------------------------------

@@ -18,7 +18,8 @@ import train_tpu
 from convert import api
 from flax_projector.config import TrainConfig, to_json
 from flax_projector.inference.listen import Listener
-from flax_projector.run_folder import Owner, RunFolder
+from flax_projector.run_folder import RunFolder
+from flax_projector.run_folder.owner import Owner
 from flax_projector.training.best import find_best
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog

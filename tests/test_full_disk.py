@@ -22,6 +22,7 @@ from flax_projector.data.features import keep_features
 from flax_projector.data.manifest import Durations
 from flax_projector.files import lock_file, write_atomically
 from flax_projector.run_folder import RunFolder
+from flax_projector.run_folder.owner import lock
 from flax_projector.training.evaluate import Transcript
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog
@@ -111,7 +112,7 @@ WRITERS = {
     "bad_rows.jsonl": write_bad_rows,
     "features/train": write_features,
     "best.json": lambda folder: write_atomically(folder.best_scores, "{}"),
-    "lock": lambda folder: folder.lock().__enter__(),
+    "lock": lambda folder: lock(folder).__enter__(),
 }
 
 
@@ -182,9 +183,9 @@ def test_a_second_program_is_refused_and_a_dead_one_is_no_obstacle(
         assert "wait until it has ended, or choose another folder" in message
         other.send_signal(signal.SIGKILL)
     assert [path.name for path in folder.path.iterdir()] == ["lock"]
-    with folder.lock():
+    with lock(folder):
         assert str(os.getpid()) in (folder.path / "lock").read_text()
-        with pytest.raises(ValueError, match="is in use"), folder.lock():
+        with pytest.raises(ValueError, match="is in use"), lock(folder):
             pass
     assert not list(folder.path.iterdir())
 
@@ -194,7 +195,7 @@ def test_where_files_cannot_be_locked_there_is_a_warning(tmp_path, monkeypatch, 
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    with RunFolder(tmp_path / "run").lock():
+    with lock(RunFolder(tmp_path / "run")):
         assert caplog.text.count("other programs are not kept out: No locks available") == 1
     assert not (tmp_path / "run").exists(), "nothing is left over"
 

@@ -14,7 +14,8 @@ from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.files import any_path
 from flax_projector.inference import listen
-from flax_projector.run_folder import Owner, RunFolder
+from flax_projector.run_folder import RunFolder
+from flax_projector.run_folder.owner import Owner, check_owner, lock, read_owner, take_over
 from flax_projector.storage import bucket
 from flax_projector.storage.growing import publish
 from flax_projector.training import checkpoints, metrics
@@ -26,10 +27,10 @@ from tests.bucket import BUCKET, environment
 
 def test_an_owner_without_a_run_leaves_nothing(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    with folder.lock():
-        nonce, owner = folder.write_owner(), folder.read_owner()
+    with lock(folder):
+        nonce, owner = take_over(folder), read_owner(folder)
         assert isinstance(owner, Owner) and owner.nonce == nonce
-        folder.check_owner()
+        check_owner(folder)
     assert not folder.path.exists()
 
 

@@ -16,6 +16,7 @@ from flax_projector import hosts
 from flax_projector.data.audio import Problem
 from flax_projector.files import reading, write_atomically
 from flax_projector.storage import AnyPath
+from flax_projector.storage.growing import growing, publish
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +73,12 @@ class BadRowLog:
           max_rate: largest allowed share of defective rows in a set.
         """
         self._path, self._max_rate = path, max_rate
+        self._file = None if path is None else growing(path)
         self._num_rows: dict[str, int] = {}
         self._found: list[tuple[str, BadRow]] = []  # and not yet shared
         # By set and key: rows that are bad as written, and clips that could not be read.
         self._written: dict[str, dict[str, BadRow]] = {}
-        self._unreadable = _read(path) if path is not None and path.is_file() else {}
+        self._unreadable = _read(self._file) if self._file and self._file.is_file() else {}
 
     def known(self, name: str) -> set[str]:
         """Keys of the rows of a set whose clips could not be read, now or by earlier starts.
@@ -183,7 +185,7 @@ class BadRowLog:
         return list((self._written[name] | self._unreadable[name]).values())
 
     def _rewrite(self) -> None:
-        if self._path is None or jax.process_index() > 0:
+        if self._path is None or self._file is None or jax.process_index() > 0:
             return
         lines = [
             _to_line(name, row)
@@ -192,16 +194,20 @@ class BadRowLog:
             for row in rows.values()
         ]
         if lines:
-            write_atomically(self._path, "".join(lines))
+            write_atomically(self._file, "".join(lines))
         else:
-            self._path.unlink(missing_ok=True)
+            for path in (self._file, self._path):
+                path.unlink(missing_ok=True)
 
     def _check(self, name: str) -> None:
         defects = [row for row in self._rows(name) if row.reason.is_defect]
         num_rows = self._num_rows[name]
         if len(defects) <= self._max_rate * num_rows:
             return
-        place = f"; all of them are in {self._path}" if self._path else ""
+        place = ""
+        if self._path is not None:
+            publish(self._path.parent)
+            place = f"; all of them are in {self._path}"
         examples = "\n".join(f"  {row.source}, {row.id}: {row.detail}" for row in defects[:5])
         raise ValueError(
             f"{name}: {len(defects)} of {num_rows} rows are defective ({_by_reason(defects)}), "

@@ -18,6 +18,7 @@ from flax_projector.chat.prompt import Prompt
 from flax_projector.config import TrainConfig, shared_options
 from flax_projector.data.batches import Batches
 from flax_projector.run_folder import RunFolder
+from flax_projector.run_folder.owner import read_owner, take_over
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def _versions() -> dict[str, str]:
 
 def _folder(folder: RunFolder) -> dict[str, str]:
     """What process 0 has just written to the run folder, as this process sees it."""
-    written = hosts.broadcast("owner", folder.write_owner(jax.process_index()))
+    written = hosts.broadcast("owner", take_over(folder, jax.process_index()))
     end = time.monotonic() + _SETTLE_SECS
     while (found := _owner(folder)) != written and time.monotonic() < end:
         time.sleep(0.5)
@@ -76,7 +77,7 @@ def _folder(folder: RunFolder) -> dict[str, str]:
 
 
 def _owner(folder: RunFolder) -> str:
-    owner = folder.read_owner()
+    owner = read_owner(folder)
     return "nothing" if owner is None else owner.nonce
 
 

@@ -18,6 +18,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_projector.files import reading, write_atomically, writing
 from flax_projector.run_folder import RunFolder
+from flax_projector.run_folder.owner import check_owner
 from flax_projector.storage.growing import growing, publish
 from flax_projector.training.evaluate import Scores, Transcript
 
@@ -84,7 +85,7 @@ class MetricsWriter:
 
     def _upload(self) -> None:
         if self._is_writer:
-            self._folder.check_owner()
+            check_owner(self._folder)
         with writing(self._folder.path):
             publish(self._folder.path)
 

@@ -1,17 +1,13 @@
-"""The folder of a run: where its files are, and which run it belongs to."""
+"""Where the files of a run are, and which run they belong to."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import socket
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 from flax_projector.config import TrainConfig, changes, from_json, option, to_json
@@ -19,7 +15,6 @@ from flax_projector.file_types import recognise
 from flax_projector.files import (
     any_path,
     check_orbax_path,
-    lock_file,
     parse_json,
     reading,
     write_atomically,
@@ -46,26 +41,6 @@ class Origin:
     directory: str = ""
     contents: Mapping[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The start of the program that trains in a folder.
-
-    Attributes:
-      nonce: a random name of it.
-      host: the name of its machine.
-      pid: the number of its process.
-      time: when it took over the folder, in local time.
-    """
-
-    nonce: str
-    host: str
-    pid: int
-    time: str
-
-
-_ME = uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
@@ -262,85 +237,6 @@ class RunFolder:
         ]
         candidates = [os.path.normpath(path) for path in (*moved_along, named)]
         return next((path for path in candidates if os.path.exists(path)), name)
-
-    @contextlib.contextmanager
-    def lock(self, process_index: int = 0) -> Iterator[None]:
-        """Keeps other programs from training in the folder until the block ends.
-
-        A bucket has no locks: see `write_owner`. An owner that has begun no run is forgotten.
-
-        Args:
-          process_index: of this process; only the first one of a program holds the lock.
-
-        Raises:
-          ValueError: if another program does.
-          OSError: if the folder cannot be written to.
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                if process_index == 0 and isinstance(self.path, Path):
-                    stack.enter_context(lock_file(self.path / "lock"))
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"--out: {self.path} is in use by {error}: wait until it has ended, or choose "
-                    "another folder"
-                ) from error
-            except OSError as error:
-                raise OSError(f"--out: {error}") from error
-            if process_index == 0:
-                stack.callback(self._disown)
-            yield
-
-    def _disown(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # what ends the program matters more
-            owner = self.read_owner()
-            if owner is not None and owner.nonce == _ME and not self.config.is_file():
-                self.owner.unlink()
-
-    def write_owner(self, process_index: int = 0) -> str:
-        """Takes over the folder for this program; the one that had it before ends at its next save.
-
-        Returns:
-          The nonce of the new `Owner`; empty in all processes but the first, which write nothing.
-
-        Raises:
-          OSError: if it cannot be written to.
-        """
-        if process_index > 0:
-            return ""
-        now = datetime.now().astimezone().isoformat(" ", "seconds")
-        owner = Owner(_ME, socket.gethostname(), os.getpid(), now)
-        try:
-            write_atomically(self.owner, json.dumps(asdict(owner)) + "\n")
-        except OSError as error:
-            raise OSError(f"--out: {error}") from error
-        return owner.nonce
-
-    def read_owner(self) -> Owner | None:
-        """The program that has last begun to train in the folder, if any has.
-
-        Raises:
-          ValueError: if the file cannot be read.
-        """
-        with reading(self.owner, way_out="remove it, and start the same command again"):
-            try:
-                return Owner(**json.loads(self.owner.read_text("utf-8")))
-            except FileNotFoundError:
-                return None
-
-    def check_owner(self) -> None:
-        """Checks that no other program has begun to train in the folder.
-
-        Raises:
-          OSError: naming it, if one has.
-        """
-        owner = self.read_owner()
-        if owner is not None and owner.nonce != _ME:
-            raise OSError(
-                f"{self.path} was taken over by process {owner.pid} on {owner.host}, started "
-                f"{owner.time}: this run ends here, and writes nothing more. If both are meant to "
-                "run, give one of them another --out"
-            )
 
     def check(self, config: TrainConfig) -> frozenset[str]:
         """Checks that the folder holds either no run or this one.
