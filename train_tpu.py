@@ -199,7 +199,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         saver = Saver(manager, iterator, step_log, writer, every_mins=config.save_every_mins)
         due = Due(config)
         check_profile(config.profile_steps, config.num_steps - first)
-        guard.protect(manager.wait_until_finished)
+        guard.protect(manager.wait_until_finished, stall_mins=config.stall_mins)
 
         start_up.enter("evaluation")  # --- loop -----------------------------------------------
         try:

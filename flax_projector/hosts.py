@@ -213,6 +213,15 @@ def ending_together() -> Iterator[None]:
     disconnect()
 
 
+def end_all(error: Exception) -> None:
+    """Ends this process and all others with an error, whatever their main threads are doing."""
+    if _store is None:
+        end_now(1, printable(f"error: {error}\n", keep="\n"))
+    log.error("%s", error)  # of each process, though only the first one becomes the cause
+    with contextlib.suppress(type(error)), telling():
+        raise error
+
+
 def disconnect() -> None:
     """Makes this process one that is alone."""
     global _store

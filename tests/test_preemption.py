@@ -1,5 +1,6 @@
 """Runs that are stopped at any moment, and continue."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -191,6 +192,20 @@ def test_a_second_ctrl_c_ends_at_once(second, code):
         except subprocess.TimeoutExpired:
             assert code is None
             process.kill()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stuck_says_where_and_ends(configs, tmp_path):
+    config_path = tmp_path / "config.json"
+    config = dataclasses.replace(configs("stuck"), stall_mins=0.05, eval_every_steps=0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval=()))
+    config_path.write_text(to_json(config))
+    patch = "from flax_projector.training import checkpoints\ncheckpoints.save = stuck"
+    command = [sys.executable, "-c", PROGRAM.format(patch=patch), str(config_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stdout == "stuck\n", ended.stderr[-2000:]
+    expected = "error: no step for 0.05 minutes (--stall-mins); this process is in flax_projector."
+    assert ended.stderr.splitlines()[-1].startswith(expected + "training.checkpoints.save: ")
 
 
 def start(config_path: Path) -> subprocess.Popen:

@@ -331,6 +331,10 @@ class TrainConfig:
     save_every_mins: Annotated[PositiveFloat, MAY_CHANGE] = 30.0
     """Also save when this many minutes have passed since the last checkpoint, at the next step
     that logs."""
+    stall_mins: Annotated[float, Ge(0), MAY_CHANGE] = 0.0
+    """End the run with an error that says where it is stuck when there has been no step for so many
+    minutes, so that a scheduler can start it again; 0 waits for ever. Evaluations count by their
+    batches, of which the first one compiles, and so may take minutes."""
     keep_checkpoints: Annotated[PositiveInt, MAY_CHANGE] = 2
     """How many of the newest checkpoints to keep. `best` always keeps the projector with the lowest
     word error rate (and, among equals, the lowest loss)."""

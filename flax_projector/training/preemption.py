@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -44,14 +46,22 @@ class PreemptionGuard:
     def __init__(self) -> None:
         self._requested, self._ended = threading.Event(), threading.Event()
         self._finish: Callable[[], object] | None = None
-        self._num_polls = 0
+        self._num_polls, self._checked_at = 0, time.monotonic()
 
-    def protect(self, finish: Callable[[], object]) -> None:
-        """Declares that there is now a state to save; `finish` waits for a save in flight."""
-        self._finish = finish
+    def protect(self, finish: Callable[[], object], *, stall_mins: float = 0.0) -> None:
+        """Declares that there is now a state to save, and that steps begin.
+
+        Args:
+          finish: waits for a save in flight.
+          stall_mins: ends the run when `check` has not been called for so long; 0 never does.
+        """
+        self._finish, self._checked_at = finish, time.monotonic()
+        if stall_mins:
+            threading.Thread(target=self._watch_steps, args=(stall_mins,), daemon=True).start()
 
     def check(self) -> None:
         """Raises `Preempted` if the run was asked to stop; all hosts must call it equally often."""
+        self._checked_at = time.monotonic()
         if jax.process_count() > 1:
             self._num_polls += 1
             is_due = multihost_utils.reached_preemption_sync_point(self._num_polls)
@@ -98,6 +108,17 @@ class PreemptionGuard:
             elif byte[0] == signal.SIGINT:
                 hosts.end_now(128 + signal.SIGINT)  # as shells have it
 
+    def _watch_steps(self, mins: float) -> None:
+        while not self._ended.wait(min(1.0, 60 * mins)):
+            if time.monotonic() - self._checked_at > 60 * mins:
+                hosts.end_all(
+                    TimeoutError(
+                        f"no step for {mins:g} minutes (--stall-mins); this process is in "
+                        f"{_where()}: the same command continues"
+                    )
+                )
+                return
+
     def _stop(self) -> None:
         if self._finish is not None:
             if self._ended.wait(GRACE_SECS):
@@ -108,3 +129,14 @@ class PreemptionGuard:
             saving.join(None if jax.process_count() == 1 else hosts.SAVE_SECS)
         log.info("start the same command again to continue")
         hosts.leave(0)
+
+
+def _where() -> str:
+    """The function of this project that the main thread is in."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] in ("flax_projector", "convert", "train_tpu"):
+            return f"{module}.{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "another program"
