@@ -5,6 +5,7 @@ import json
 import shutil
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -71,7 +72,8 @@ def prompt_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def begin_on(date: datetime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_time_of_process_0", lambda: date)
+    clock = SimpleNamespace(now=lambda: date, fromisoformat=datetime.fromisoformat)
+    monkeypatch.setattr(run_module, "datetime", clock)
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def make_log(folder, batches):
     for log in logs:
         log.close()
     for writer in writers:
-        writer.__exit__()
+        writer.__exit__(None, None, None)
 
 
 def lines_of(folder: RunFolder) -> list[dict[str, float]]:

@@ -280,13 +280,6 @@ def test_what_stops_a_run_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_at_a_url_is_refused(run):
-    with pytest.raises(
-        ValueError, match=r"--out: gs://bucket/run is a URL: .*local or mounted path"
-    ):
-        run(out="gs://bucket/run")
-
-
 def test_finished_run_transcribes_files(run, capsys):
     config = run(num_steps=2)
     clip = Path(config.data.eval[0]).parent / "0.wav"

@@ -121,7 +121,7 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, _: object, error: BaseException | None, *_rest: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         with contextlib.ExitStack() as stack:  # each, even if one fails
             if not isinstance(error, OSError):  # the folder may be another's, or out of reach
                 stack.callback(self._upload)
