@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flax_projector.config import TrainConfig
+from flax_projector.run_folder import RunFolder
 from tests.tiny import read_losses, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -169,17 +170,15 @@ def test_a_slice_installs_trains_stops_and_goes_on(cloud, tmp_path, tiny_towers)
     cloud(TPU, "run", *arguments, "--num-steps", "100000")
     wait_for('"num_steps": 100000', logs[:1])
     assert "stop it first" in cloud(TPU, "run", *arguments, works=False)
-    for _ in range(600):
-        if (Path(arguments[6]) / "checkpoints").exists():
-            break
+    saved = RunFolder(Path(arguments[6])).steps
+    while not saved():
         time.sleep(0.2)
     cloud(TPU, "stop")
     wait_for("the same command continues", logs[:1])
     for log in logs:
         subprocess.run(["flock", log.with_name("train.lock"), "true"], check=True, timeout=60)
-    step = max(int(path.name) for path in (Path(arguments[6]) / "checkpoints").iterdir())
     cloud(TPU, "run", *arguments, "--num-steps", "100000")
-    wait_for(f"resumed at step {step}", logs[:1])
+    wait_for(f"resumed at step {max(saved())}", logs[:1])
     cloud(TPU, "stop")
     for log in logs:
         subprocess.run(["flock", log.with_name("train.lock"), "true"], check=True, timeout=60)
