@@ -60,9 +60,8 @@ def _writing(folder: Any) -> Iterator[None]:
             yield
         except ValueError as error:
             found = system_error(error)
-            if found is None and is_url(
-                folder
-            ):  # TensorStore's own errors, with a long description
+            if found is None and is_url(folder):
+                # Of TensorStore itself, with a long description.
                 found = OSError(str(error).partition(" [")[0])
             if found is None:
                 raise
