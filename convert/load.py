@@ -79,8 +79,9 @@ def resolve_model(path_or_hub_id: str) -> Path:
 def load_tower(kind: ModelKind, path: str | Path, abstract: Mapping[str, Any]) -> dict:
     """Loads a model leaf by leaf, straight into its shards.
 
-    Every byte is read once, by the process of the device that `spread` gives it to first. Besides
-    the arrays, host memory holds a process's parts of a single leaf (all layers of one kernel).
+    Every byte is read once: if there are several processes, or the model is in a bucket, for the
+    device which `spread` gives it to first. Besides the arrays, host memory holds a process's parts
+    of a single leaf (all layers of one kernel).
 
     Args:
       kind: the model in the folder.
@@ -113,9 +114,13 @@ def _load(kind: ModelKind, stored: StoredModel, abstract: Mapping[str, Any]) -> 
     with progress_bar(_log, label, total=size, unit="B", unit_scale=True) as progress:
         for leaf in plan.leaves:
             read_part = functools.partial(engine.read_part, leaf, checkpoint)
-            first, exchange = spread(target[leaf.path], leaf.order)
-            parts = _place(read_part, target[leaf.path], first)
-            arrays[leaf.path] = jax.block_until_ready(exchange(parts))
+            like = target[leaf.path]
+            if jax.process_count() == 1 and checkpoint.fetch is None:
+                # It reads every byte of a file once, whoever needs it, without an exchange.
+                arrays[leaf.path] = _place(read_part, like)
+            else:
+                first, exchange = spread(like, leaf.order)
+                arrays[leaf.path] = jax.block_until_ready(exchange(_place(read_part, like, first)))
             progress.update(leaf.info.nbytes)
     return unflatten(arrays)
 

@@ -170,8 +170,7 @@ def test_every_part_is_read_once(tmp_path, mesh, monkeypatch) -> None:
     for path, read in parts.items():
         assert len(set(read)) == len(read), f"{path}: a replica was read again"
         assert sum(size for _, size in read) == params[path].size, path
-    # Of 8 devices, pairs hold the same, but those leaves that 8 divides are first spread over all.
-    assert set(map(len, parts.values())) == {1, 4, 8}
+    assert max(map(len, parts.values())) == 4  # 8 devices, of which pairs hold the same
 
 
 def test_tied_tensors_that_differ_are_refused(tmp_path, mesh) -> None:
