@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import train_tpu
 from convert import api
 from flax_projector.config import TrainConfig, to_json
+from flax_projector.files import any_path
 from flax_projector.inference.listen import Listener
 from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import Owner
@@ -52,7 +53,7 @@ def configs(tmp_path_factory, tiny_towers, bucket_server):
     options = {"num_steps": 6, "eval_every_steps": 2, "save_every_steps": 2, "log_every_steps": 1}
 
     def make(name: str, *, local: bool = False, **others) -> TrainConfig:
-        config = tiny_config(folder / "data", tiny_towers, **options, **others)
+        config = tiny_config(folder / "data", tiny_towers, **options | others)
         return dataclasses.replace(
             config, out=str(folder / name) if local else f"gs://{BUCKET}/some where/{name}"
         )
@@ -93,6 +94,12 @@ def download(bucket_server: Emulator, config: TrainConfig, to: Path) -> TrainCon
     """The run, as `gcloud storage cp -r` brings it home."""
     bucket_server.files().get(config.out, str(to), recursive=True)
     return dataclasses.replace(config, out=str(to))
+
+
+def records(config: TrainConfig) -> list[dict]:
+    """The lines of metrics of a run in a bucket."""
+    lines = RunFolder(any_path(config.out)).metrics.read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def transcripts(config: TrainConfig) -> dict[str, str]:
@@ -251,3 +258,18 @@ def test_two_processes_that_are_killed_in_a_save_continue(
     assert "resumed at step" in processes.start(pair).finish()
     processes.start(local).finish()
     assert_same(download(bucket_server, pair, tmp_path / "home"), local)
+
+
+# Of aiohttp, for the profile: the event loop of gcsfs has nothing else to do meanwhile.
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+@pytest.mark.slow
+def test_a_run_in_a_bucket_has_a_profile_and_starts_others(bucket_server, configs):
+    config = configs("first", num_steps=14, data={"eval": ()}, profile_steps=2)
+    train_tpu.main(config)
+    traces = [name for name in bucket_server.files().find(config.out) if "xplane.pb" in name]
+    assert len(traces) == 1 and "/profile/" in traces[0]
+    first, *_, last = (record["loss"] for record in records(config) if "grad_norm" in record)
+    for number, source in enumerate([config.out, f"{config.out}/projector"]):
+        other = configs(f"begun by {number}", num_steps=1, init_projector=source, data={"eval": ()})
+        train_tpu.main(other)
+        assert records(other)[0]["loss"] < (first + last) / 2, "not the projector that was trained"
