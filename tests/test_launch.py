@@ -22,7 +22,7 @@ SCRIPTS = [TPU, SLURM, ROOT / ".ci/run"]
 # all hosts runs in each of them, with the variables by which JAX detects the processes of a run.
 GCLOUD = """#!/usr/bin/env bash
 set -eu
-printf '%s ' gcloud "${@//$'\\n'/ }" >> "$CALLS"; echo >> "$CALLS"
+echo "gcloud ${*//$'\\n'/ }" >> "$CALLS"  # in one piece: several run at once
 case $4 in
   ssh)
     for host in "$HOSTS"/*; do
@@ -35,7 +35,7 @@ case $4 in
 esac
 """
 UV = """#!/usr/bin/env bash
-printf '%s ' uv "$@" >> "$CALLS"; echo >> "$CALLS"
+echo "uv $*" >> "$CALLS"
 if [[ $1 == venv ]]; then
   mkdir -p .venv/bin && printf '#!/bin/sh\\nexec %s "$@"\\n' "$PYTHON" > .venv/bin/python
   chmod +x .venv/bin/python
