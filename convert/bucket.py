@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from convert.checkpoint import TensorInfo, View
+from flax_projector.storage import temporary_folder
 
 LINK = b"flax-projector reads this file from "
 """How the file begins that stands for one in a bucket, whose URL follows."""
@@ -23,12 +23,6 @@ _COPIED = (".json", ".jinja", ".txt", ".model")
 _CHUNK_BYTES = 8 << 20
 _AT_ONCE = 8
 """How many chunks are fetched at the same time. `fetch` holds as many, or one tensor."""
-
-
-@functools.cache
-def _here() -> tempfile.TemporaryDirectory:
-    """Removed when the program ends."""
-    return tempfile.TemporaryDirectory(prefix="flax-projector-")
 
 
 @functools.cache
@@ -41,7 +35,7 @@ def copy_small_files(url: str) -> Path:
       ValueError: naming the URL, if there is no such folder, or no weights in it that can be read.
     """
     url = url.rstrip("/")
-    folder = Path(_here().name, *re.split(r":?/+", url))
+    folder = Path(temporary_folder(), *re.split(r":?/+", url))
     try:
         fs, root = fsspec.core.url_to_fs(url)
         found = {PurePosixPath(item["name"]).name: item for item in fs.ls(root, detail=True)}

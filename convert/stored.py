@@ -1,11 +1,8 @@
 """Recognises and opens whatever is stored at a path, by its content."""
 
-import atexit
 import json
 import logging
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +23,7 @@ from convert.wrappers import without_wrappers
 from flax_projector.file_types import recognise
 from flax_projector.files import any_path
 from flax_projector.run_folder import STATE, RunFolder
-from flax_projector.storage import AnyPath
+from flax_projector.storage import AnyPath, temporary_folder
 from flax_projector.storage.bucket import filesystem
 
 _log = logging.getLogger(__name__)
@@ -121,9 +118,7 @@ def _fetched(folder: epath.Path, step: int | None) -> Path:
             "params/ or checkpoints/N/. Other models are not read from buckets: copy them first, "
             f"`gcloud storage cp -r {folder} .`"
         )
-    temporary = Path(tempfile.mkdtemp(prefix="flax-projector-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    bucket, local = filesystem(), temporary / folder.name
+    bucket, local = filesystem(), temporary_folder() / folder.name
     for path in wanted:
         for name in bucket.find(str(path)):
             file = local / epath.Path(f"gs://{name}").relative_to(folder)

@@ -19,7 +19,7 @@ from flax_projector.files import (
     reading,
     write_atomically,
 )
-from flax_projector.storage import AnyPath, in_bucket
+from flax_projector.storage import AnyPath, in_bucket, users_cache
 
 _log = logging.getLogger(__name__)
 
@@ -74,9 +74,8 @@ class RunFolder:
         """The folder itself; for a run in a bucket, a folder of this machine for what needs one."""
         if isinstance(self.path, Path):
             return self.path
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
-        return caches / "flax-projector" / f"{self.path.name}-{digest}"
+        return users_cache() / f"{self.path.name}-{digest}"
 
     @property
     def config(self) -> AnyPath:

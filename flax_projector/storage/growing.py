@@ -4,24 +4,17 @@ A local file is appended to. An object in a bucket can only be replaced: so the 
 local folder, and is uploaded whole when it is due.
 """
 
-import atexit
 import functools
-import shutil
-import tempfile
 from pathlib import Path
 
-from flax_projector.storage import AnyPath, in_bucket
+from flax_projector.storage import AnyPath, in_bucket, temporary_folder
 from flax_projector.storage.bucket import filesystem
 
 _uploaded: dict[Path, tuple[int, int]] = {}
 """Size and time of each local file when it was last uploaded."""
 
 
-@functools.cache
-def _root() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="flax-projector-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+_root = functools.cache(temporary_folder)
 
 
 def _local(path: AnyPath) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from flax_projector.files import is_url
-from flax_projector.storage import AnyPath
+from flax_projector.storage import AnyPath, users_cache
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def compile_cache(folder: str, *, shared: str | AnyPath | None = None) -> Iterat
         config.update("jax_enable_compilation_cache", False)
     elif folder != "auto" or config.jax_compilation_cache_dir is None:
         if folder == "auto":
-            folder = str(shared if shared and jax.process_count() > 1 else users_cache())
+            folder = str(shared if shared and jax.process_count() > 1 else users_cache() / "xla")
         if is_url(folder):  # XLA's own caches, of GPUs, cannot be there
             config.update("jax_persistent_cache_enable_xla_caches", "none")
         if jax.default_backend() == "cpu":
@@ -43,12 +43,6 @@ def compile_cache(folder: str, *, shared: str | AnyPath | None = None) -> Iterat
         config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
     with _one_warning(str(config.jax_compilation_cache_dir)):
         yield
-
-
-def users_cache() -> Path:
-    """The folder of the user's cache that is ours."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "flax-projector" / "xla"
 
 
 def cpu_features() -> str:
