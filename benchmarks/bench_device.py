@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+import zlib
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
@@ -24,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
+from published import TOWERS
 
 from convert.models import LLAMA, WHISPER_ENCODER
 from flax_projector.batch import AUDIO_TOKEN, Batch, Bucket, abstract_batch, empty_batch, to_global
@@ -42,38 +43,6 @@ from flax_projector.training.train_step import compile_steps
 PREFIX, PROMPT, LABELS = 24, 8, 64
 OBJECTIVE = LLMObjective()
 
-TOWERS: dict[str, Any] = {
-    "openai/whisper-base": transformers.WhisperConfig(
-        d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048
-    ),
-    "openai/whisper-large-v3-turbo": transformers.WhisperConfig(
-        d_model=1280,
-        encoder_layers=32,
-        encoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        num_mel_bins=128,
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": transformers.LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        tie_word_embeddings=True,
-    ),
-    "HuggingFaceTB/SmolLM3-3B": transformers.SmolLM3Config(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=11_008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-    ),
-}
-
 
 def random_params(abstract: Any) -> Any:
     """Parameters of the right size for their layer; a norm's scale is one."""
@@ -81,7 +50,7 @@ def random_params(abstract: Any) -> Any:
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path[-1].key == "scale":
             return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
-        key = jax.random.key(abs(hash(jax.tree_util.keystr(path))) % 2**31)
+        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
         make = jax.jit(
             lambda key: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype),
             out_shardings=leaf.sharding,

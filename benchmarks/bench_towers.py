@@ -18,30 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from published import SMOLLM2_135M, WHISPER_BASE
 from side_by_side import Pair, compare, flax_params
 
 from convert.models import LLAMA, WHISPER_ENCODER
 from flax_projector.models.llama import LlamaDecoder
 from flax_projector.models.whisper import WhisperEncoder
 
-WHISPER_BASE = transformers.WhisperConfig(
-    d_model=512,
-    encoder_layers=6,
-    encoder_attention_heads=8,
-    encoder_ffn_dim=2048,
-    decoder_layers=1,  # unused
-    decoder_attention_heads=8,
-)
-SMOLLM2_135M = transformers.LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-    tie_word_embeddings=True,
-)
 BATCH, LENGTH, LABELS = 2, 415, 40
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from bench_towers import SMOLLM2_135M, WHISPER_BASE
+from published import SMOLLM2_135M, WHISPER_BASE
 from side_by_side import compare, flax_params
 
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
