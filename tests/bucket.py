@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+
+from tests.ports import free_port
 
 BUCKET = "runs"
 
@@ -25,9 +26,7 @@ class Emulator:
     """
 
     def __init__(self, root: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.url, self._root = f"http://127.0.0.1:{self._port}", root
         self.start()
         self._request("POST", "/storage/v1/b", {"name": BUCKET})

@@ -52,12 +52,15 @@ def random_tensors(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     }
 
 
-def run_script(script: str, folder: Path) -> list[str]:
-    """The lines that a script prints, run in a process of its own with a folder as its argument."""
+def run_script(script: str, folder: Path, **variables: str) -> list[str]:
+    """The lines that a script prints, run in a process of its own with a folder as its argument.
+
+    It says nothing else. `variables` are set in its environment.
+    """
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         cwd=REPO,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables,
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,7 +1,6 @@
 """Starts the processes of a run on loopback, each with patches of its own."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import train_tpu
 from flax_projector.config import TrainConfig, to_json
+from tests.ports import free_port
 
 NUM_DEVICES = 4  # of all processes together
 LIMIT_SECS = 300.0  # stops a hang
@@ -165,9 +165,7 @@ def start(
     run = len(list(folder.iterdir()))
     config_path = folder / f"{run}.json"
     config_path.write_text(to_json(config))
-    with socket.socket() as free:  # the system hands out another one each time
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     mine = f"device_count={NUM_DEVICES // count}"
     xla_flags = os.environ["XLA_FLAGS"].replace("device_count=8", mine)
     running, logs = [], [folder / f"{run}.{number}.log" for number in range(count)]

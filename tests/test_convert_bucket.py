@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,8 @@ from convert.torch_files import open_torch, write_safetensors
 from convert.trees import flatten
 from flax_projector.config import LlamaConfig, MeshConfig
 from flax_projector.sharding import make_mesh
-from tests.checkpoints import REPO
+from tests.checkpoints import REPO, run_script
+from tests.ports import free_port
 from tests.tiny import torch_infos
 
 # Four devices divide every leaf.
@@ -210,9 +210,7 @@ def test_two_processes_read_half_each(folder):
     leaves = flatten(load_tower(LLAMA, folder, abstract))
     whole = {path: np.asarray(leaf).view(np.uint16) for path, leaf in leaves.items()}
     np.savez(folder.parent / "leaves.npz", allow_pickle=False, **whole)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     flags = "--xla_force_host_platform_device_count=2"
     processes = [
         subprocess.Popen(
@@ -319,14 +317,6 @@ def test_loading_holds_the_model_and_two_copies_of_a_leaf(tmp_path):
     """What is fetched, and the same in the order of the leaf, which the device then takes over."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not measure the peak of memory anew")
-    ran = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)],
-        cwd=REPO,
-        env=os.environ | {"XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    rise, model, leaf = map(int, ran.stdout.split())
+    (line,) = run_script(MEMORY, tmp_path, XLA_FLAGS="")
+    rise, model, leaf = map(int, line.split())
     assert model < rise < model + 2.2 * leaf, (rise, model, leaf)

@@ -1,7 +1,6 @@
 """The launch scripts, with stand-ins for the programs of a cloud and a scheduler."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 
 from flax_projector.config import TrainConfig
 from flax_projector.run_folder import RunFolder
+from tests.ports import free_port
 from tests.tiny import read_losses, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -68,9 +68,6 @@ def cloud(tmp_path):
         (programs / name).chmod(0o755)
     for number in range(2):
         (tmp_path / "hosts" / str(number)).mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     env = os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "CALLS": str(tmp_path / "calls"),
@@ -78,7 +75,7 @@ def cloud(tmp_path):
         "PYTHON": sys.executable,
         "NAME": "ears",
         "ZONE": "us-west4-a",
-        "JAX_COORDINATOR_PORT": str(port),
+        "JAX_COORDINATOR_PORT": str(free_port()),
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
     }
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import train_tpu
 from flax_projector.config import MeshConfig, TrainConfig, to_json
 from flax_projector.run_folder import RunFolder
 from tests.parity import assert_within
+from tests.ports import free_port
 from tests.tiny import make_speech, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -130,9 +130,7 @@ class Run:
         """
         config_path = self.folder / "config.json"
         config_path.write_text(to_json(dataclasses.replace(self.config, mesh=shape.mesh)))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         logs = [self.folder / f"rows-{number}-{i}.jsonl" for i in range(shape.processes)]
         processes = []
         for i, log in enumerate(logs):

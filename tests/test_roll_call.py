@@ -10,18 +10,13 @@ import pytest
 
 from flax_projector.training import roll_call
 from flax_projector.training.roll_call import call_roll
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """A thread that starts before process 0 listens tries again well within the test's limits."""
     monkeypatch.setattr(roll_call, "_RETRY_SECS", 0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def run(processes: list[tuple[int, int]], secs: float = 10.0, port: int | None = None) -> list:
