@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from convert.paths import replacing
 from convert.trees import flatten, unflatten
 from flax_projector.file_types import recognise_any
 from flax_projector.files import any_path, check_orbax_path, system_error
+from flax_projector.logs import raised_only
 from flax_projector.storage import AnyPath
 
 _PARAMS = "params"
@@ -259,28 +259,13 @@ def _run_to_its_end(function: Callable[[], None], stop: threading.Event) -> None
 
     Signals interrupt only the main thread, and so the function runs in another one.
     """
-    with ThreadPoolExecutor(1) as worker, _without_tracebacks():
+    with ThreadPoolExecutor(1) as worker, raised_only():
         done = worker.submit(function)
         try:
             done.result()
         except BaseException:
             stop.set()
             raise
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Keeps Orbax from logging the errors that it raises as well."""
-    logger = logging.getLogger("absl")
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.exc_info
-
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def _os_error(error: Exception) -> OSError:

@@ -1,6 +1,7 @@
 """Logging, progress bars, and texts of users on terminals."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -14,6 +15,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 _LOGGERS = ("flax_projector", "convert", "train")
+# Orbax raises an error once, and logs it once more by absl, with all its causes; asyncio then logs
+# those of every other write that failed.
+_REPEATING = ("absl", "asyncio")
 _LINE_EVERY_SECS = 30.0
 # Control characters, line ends, what turns the direction of a line, and lone surrogates.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -65,13 +69,28 @@ def setup_logging(format: str = "%(asctime)s %(message)s") -> None:
     logging.root.handlers[0].setFormatter(_Formatter(format, datefmt="%H:%M:%S"))
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").addFilter(_has_no_traceback)
+    for name in _REPEATING:
+        logging.getLogger(name).addFilter(_has_no_traceback)
     threading.excepthook = _ignore_os_errors
     sys.unraisablehook = _ignore_closed_loops
 
 
+@contextlib.contextmanager
+def raised_only() -> Iterator[None]:
+    """Inside the block of a library function, Orbax does not log the errors that it raises."""
+    loggers = [logging.getLogger(name) for name in _REPEATING]
+    own_filter = functools.partial(_has_no_traceback)  # the program may have this filter already
+    for logger in loggers:
+        logger.addFilter(own_filter)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(own_filter)
+
+
 def _has_no_traceback(record: logging.LogRecord) -> bool:
-    """Leaves out errors that Orbax logs with all their causes: it raises them as well."""
+    """Leaves out errors that are logged with all their causes."""
     return not record.exc_info
 
 

@@ -62,14 +62,15 @@ def bucket_server():
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
     """Takes back what a program under test set up for its own log."""
-    loggers = [logging.getLogger(name) for name in ("", "flax_projector", "convert", "train")]
-    before = [(logger.level, logger.handlers[:]) for logger in loggers]
+    names = ("", "flax_projector", "convert", "train", "absl", "asyncio")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(log.level, log.handlers[:], log.filters[:]) for log in loggers]
     hooks = threading.excepthook, sys.unraisablehook
     yield
     threading.excepthook, sys.unraisablehook = hooks
-    for logger, (level, handlers) in zip(loggers, before, strict=True):
+    for logger, (level, handlers, filters) in zip(loggers, before, strict=True):
         logger.setLevel(level)
-        logger.handlers[:] = handlers
+        logger.handlers[:], logger.filters[:] = handlers, filters
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """How a program shows its progress: bars on terminals, plain lines elsewhere."""
 
+import asyncio
+import gc
 import logging
 import os
 import subprocess
@@ -189,6 +191,15 @@ def test_errors_that_libraries_log_and_raise_are_not_shown_twice(capsys):
     thread = threading.Thread(target=lambda: os.stat("/nowhere"))
     thread.start()
     thread.join()
+
+    async def fail():
+        raise OSError("full")
+
+    async def forget():
+        await asyncio.wait([asyncio.create_task(fail())])
+
+    asyncio.run(forget())
+    gc.collect()
     assert capsys.readouterr().err == ""
 
 

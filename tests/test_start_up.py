@@ -6,7 +6,6 @@ import time
 from types import SimpleNamespace
 
 import jax
-import pytest
 
 import train_tpu
 from flax_projector.run_folder import RunFolder
@@ -66,8 +65,9 @@ def test_a_run_logs_its_starts_and_goodput(tmp_path, tiny_towers, monkeypatch, c
     assert all(r["start_secs/compile"] >= 0.5 for r in records if r["step"] in starts)
 
     began, step_secs = RunFolder(tmp_path / "run").read_origin().began, 0.0
-    assert before <= began < before + 1
-    for record in records:
+    assert before <= began <= records[0]["time"] - 0.5  # before the first program is compiled
+    times = [began, *(record["time"] for record in records)]
+    for record, earliest, latest in zip(records, times, times[1:], strict=False):
         step_secs += record["num_steps"] * record["step_secs"]
-        assert record["goodput"] == pytest.approx(step_secs / (record["time"] - began), rel=0.05)
-    assert records[2]["goodput"] < records[1]["goodput"]
+        run_secs = step_secs / record["goodput"]
+        assert earliest - began - 0.01 <= run_secs <= latest - began + 0.01  # times are rounded
