@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_projector.chat.prompt import Prompt
-from flax_projector.config import TrainConfig
+from flax_projector.config import DataConfig, TrainConfig
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batch_plan import Utterance, prepare
 from flax_projector.data.batches import Batches
@@ -30,7 +30,7 @@ from flax_projector.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-Rows = tuple[list[ManifestRow], list[BadRow]]
+Rows = tuple[Sequence[ManifestRow], Sequence[BadRow]]
 """Rows that can be used, and those that cannot."""
 
 _MAX_NAME_BYTES = 100
@@ -108,6 +108,22 @@ def check_sources(config: TrainConfig) -> None:
             raise missing_manifest(source)
 
 
+def read_source(source: str, config: DataConfig, cache: Path) -> Rows:
+    """Reads the rows of a source; see `DataConfig` for its syntax.
+
+    Args:
+      source: a manifest or a data set.
+      config: how data sets are read.
+      cache: folder for what was downloaded or measured, for the next start.
+
+    Raises:
+      ValueError: if it does not exist or has no rows.
+    """
+    if source.startswith(PREFIX):
+        return read_hf(source, config, cache)
+    return read_manifest(source, cache=cache)
+
+
 @dataclass(frozen=True)
 class BatchMaker:
     """Makes the batches of a run's sets.
@@ -164,16 +180,10 @@ class BatchMaker:
         }
 
     def read(self, source: str) -> Rows:
-        """Reads the rows of a source; see `DataConfig` for its syntax.
-
-        Raises:
-          ValueError: if it does not exist or has no rows.
-        """
+        """Reads the rows of a source."""
         named = self.config.data.cache_dir
         cache = local_path(named) if named else self.folder.data_cache
-        if source.startswith(PREFIX):
-            return read_hf(source, self.config.data, cache)
-        return read_manifest(source, cache=cache)
+        return read_source(source, self.config.data, cache)
 
     def make(
         self, name: str, rows: Rows, *, drop_doubtful: bool = False, **options: Any
