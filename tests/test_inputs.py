@@ -2,12 +2,13 @@
 
 import dataclasses
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.data.audio import Problem
+from flax_projector.data.audio import Problem, Slice
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.features import keep_features
@@ -114,15 +115,43 @@ def test_a_clip_longer_than_the_window_is_never_cut(tmp_path):
     ],
 )
 @pytest.mark.parametrize("offset", [None, 0.3])
+@pytest.mark.parametrize("is_part", [False, True])
 def test_clips_near_the_limit_are_judged_by_their_true_lengths(
-    tmp_path, stated, lasts, limit, window, expected, offset
+    tmp_path, stated, lasts, limit, window, expected, offset, is_part
 ):
     path = tmp_path / "clip.wav"
     if lasts is not None:
         soundfile.write(path, np.zeros(round(16_000 * (lasts + (offset or 0)))), 16_000)
-    row = ManifestRow("clip", str(path), "go", stated, offset)
+    audio: str | Slice = str(path)
+    if is_part:
+        content = path.read_bytes() if lasts is not None else b"not audio"
+        (tmp_path / "all.tar").write_bytes(b"before" + content + b"after")
+        audio = Slice(str(tmp_path / "all.tar"), 6, len(content))
+    row = ManifestRow("clip", audio, "go", stated, offset)
     (settled,) = settle_lengths([row], limit_secs=limit, window_secs=window)
     assert settled == dataclasses.replace(row, duration=expected)
+
+
+def test_clips_at_urls_are_not_fetched_to_judge_their_lengths():
+    parts = ["memory://no/clip.wav", Slice("memory://no/all.tar", 0, 9)]
+    rows = [ManifestRow(str(audio), audio, "go", 2.0) for audio in parts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flax_projector.data.manifest.read_duration", lambda audio: pytest.fail())
+        assert settle_lengths(rows, limit_secs=2.0, window_secs=2.0) == rows
+
+
+def test_parts_of_a_file_are_batched_like_files(tmp_path):
+    rows = read_speech(tmp_path, 13, source="clips.jsonl")
+    contents = [Path(str(row.audio)).read_bytes() for row in rows]
+    (tmp_path / "all.tar").write_bytes(b"".join(contents))
+    starts = np.cumsum([0, *map(len, contents)]).tolist()
+    parts = [
+        dataclasses.replace(row, audio=Slice(str(tmp_path / "all.tar"), start, len(content)))
+        for row, start, content in zip(rows, starts, contents, strict=False)
+    ]
+    expected, actual = make_batches(rows), pickle.loads(pickle.dumps(make_batches(parts)))
+    for i in range(len(expected)):
+        assert_same_batch(actual[i].batch, expected[i].batch)
 
 
 def test_segments_are_batched_like_files(tmp_path):

@@ -76,6 +76,57 @@ def jsonl(*rows: dict) -> str:
         ('{"audio": "\\udcff.wav", "text": "x"}', Problem.MALFORMED, "audio '\\udcff.wav' is not"),
         ('{"id": "\\ud800", "audio": "0.wav", "text": "x"}', Problem.MALFORMED, "the id '\\ud800'"),
         ('{"audio": "0.wav\\u0000x", "text": "x"}', Problem.MALFORMED, "neither a path nor a URL"),
+        *(
+            (
+                f'{{"audio": "0.wav", "text": "x", "bytes": {written}}}',
+                Problem.MALFORMED,
+                f"bytes: {read} is not a range of bytes: expected [start, length], two integers",
+            )
+            for written, read in [
+                ("[0]", "[0]"),
+                ("[0, 1, 2]", "[0, 1, 2]"),
+                ("[-1, 4]", "[-1, 4]"),
+                ("[0, 0]", "[0, 0]"),
+                ("[0, 1.5]", "[0, 1.5]"),
+                ("[false, 4]", "[False, 4]"),
+                ("[0, true]", "[0, True]"),
+                ("[0, null]", "[0, None]"),
+                ('["0", "4"]', "['0', '4']"),
+                ("[9223372036854775807, 1]", "[9223372036854775807, 1]"),
+                ('{"start": 0}', "{'start': 0}"),
+                ("7", "7"),
+                ("false", "False"),
+                ('"0 4"', "'0 4'"),
+            ]
+        ),
+        (
+            '{"audio": "no.tar", "text": "x", "bytes": [0, 9], "duration": 1}',
+            Problem.MISSING_FILE,
+            "no.tar does not exist",
+        ),
+        (
+            '{"audio": "no.tar", "text": "x", "bytes": [0, 9]}',
+            Problem.MISSING_FILE,
+            "no.tar does not exist",
+        ),
+        *(
+            (
+                f'{{"audio": "0.wav", "text": "x", "bytes": [5, 32040]{duration}}}',
+                Problem.INCOMPLETE,
+                "0.wav[5:32045]: the file ends before byte 32045",
+            )
+            for duration in ("", ', "duration": 1')
+        ),
+        (
+            '{"audio": "0.wav", "text": "x", "bytes": [99999, 4]}',
+            Problem.INCOMPLETE,
+            "0.wav[99999:100003]: the file ends before byte",
+        ),
+        (
+            '{"audio": "0.wav", "text": "x", "bytes": [44, 100]}',
+            Problem.UNDECODABLE,
+            "0.wav[44:144] is not a readable audio file",
+        ),
         ('{"audio": "0.wav"}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "0.wav", "text": " "}', Problem.EMPTY_TEXT, "has no transcript"),
         ('{"audio": "no.wav", "text": "x"}', Problem.MISSING_FILE, "no.wav does not exist"),
@@ -129,8 +180,9 @@ def test_a_manifest_that_cannot_be_read_is_an_error_of_one_line(tmp_path):
             read_manifest(tmp_path / name)
 
 
-def test_a_scheme_that_nothing_opens_is_an_error(write):
-    row = {"audio": "nosuch://bucket/a.wav", "text": "x", "duration": 1}
+@pytest.mark.parametrize("part", [{}, {"bytes": [0, 9]}])
+def test_a_scheme_that_nothing_opens_is_an_error(write, part):
+    row = {"audio": "nosuch://bucket/a.wav", "text": "x", "duration": 1, **part}
     with pytest.raises(ValueError, match=r"nosuch://bucket/a.wav cannot be opened"):
         read_manifest(write(jsonl(row)))
 

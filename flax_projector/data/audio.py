@@ -5,6 +5,7 @@ import enum
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
@@ -77,7 +78,7 @@ class BadAudio(ValueError):
 
 @runtime_checkable
 class StoredClip(Protocol):
-    """A clip that is not a separate file, such as one in the table of a data set."""
+    """A clip that is not a separate file: one in the table of a data set, or a part of a file."""
 
     def fetch(self) -> bytes | str:
         """The encoded file, or its path."""
@@ -89,6 +90,89 @@ class StoredClip(Protocol):
 
 
 Audio = str | Path | StoredClip
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A clip that is a range of bytes in a larger file, such as a tar.
+
+    Attributes:
+      path: path or URL of the file.
+      start: where the clip begins in it.
+      length: how many bytes it has.
+    """
+
+    path: str
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Where the clip ends in the file."""
+        return self.start + self.length
+
+    def fetch(self) -> bytes:
+        """The encoded clip: these bytes and no others are read.
+
+        Raises:
+          BadAudio: if the file is missing, cannot be read, or ends before the clip does.
+        """
+        with _reading(self.path):
+            content = self._fetch_remote() if is_url(self.path) else self._fetch_local()
+        self.require_end(self.start + len(content))
+        return content
+
+    def _fetch_local(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.length)
+
+    def _fetch_remote(self) -> bytes:
+        fs, path = fsspec.core.url_to_fs(self.path)
+        try:
+            return fs.cat_file(path, start=self.start, end=self.end)
+        except FileNotFoundError:
+            raise
+        except Exception:  # servers refuse a range that begins after the end
+            self.require_end(fs.size(path))
+            raise
+
+    def require_end(self, size: int) -> None:
+        """Raises BadAudio if a file of this size, in bytes, ends before the clip does."""
+        if size < self.end:
+            text = f"{self}: the file ends before byte {self.end}"
+            raise BadAudio(Problem.INCOMPLETE, text)
+
+    def stamp(self) -> list[int | str]:
+        """What changes when the file does."""
+        return file_stamp(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.start}:{self.end}]"
+
+
+def file_of(audio: Audio) -> str:
+    """Path or URL of the file that a clip is, or is a part of; empty if it is in a table."""
+    if isinstance(audio, Slice):
+        return audio.path
+    return str(audio) if isinstance(audio, str | Path) else ""
+
+
+def require_file(audio: Audio) -> None:
+    """Checks a clip without reading it: that its file exists, and does not end before the clip.
+
+    URLs and tables are not looked at.
+
+    Raises:
+      BadAudio: if not.
+    """
+    path = file_of(audio)
+    if not path or is_url(path):
+        return
+    if not os.path.isfile(path):
+        raise BadAudio(Problem.MISSING_FILE, f"{path} does not exist")
+    if isinstance(audio, Slice):
+        audio.require_end(os.path.getsize(path))
 
 
 def file_stamp(audio: Audio) -> list[int | str]:
@@ -113,6 +197,20 @@ def require_filesystem(url: str) -> None:
 
 
 @contextlib.contextmanager
+def _reading(audio: Audio) -> Iterator[None]:
+    """Turns errors in the block, which reads a clip, into BadAudio that names it."""
+    try:
+        yield
+    except BadAudio:
+        raise
+    except FileNotFoundError as error:
+        raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
+    except Exception as error:  # file systems raise the errors of their clients
+        text = f"{audio} cannot be read: {type(error).__name__}: {error}"
+        raise BadAudio(Problem.UNREADABLE, text) from error
+
+
+@contextlib.contextmanager
 def _open_clip(
     audio: Audio, *, whole: bool, end_secs: float | None = None
 ) -> Iterator[soundfile.SoundFile | DecodedSound]:
@@ -126,7 +224,7 @@ def _open_clip(
     Raises:
       BadAudio: for anything that goes wrong, here or in the body.
     """
-    with contextlib.ExitStack() as stack:
+    with _reading(audio), contextlib.ExitStack() as stack:
         file: str | BinaryIO = ""
         try:
             found = audio.fetch() if isinstance(audio, StoredClip) else str(audio)
@@ -140,8 +238,6 @@ def _open_clip(
                     io.BytesIO(fs.cat_file(path)) if whole else stack.enter_context(fs.open(path))
                 )
             yield stack.enter_context(open_sound(file, end_secs=end_secs))
-        except BadAudio:
-            raise
         except BadSound as error:
             is_cut = isinstance(error, EndMissing)
             problem = Problem.INCOMPLETE if is_cut else Problem.UNDECODABLE
@@ -152,11 +248,6 @@ def _open_clip(
             reason = getattr(error, "error_string", error)
             text = f"{audio} is not a readable audio file: {reason}"
             raise BadAudio(Problem.UNDECODABLE, text) from error
-        except FileNotFoundError as error:
-            raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
-        except Exception as error:  # file systems raise the errors of their clients
-            text = f"{audio} cannot be read: {type(error).__name__}: {error}"
-            raise BadAudio(Problem.UNREADABLE, text) from error
 
 
 def read_duration(audio: Audio) -> float:

@@ -21,17 +21,22 @@ from flax_projector.data.audio import (
     Audio,
     BadAudio,
     Problem,
+    Slice,
     check_duration,
+    file_of,
     file_stamp,
     read_duration,
+    require_file,
     require_filesystem,
 )
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.manifest_text import (
     AUDIO,
+    BYTES,
     DURATION,
     OFFSET,
     check_utf8,
+    read_range,
     read_raw_rows,
     read_text,
 )
@@ -79,7 +84,7 @@ class Draft:
     """A row as written. If it has no duration, that will be read from the file.
 
     Attributes:
-      id: as written, or made from the audio's name and the offset.
+      id: as written, or made from the audio's name, its range of bytes and the offset.
       audio: see `ManifestRow`, as for the attributes that follow.
       text: transcript.
       duration: in seconds.
@@ -151,8 +156,9 @@ def read_manifest(
 
     A `.jsonl` manifest has one object per line: "audio" (an absolute path, a URL, or a path
     relative to the manifest's folder), "text", and optionally "id", "duration" and "offset" in
-    seconds. A `.tsv` manifest has a header with "path" (or "audio"), "text" and optionally "id",
-    "seconds" (or "duration") and "offset". A row with an offset is a segment of a longer file.
+    seconds, and "bytes": [start, length]. A `.tsv` manifest has a header with "path" (or "audio"),
+    "text" and optionally "id", "seconds" (or "duration"), "offset" and "bytes". A row with bytes is
+    a part of a larger file; one with an offset is a segment of a longer clip.
     Missing durations are read from the files, which is slow for audio at URLs.
 
     Args:
@@ -176,7 +182,8 @@ def read_manifest(
     drafts = [
         _make_draft(raw, folder, f"row {n}", source) for n, raw in enumerate(raw_rows[:max_rows], 1)
     ]
-    for url in (str(d.audio) for d in drafts if isinstance(d, Draft) and is_url(str(d.audio))):
+    files = (file_of(draft.audio) for draft in drafts if isinstance(draft, Draft))
+    for url in filter(is_url, files):
         require_filesystem(url)
         break
     return check_rows(drafts, source, Durations(cache, source))
@@ -198,15 +205,17 @@ def _make_draft(raw: dict[str, Any] | str, folder: str, place: str, source: str)
         check_utf8("id", str(row_id))
         check_utf8("audio", name)
         duration, offset = _read_number(raw, DURATION), _read_number(raw, OFFSET)
+        span = read_range(_first(raw, BYTES))
     except ValueError as error:
         return BadRow(place, source, Problem.MALFORMED, str(error), text)
-    where = "" if offset is None else f"@{offset:.15g}"
+    where = "" if span is None else f"[{span[0]}:{sum(span)}]"
+    where += "" if offset is None else f"@{offset:.15g}"
     default_id = f"{os.path.splitext(name)[0]}{where}"
     if not is_url(name) and not os.path.isabs(name):
         name = f"{folder}/{name}" if is_url(folder) else os.path.join(folder, name)
     return Draft(
         default_id if row_id is None else str(row_id),
-        name,
+        name if span is None else Slice(name, *span),
         text,
         duration or None,
         offset,
@@ -338,12 +347,12 @@ def _check_row(draft: Draft | BadRow, source: str, durations: Durations) -> Mani
     try:
         if duration is None:
             duration = max(durations.read(audio) - (offset or 0), 0.0)
-        elif isinstance(audio, str) and not is_url(audio) and not os.path.isfile(audio):
-            raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist")
-        elif duration > _DOUBTFUL_SECS:
-            # Most often milliseconds; without a look at the file, the row would be left out as too
-            # long by design.
-            check_duration(audio, durations.read(audio), offset=offset, duration=duration)
+        else:
+            require_file(audio)
+            if duration > _DOUBTFUL_SECS:
+                # Most often milliseconds; without a look at the file, the row would be left out as
+                # too long by design.
+                check_duration(audio, durations.read(audio), offset=offset, duration=duration)
         if duration < FRAME_SECS:
             where = "" if offset is None else f" from {offset:g} s on"
             raise BadAudio(

@@ -1,5 +1,6 @@
 """The text of a manifest, and the rows that are written in it."""
 
+import contextlib
 import os
 import reprlib
 import unicodedata
@@ -11,9 +12,11 @@ from flax_projector.config.presets import DEMO_SPEECH
 from flax_projector.data.audio import require_filesystem
 from flax_projector.files import is_url, parse_json
 
-AUDIO, TEXT, DURATION, OFFSET = ("audio", "path"), ("text",), ("duration", "seconds"), ("offset",)
+AUDIO, TEXT, BYTES = ("audio", "path"), ("text",), ("bytes",)
+DURATION, OFFSET = ("duration", "seconds"), ("offset",)
 """The columns of a manifest: each has one or two names."""
 
+_MAX_BYTES = 1 << 63  # what systems can count
 _BOM = "\ufeff"  # begins what Windows programs write, also within files that were joined
 
 
@@ -68,6 +71,31 @@ def read_text(value: Any) -> str:
         raise ValueError(f"the text {reprlib.repr(value)} is not a string")
     check_utf8("text", value)
     return unicodedata.normalize("NFC", value).strip()
+
+
+def read_range(value: Any) -> tuple[int, int] | None:
+    """Where a clip begins in its file and how many bytes it has; None if it is all of the file.
+
+    Args:
+      value: a list or, in a `.tsv` manifest, its JSON text.
+
+    Raises:
+      ValueError: if these are not two integers, or no range.
+    """
+    if value is None:
+        return None
+    found = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            found = parse_json(value)
+    match found:
+        case [int(start), int(length)] if bool not in map(type, found):
+            if start >= 0 and length > 0 and start + length < _MAX_BYTES:
+                return start, length
+    raise ValueError(
+        f"bytes: {reprlib.repr(value)} is not a range of bytes: expected [start, length], two "
+        "integers, the length above 0"
+    )
 
 
 def check_utf8(what: str, value: str) -> None:
