@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from convert.checkpoint import TensorInfo, View
 from flax_projector.storage import temporary_folder
+from flax_projector.storage.urls import filesystem_of
 
 LINK = b"flax-projector reads this file from "
 """How the file begins that stands for one in a bucket, whose URL follows."""
@@ -36,8 +36,8 @@ def copy_small_files(url: str) -> Path:
     """
     url = url.rstrip("/")
     folder = Path(temporary_folder(), *re.split(r":?/+", url))
+    fs, root = filesystem_of(url)
     try:
-        fs, root = fsspec.core.url_to_fs(url)
         found = {PurePosixPath(item["name"]).name: item for item in fs.ls(root, detail=True)}
         files = {name: item["name"] for name, item in found.items() if item["type"] == "file"}
         copied = [name for name in files if name.endswith(_COPIED)]
@@ -77,8 +77,8 @@ class RemoteFile:
           ValueError: naming the URL, if it cannot be read or is not complete.
         """
         self.url = link.read_bytes().removeprefix(LINK).decode()
+        self._fs, self._path = filesystem_of(self.url)
         try:
-            self._fs, self._path = fsspec.core.url_to_fs(self.url)
             size = self._fs.size(self._path)
             length = self._fs.cat_file(self._path, start=0, end=8)
             self._data = 8 + int.from_bytes(length, "little")  # where the tensors begin

@@ -15,12 +15,13 @@ from typing import IO, Any
 
 from flax_projector.storage import AnyPath, in_bucket
 from flax_projector.storage.bucket import bucket_path, filesystem
+from flax_projector.storage.urls import filesystem_of
 
 _log = logging.getLogger(__name__)
 
 
 def is_url(path: str | AnyPath) -> bool:
-    """Whether the path is a URL (`gs://...`), which fsspec opens, and not a local path."""
+    """Whether the path is a URL (`gs://...`), and not a local path."""
     return "://" in str(path)
 
 
@@ -81,6 +82,14 @@ def check_orbax_path(path: AnyPath, *, is_new: bool) -> None:
             f"{' or '.join(sorted(wrong))} in it. "
             + ("Choose another path" if is_new else "Rename the folder")
         )
+
+
+def read_bytes(path: str) -> bytes:
+    """The contents of a file on a disk or at a URL, whose errors are those of its file system."""
+    if not is_url(path):
+        return Path(path).read_bytes()
+    fs, place = filesystem_of(path)
+    return fs.cat_file(place)
 
 
 def parse_json(text: str) -> Any:

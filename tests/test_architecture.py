@@ -98,6 +98,15 @@ def test_imports_point_downwards(name):
     assert not upward, f"{name}, in layer {mine!r}, imports {sorted(upward)}"
 
 
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_only_storage_opens_urls(name):
+    """So that buckets are patient, and their errors are of one line, wherever they are read."""
+    if not name.startswith("flax_projector.storage"):
+        assert not re.search(
+            r"^\s*(import|from) (fsspec|gcsfs)\b", modules()[name].read_text(), re.M
+        )
+
+
 def test_no_module_imports_itself_in_a_circle():
     below = {name: our_imports(name) for name in IMPORTERS}
     while below:

@@ -242,7 +242,10 @@ BROKEN = {
     ),
     "cut": (lambda folder: f"{folder}/cut", r"cut/model.safetensors is not a complete safetensors"),
     "no header": (lambda folder: f"{folder}/other", r"other/model.safetensors is not a complete"),
-    "no client": (lambda folder: "nothing://b/llm", r"nothing://b/llm cannot be read: ValueError"),
+    "no client": (
+        lambda folder: "nothing://b/llm",
+        r"nothing://b/llm cannot be opened: Protocol not known",
+    ),
 }
 
 

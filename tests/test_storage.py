@@ -1,17 +1,29 @@
 """Files of runs in a bucket, on a real server of Google Cloud Storage (`tests/bucket.py`)."""
 
+import collections
 import http.server
+import io
+import json
+import os
 import re
 import sys
 import threading
+import types
+import urllib.request
 
+import gcsfs
+import numpy as np
 import pytest
+import soundfile
+from fsspec.registry import _registry
 
 import flax_projector.__main__
 import train_tpu
+from convert.bucket import copy_small_files
 from convert.stored import open_stored
-from flax_projector.data.audio import Problem
+from flax_projector.data.audio import Problem, Slice, load_audio, read_duration
 from flax_projector.data.bad_rows import BadRow, BadRowLog
+from flax_projector.data.manifest import read_manifest
 from flax_projector.files import any_path
 from flax_projector.inference import listen
 from flax_projector.run_folder import RunFolder
@@ -46,7 +58,7 @@ def refusal(request):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -73,6 +85,85 @@ def test_a_bucket_that_cannot_be_used_is_one_line(refusal, program, message, mon
     with pytest.raises(SystemExit) as ended:
         use[program]()
     assert str(ended.value).startswith(f"error: {message}") and "\n" not in str(ended.value)
+
+
+@pytest.fixture
+def unstable(bucket_server, monkeypatch):
+    """The bucket's server behind one that fails so many times before it passes a request on."""
+    failures = collections.Counter()
+
+    class Unstable(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            failures[self.path] += 1
+            if failures[self.path] <= 6:  # as often as gcsfs itself tries
+                return self.send_error(503)
+            request = urllib.request.Request(bucket_server.url + self.path)
+            if "Range" in self.headers:
+                request.add_header("Range", self.headers["Range"])
+            with urllib.request.urlopen(request) as answer:
+                content = answer.read()
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers["Content-Type"])
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    async def no_time(_: float) -> None:
+        pass
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=no_time))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unstable) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        for name, value in environment(f"http://127.0.0.1:{server.server_port}").items():
+            monkeypatch.setenv(name, value)
+        yield failures
+        server.shutdown()
+
+
+CLIP = {"text": "go", "duration": 1.0}
+READS = {
+    "manifest": lambda folder: read_manifest(f"{folder}/a.jsonl")[0],
+    "clip": lambda folder: load_audio(f"{folder}/0.wav"),
+    "segment": lambda folder: load_audio(f"{folder}/0.wav", offset=0.5),
+    "header": lambda folder: read_duration(f"{folder}/0.wav"),
+    "slice": lambda folder: load_audio(Slice(f"{folder}/all.tar", 512, 32_044)),
+    "model": lambda folder: bool(list(copy_small_files(f"{folder}/llm").iterdir())),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_an_outage_is_survived_whatever_is_read(bucket_server, unstable, monkeypatch, read):
+    """Also by processes that have no run in the bucket: nothing else makes the client patient."""
+    for protocol in ("gs", "gcs"):
+        monkeypatch.setitem(_registry, protocol, gcsfs.GCSFileSystem)
+    sound, folder = io.BytesIO(), f"gs://{BUCKET}/{read}"
+    soundfile.write(sound, np.zeros(16_000), 16_000, format="wav")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket_server.url)
+    files, through = bucket_server.files(), os.environ["TENSORSTORE_GCS_HTTP_URL"]
+    files.pipe_file(f"{folder}/0.wav", sound.getvalue())
+    files.pipe_file(f"{folder}/all.tar", bytes(512) + sound.getvalue())
+    files.pipe_file(f"{folder}/a.jsonl", json.dumps({"audio": "0.wav", **CLIP}).encode())
+    files.pipe_file(f"{folder}/llm/model.safetensors", b"")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", through)
+    assert np.any(READS[read](folder) is not None)
+    assert unstable and all(count > 6 for count in unstable.values())
+
+
+@pytest.mark.parametrize("refusal", [403, 401], indirect=True)
+@pytest.mark.parametrize("read", READS)
+def test_a_bucket_that_refuses_is_one_line_whatever_is_read(refusal, read, monkeypatch):
+    for name, value in environment(refusal).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as error:
+        READS[read](f"gs://mine/{refusal.rpartition(':')[2]}")
+    assert re.search(
+        r"gs://mine.* cannot be read: .*gs://mine[^?]*: no (rights \(403\)|valid credentials): ",
+        str(error.value),
+    )
+    assert "\n" not in str(error.value)
 
 
 def test_an_error_of_tensorstore_in_a_bucket_is_one_line(bucket_server):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
-import fsspec
 import numpy as np
 import soundfile
 import soxr
@@ -21,8 +20,9 @@ from flax_projector.data.sound import (
     EndMissing,
     open_sound,
 )
-from flax_projector.files import is_url
+from flax_projector.files import is_url, read_bytes
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from flax_projector.storage.urls import filesystem_of
 
 # Full scale is 1. Lossy codecs overshoot it a little, and clips that were normalised badly more.
 _IMPOSSIBLE_PEAK, _LOUD_PEAK = 100.0, 2.0
@@ -128,7 +128,7 @@ class Slice:
             return file.read(self.length)
 
     def _fetch_remote(self) -> bytes:
-        fs, path = fsspec.core.url_to_fs(self.path)
+        fs, path = filesystem_of(self.path)
         try:
             return fs.cat_file(path, start=self.start, end=self.end)
         except FileNotFoundError:
@@ -188,14 +188,6 @@ def file_stamp(audio: Audio) -> list[int | str]:
     return []
 
 
-def require_filesystem(url: str) -> None:
-    """Raises ValueError if no installed package opens URLs of this kind."""
-    try:
-        fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {error}") from error
-
-
 @contextlib.contextmanager
 def _reading(audio: Audio) -> Iterator[None]:
     """Turns errors in the block, which reads a clip, into BadAudio that names it."""
@@ -232,11 +224,11 @@ def _open_clip(
                 file = io.BytesIO(found)
             elif not is_url(found):
                 file = found  # libsndfile reads it without going through Python
+            elif whole:
+                file = io.BytesIO(read_bytes(found))
             else:
-                fs, path = fsspec.core.url_to_fs(found)
-                file = (
-                    io.BytesIO(fs.cat_file(path)) if whole else stack.enter_context(fs.open(path))
-                )
+                fs, path = filesystem_of(found)
+                file = stack.enter_context(fs.open(path))
             yield stack.enter_context(open_sound(file, end_secs=end_secs))
         except BadSound as error:
             is_cut = isinstance(error, EndMissing)

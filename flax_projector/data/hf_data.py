@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax
 
 from flax_projector.config import DataConfig
@@ -20,7 +19,7 @@ from flax_projector.data.hf_clips import Table, TableClip, encoded, parts_of
 from flax_projector.data.hf_source import HFSource, open_hf, parse_hf_source, without_torch
 from flax_projector.data.manifest import Draft, Durations, ManifestRow, check_rows, read_manifest
 from flax_projector.data.manifest_text import check_utf8, read_text
-from flax_projector.files import reading, sync, write_atomically
+from flax_projector.files import read_bytes, reading, sync, write_atomically
 from flax_projector.logs import progress_bar
 
 log = logging.getLogger(__name__)
@@ -173,8 +172,7 @@ def _keep_row(row: dict[str, Any], hf: HFSource, folder: Path, number: int) -> d
     try:
         found = encoded(parts, hf.folder, f"row {number}")
         if isinstance(found, str):
-            with fsspec.open(found, "rb") as file:
-                found = file.read()  # pyright: ignore[reportAttributeAccessIssue]
+            found = read_bytes(found)
         path.write_bytes(found)
         record["duration"] = read_duration(path)
     except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:

@@ -27,7 +27,6 @@ from flax_projector.data.audio import (
     file_stamp,
     read_duration,
     require_file,
-    require_filesystem,
 )
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.manifest_text import (
@@ -44,6 +43,7 @@ from flax_projector.data.sound import DURATION_TOLERANCE_SECS
 from flax_projector.files import is_url, reading, write_atomically
 from flax_projector.lengths import FRAME_SECS
 from flax_projector.logs import progress_bar
+from flax_projector.storage.urls import filesystem_of
 
 _log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def read_manifest(
     Missing durations are read from the files, which is slow for audio at URLs.
 
     Args:
-      path: a local path, or a URL that fsspec opens.
+      path: a local path, or a URL.
       source: name of the rows' source; the path by default.
       max_rows: how many rows to read from the start; None reads all.
       cache: folder for durations that had to be read.
@@ -184,7 +184,7 @@ def read_manifest(
     ]
     files = (file_of(draft.audio) for draft in drafts if isinstance(draft, Draft))
     for url in filter(is_url, files):
-        require_filesystem(url)
+        filesystem_of(url)
         break
     return check_rows(drafts, source, Durations(cache, source))
 

@@ -6,11 +6,9 @@ import reprlib
 import unicodedata
 from typing import Any
 
-import fsspec
-
 from flax_projector.config.presets import DEMO_SPEECH
-from flax_projector.data.audio import require_filesystem
-from flax_projector.files import is_url, parse_json
+from flax_projector.files import is_url, parse_json, read_bytes
+from flax_projector.storage.urls import filesystem_of
 
 AUDIO, TEXT, BYTES = ("audio", "path"), ("text",), ("bytes",)
 DURATION, OFFSET = ("duration", "seconds"), ("offset",)
@@ -24,7 +22,7 @@ def read_raw_rows(path: str) -> list[dict[str, Any] | str]:
     """Reads the rows of a manifest as they are written.
 
     Args:
-      path: a local path, or a URL that fsspec opens.
+      path: a local path, or a URL.
 
     Returns:
       Each row's values by column, or what is wrong with it.
@@ -122,12 +120,13 @@ def missing_manifest(path: str) -> ValueError:
 
 def _read_text(path: str) -> str:
     if is_url(path):
-        require_filesystem(path)
+        filesystem_of(path)
     try:
-        with fsspec.open(path, "rt", encoding="utf-8", newline="") as file:
-            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+        return read_bytes(path).decode()
     except FileNotFoundError as error:
         raise missing_manifest(path) from error
+    except PermissionError as error:  # says the way out
+        raise ValueError(f"manifest {path} cannot be read: {error}") from error
     except Exception as error:  # file systems raise the errors of their clients
         raise ValueError(
             f"manifest {path} cannot be read: {type(error).__name__}: {error}\n"

@@ -1,5 +1,6 @@
 """Buckets of Google Cloud Storage beside local disks.
 
+  urls     files at URLs of any kind, which only this package opens
   bucket   folders at gs://bucket/folder, by gcsfs and epath
   growing  files that grow, which buckets do not have
 

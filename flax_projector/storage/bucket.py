@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import urllib.parse
 from typing import Any
 
 from etils import epath
@@ -134,7 +135,10 @@ def _patient_filesystem() -> type:
 
 def _place(path: str, args: tuple) -> str:
     """What a request is about, as users know it."""
-    return "gs://" + "/".join(map(str, args)) if args else path
+    if args:
+        return "gs://" + "/".join(map(str, args))
+    found = re.search(r"/b/([^/]+)/o/([^?]+)", path)  # the contents of an object
+    return f"gs://{found[1]}/{urllib.parse.unquote(found[2])}" if found else path
 
 
 def _line(error: Exception) -> str:
