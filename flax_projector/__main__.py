@@ -1,9 +1,10 @@
-"""Uses a trained projector to transcribe audio or to measure its word error rate.
+"""Uses a trained projector to transcribe audio or to measure its word error rate; makes manifests.
 
 Examples:
 
   python -m flax_projector transcribe runs/demo clip.wav other.flac
   python -m flax_projector evaluate runs/demo examples/demo/speech/heldout_seen_voices.jsonl
+  python -m flax_projector index shards/*.tar --out shards/train.jsonl
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # JAX takes its time; `--help` should not
 
 @dataclass(frozen=True, kw_only=True)
 class _Use:
-    """What both commands take."""
+    """What the commands take that use a projector."""
 
     run: Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
     """Folder of a train_tpu.py run, on a disk or in a bucket."""
@@ -106,9 +107,58 @@ class Evaluate(_Use):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Makes a manifest of WebDataset tars (key.flac beside key.txt or key.json); copies nothing.
+
+    What is wrong in them is listed in OUT.bad.jsonl, and left out.
+
+    Examples:
+
+      python -m flax_projector index shards/*.tar --out shards/train.jsonl
+      python -m flax_projector index 'gs://BUCKET/shards/*.tar' --out gs://BUCKET/shards/train.jsonl
+      python -m flax_projector index nemo/audio_*.tar --texts nemo/tarred_audio_manifest.json
+          --out nemo/train.jsonl
+      python -m flax_projector index shar/recording.*.tar --texts shar/cuts.*.jsonl.gz
+          --out shar/train.jsonl
+    """
+
+    shards: Positional[
+        Annotated[
+            tuple[str, ...],
+            tyro.conf.arg(metavar="SHARD ...", help_behavior_hint="(at least one)"),
+        ]
+    ]
+    """Tars, as paths or URLs, or patterns of them. Those at URLs are read once."""
+    out: Annotated[str, tyro.conf.arg(metavar="MANIFEST.jsonl")]
+    """The manifest. If the shards lie below its folder, both can be moved together."""
+    text_key: str = "text"
+    """Where a key.json, or a line of --texts, has the transcript."""
+    texts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Files of transcripts, if these are not in the shards: the manifests of NeMo's tarred data
+    sets, or the cuts of Lhotse's shar."""
+    overwrite: bool = False
+    """Replace the manifest if it exists."""
+
+    def __call__(self) -> None:
+        """Writes the manifest."""
+        from flax_projector.data.shards.index import write_index
+
+        if not self.shards:
+            raise ValueError("name at least one shard")
+        write_index(
+            self.shards,
+            self.out,
+            text_key=self.text_key,
+            texts=self.texts,
+            overwrite=self.overwrite,
+        )
+
+
 Command = (
     Annotated[Transcribe, tyro.conf.subcommand("transcribe")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
 )
 
 

@@ -2,6 +2,7 @@
 
   sound        sound files, with their real lengths
   audio        audio files -> 16 kHz mono, and what can be wrong with them
+  shards       tars of clips: indexed, and packed from any source
   manifest     manifests -> rows; manifest_text: how they are written
   hf_data      Hugging Face data sets -> rows; hf_source: how they are opened; hf_clips: their clips
   bad_rows     the rows that cannot be used: listed and counted; too many are an error

@@ -116,7 +116,7 @@ class BadRowLog:
                 name,
                 len(found),
                 num_rows,
-                _by_reason(found),
+                by_reason(found),
             )
             if self._path is None:  # then the log is the list
                 for row in found[:_MAX_LISTED]:
@@ -144,7 +144,7 @@ class BadRowLog:
         Raises:
           ValueError: if too many are now defective.
         """
-        lines = [_to_line(name, row) for name, row in self._found]
+        lines = [to_line(name, row) for name, row in self._found]
         self._found.clear()
         everywhere = "".join(hosts.exchange("bad rows", "".join(lines)))
         if not everywhere:
@@ -176,8 +176,8 @@ class BadRowLog:
             rows = self._rows(name)
             left_out, doubtful = _left_out(rows), [row for row in rows if row.is_used]
             part = f"{name} {len(left_out)} of {num_rows}"
-            part += f" ({_by_reason(left_out)})" if left_out else ""
-            part += f", and used but doubtful: {_by_reason(doubtful)}" if doubtful else ""
+            part += f" ({by_reason(left_out)})" if left_out else ""
+            part += f", and used but doubtful: {by_reason(doubtful)}" if doubtful else ""
             parts.append(part)
         return "rows left out: " + "; ".join(parts)
 
@@ -188,7 +188,7 @@ class BadRowLog:
         if self._path is None or self._file is None or jax.process_index() > 0:
             return
         lines = [
-            _to_line(name, row)
+            to_line(name, row)
             for part in (self._written, self._unreadable)
             for name, rows in part.items()
             for row in rows.values()
@@ -210,7 +210,7 @@ class BadRowLog:
             place = f"; all of them are in {self._path}"
         examples = "\n".join(f"  {row.source}, {row.id}: {row.detail}" for row in defects[:5])
         raise ValueError(
-            f"{name}: {len(defects)} of {num_rows} rows are defective ({_by_reason(defects)}), "
+            f"{name}: {len(defects)} of {num_rows} rows are defective ({by_reason(defects)}), "
             f"more than --data.max-bad-rate {self._max_rate} allows{place}\n{examples}\n"
             "Repair these rows, remove them, or raise --data.max-bad-rate"
         )
@@ -220,12 +220,14 @@ def _left_out(rows: Iterable[BadRow]) -> list[BadRow]:
     return [row for row in rows if not row.is_used]
 
 
-def _by_reason(rows: Iterable[BadRow]) -> str:
+def by_reason(rows: Iterable[BadRow]) -> str:
+    """How many rows are bad for each reason, in plain words."""
     counts = collections.Counter(row.reason for row in rows)
     return ", ".join(f"{n} {reason.label}" for reason, n in counts.most_common())
 
 
-def _to_line(name: str, row: BadRow) -> str:
+def to_line(name: str, row: BadRow) -> str:
+    """A row of a set as a line of the list."""
     entry = {"set": name, **dataclasses.asdict(row), "reason": row.reason.name.lower()}
     return json.dumps(entry, ensure_ascii=False) + "\n"
 

@@ -1,0 +1,113 @@
+"""Files that are written completely or not at all, and the processes that write them."""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flax_projector.data.bad_rows import BadRow, by_reason, to_line
+from flax_projector.files import sync, writing
+from flax_projector.storage import AnyPath, temporary_folder
+from flax_projector.storage.bucket import filesystem
+
+_log = logging.getLogger(__name__)
+
+_WORTH_A_PROCESS = 64 << 20  # bytes
+
+
+@contextlib.contextmanager
+def new_file(path: AnyPath, *, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write, which is at its path when the block has ended, and not before.
+
+    Args:
+      path: where it is to be, on a disk or in a bucket.
+      scratch: folder on the same disk for the file while it is written; by default its own.
+
+    Raises:
+      OSError: naming the path, if it cannot be written.
+    """
+    is_local = isinstance(path, Path)
+    with writing(path):
+        folder = (scratch or path.parent) if is_local else temporary_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"
+        try:
+            with partial.open("wb") as file:
+                yield file
+                sync(file)
+            if is_local:
+                partial.replace(path)
+            else:
+                filesystem().put_file(str(partial), str(path))
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_rows(
+    path: AnyPath, rows: Iterable[dict[str, Any]], bad: list[BadRow], *, num_rows: int
+) -> None:
+    """Writes a manifest and, next to it, the list of what was left out, with a line to the log.
+
+    Args:
+      path: of the manifest, `NAME.jsonl`; the list is `NAME.bad.jsonl`.
+      rows: of the manifest.
+      bad: what was left out.
+      num_rows: number of rows of both kinds.
+    """
+    listed = path.with_name(f"{path.stem}.bad.jsonl")
+    if bad:
+        with new_file(listed) as file:
+            file.writelines(to_line("manifest", row).encode() for row in bad)
+        _log.warning(
+            "%d of %d rows are left out: %s; all of them are in %s",
+            len(bad),
+            num_rows,
+            by_reason(bad),
+            listed,
+        )
+    elif listed.exists():
+        listed.unlink()
+    with new_file(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+def in_processes(work: Callable[[Any], Any], tasks: list[Any], *, num_bytes: int) -> Iterator[Any]:
+    """The results of tasks in their order, from as many processes as there are CPU cores.
+
+    Reading headers, decoding and tars keep Python busy: threads would wait for each other. The
+    processes end with this one, however it ends.
+
+    Args:
+      work: what to do for each task.
+      tasks: its arguments.
+      num_bytes: how much there is to read. Little is read here, before a process would start.
+    """
+    num_processes = min(len(os.sched_getaffinity(0)), len(tasks))
+    if num_processes <= 1 or num_bytes < _WORTH_A_PROCESS:
+        yield from map(work, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # JAX and gRPC have threads
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_end_with_parent)
+    try:
+        yield from pool.map(work, tasks)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # every process that multiprocessing starts has one
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
