@@ -1,10 +1,13 @@
-"""Uses a trained projector to transcribe audio or to measure its word error rate; makes manifests.
+"""Transcribes and scores speech with a trained projector; packs speech in shards.
 
 Examples:
 
   python -m flax_projector transcribe runs/demo clip.wav other.flac
   python -m flax_projector evaluate runs/demo examples/demo/speech/heldout_seen_voices.jsonl
-  python -m flax_projector index shards/*.tar --out shards/train.jsonl
+  python -m flax_projector index 'gs://BUCKET/clips/*.tar' --out gs://BUCKET/clips/train.jsonl
+  python -m flax_projector index shar/recording.*.tar --texts shar/cuts.*.gz --out shar/train.jsonl
+  python -m flax_projector pack clips/train.jsonl gs://BUCKET/clips
+  python -m flax_projector pack hf:openslr/librispeech_asr:clean:train.100 shards --flac
 """
 
 import dataclasses
@@ -111,16 +114,7 @@ class Evaluate(_Use):
 class Index:
     """Makes a manifest of WebDataset tars (key.flac beside key.txt or key.json); copies nothing.
 
-    What is wrong in them is listed in OUT.bad.jsonl, and left out.
-
-    Examples:
-
-      python -m flax_projector index shards/*.tar --out shards/train.jsonl
-      python -m flax_projector index 'gs://BUCKET/shards/*.tar' --out gs://BUCKET/shards/train.jsonl
-      python -m flax_projector index nemo/audio_*.tar --texts nemo/tarred_audio_manifest.json
-          --out nemo/train.jsonl
-      python -m flax_projector index shar/recording.*.tar --texts shar/cuts.*.jsonl.gz
-          --out shar/train.jsonl
+    What is wrong in them is left out, and listed in MANIFEST.bad.jsonl.
     """
 
     shards: Positional[
@@ -155,10 +149,45 @@ class Index:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Writes the clips of a source in tar shards, and DST/manifest.jsonl, which training reads.
+
+    The same command continues one that was killed, and ends with the same bytes. Rows that cannot
+    be used are left out, and listed in DST/manifest.bad.jsonl.
+    """
+
+    source: Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
+    """A .jsonl or .tsv manifest, or hf:NAME:SPLIT."""
+    dst: Positional[Annotated[str, tyro.conf.arg(metavar="DST")]]
+    """A new folder, on a disk or in a bucket."""
+    shard_mb: int = 256
+    """About how large a shard is to be, in millions of bytes."""
+    flac: bool = False
+    """Write what training reads, 16 kHz mono as 16-bit FLAC, and cut segments. If not given, the
+    encoded clips are copied as they are."""
+    hf_streaming: bool = False
+    """Stream the data set, as --data.hf-streaming does."""
+    hf_max_rows: int = 0
+    """Take only so many rows of the data set; 0 takes all."""
+
+    def __call__(self) -> None:
+        """Writes the shards."""
+        import jax
+
+        from flax_projector.config import DataConfig
+        from flax_projector.data.shards.pack import pack
+
+        jax.config.update("jax_platforms", "cpu")  # accelerators are not needed, and may be in use
+        config = DataConfig(hf_streaming=self.hf_streaming, hf_max_rows=self.hf_max_rows)
+        pack(self.source, self.dst, shard_mb=self.shard_mb, flac=self.flac, config=config)
+
+
 Command = (
     Annotated[Transcribe, tyro.conf.subcommand("transcribe")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Index, tyro.conf.subcommand("index")]
+    | Annotated[Pack, tyro.conf.subcommand("pack")]
 )
 
 

@@ -242,6 +242,17 @@ def _open_clip(
             raise BadAudio(Problem.UNDECODABLE, text) from error
 
 
+def read_encoded(audio: Audio) -> bytes:
+    """The bytes of a clip, as they are stored.
+
+    Raises:
+      BadAudio: if it is missing or cannot be read.
+    """
+    with _reading(audio):
+        found = audio.fetch() if isinstance(audio, StoredClip) else str(audio)
+        return found if isinstance(found, bytes) else read_bytes(found)
+
+
 def read_duration(audio: Audio) -> float:
     """Length of a clip in seconds, from its header, unless that is missing or wrong.
 

@@ -39,7 +39,7 @@ def new_file(path: AnyPath, *, scratch: Path | None = None) -> Iterator[BinaryIO
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"
         try:
-            with partial.open("wb") as file:
+            with partial.open("wb+") as file:
                 yield file
                 sync(file)
             if is_local:
