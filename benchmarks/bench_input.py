@@ -5,20 +5,26 @@ batches as the training loop takes them. The baseline reads the same files with 
 alone, in one thread and without batches. The two take turns. Prints JSON: hours of audio per second
 of wall-clock time and per second of CPU time, and the ratio of the CPU times.
 
-Example:
+With --shards it reads the same FLAC clips as single files and from a tar shard, on the disk and
+in a bucket, in turns. The bucket is that of a server on this machine, so that its figures hold the
+work of the client and the server, and no network.
+
+Examples:
 
   python benchmarks/bench_input.py --rounds 5 --threads 2
+  PYTHONPATH=. python benchmarks/bench_input.py --shards
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +33,13 @@ import soxr
 from made_up import prompt_of_ids
 
 from flax_projector.config import DataConfig, MeshConfig
+from flax_projector.data.audio import Audio
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Waveforms
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.manifest import ManifestRow, read_manifest
 from flax_projector.data.reader import BatchIterator
+from flax_projector.data.shards.pack import pack
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
 from flax_projector.sharding import make_mesh
 
@@ -45,6 +53,7 @@ FORMATS = {  # suffix, sample rate, channels
 CLIPS, SECS, BATCH = 64, 12, 8
 DATA = DataConfig(bucket_secs=(15.0,), batch_size=BATCH)
 PROMPT = prompt_of_ids(before_audio=(3,), after_audio=(4,))
+LABELS = (5, PROMPT.end_of_turn)
 
 
 def write_clips(folder: Path, suffix: str, rate: int, channels: int) -> list[Path]:
@@ -59,12 +68,12 @@ def write_clips(folder: Path, suffix: str, rate: int, channels: int) -> list[Pat
     return paths
 
 
-def read_batches(paths: list[Path], num_threads: int) -> None:
+def read_batches(clips: Sequence[Audio], num_threads: int) -> None:
     """Reads one epoch of batches with our pipeline."""
     max_frames = num_encoder_frames(SECS * SAMPLE_RATE) + 1
     utterances = [
-        Utterance(ManifestRow(p.name, p, "", float(SECS)), max_frames, (5, PROMPT.end_of_turn))
-        for p in paths
+        Utterance(ManifestRow(str(clip), clip, "", float(SECS)), max_frames, LABELS)
+        for clip in clips
     ]
     batches = Batches(
         utterances,
@@ -111,6 +120,38 @@ def measure(paths: list[Path], num_threads: int, rounds: int) -> dict[str, float
     }
 
 
+def measure_shards(folder: Path, num_threads: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Returns the medians for single files and shards, on a disk and in a bucket."""
+    from tests.bucket import BUCKET, emulator
+
+    paths = write_clips(folder, "flac", SAMPLE_RATE, 1)
+    rows = [{"audio": str(p), "text": "x", "duration": float(SECS)} for p in paths]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with emulator() as server:
+        server.files().put([str(p) for p in paths], f"gs://{BUCKET}/files/")
+        places: dict[str, list[Audio]] = {
+            "local files": [*paths],
+            "files in a bucket": [f"gs://{BUCKET}/files/{p.name}" for p in paths],
+        }
+        destinations = {"local shard": f"{folder}/shards", "shard in a bucket": f"gs://{BUCKET}/s"}
+        for name, dst in destinations.items():
+            pack(f"{folder}/a.jsonl", dst, shard_mb=256, flac=False, config=DATA)
+            places[name] = [row.audio for row in read_manifest(f"{dst}/manifest.jsonl")[0]]
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in places}
+        for _ in range(rounds + 1):
+            for name, clips in places.items():
+                times[name].append(seconds(functools.partial(read_batches, clips, num_threads)))
+    hours = CLIPS * SECS / 3600
+    results = {}
+    for name, found in times.items():
+        wall, cpu = (statistics.median(column) for column in zip(*found[1:], strict=True))
+        results[name] = {
+            "hours_per_sec": round(hours / wall, 2),
+            "hours_per_core_sec": round(hours / cpu, 2),
+        }
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,9 +160,13 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=DATA.num_threads, help="threads of the pipeline"
     )
+    parser.add_argument("--shards", action="store_true", help="shards beside single files")
     args = parser.parse_args()
     results = {}
-    for name, (suffix, rate, channels) in FORMATS.items():
+    if args.shards:
+        with tempfile.TemporaryDirectory() as folder:
+            results = measure_shards(Path(folder), args.threads, args.rounds)
+    for name, (suffix, rate, channels) in () if args.shards else FORMATS.items():
         with tempfile.TemporaryDirectory() as folder:
             paths = write_clips(Path(folder), suffix, rate, channels)
             results[name] = measure(paths, args.threads, args.rounds)

@@ -251,6 +251,7 @@ def test_shards_of_one_name_are_told_apart(tmp_path):
         (["noise.tar", "--out", "m.jsonl"], "no clip with a transcript in 1 shards: noise: "),
         (["a.tar", "--texts", "no.json", "--out", "m.jsonl"], "--texts no.json does not exist in"),
         (["a.tar", "--texts", "a.tar", "--out", "m.jsonl"], "--texts a.tar cannot be read: Unico"),
+        (["a.tar", "--texts", "c.json", "--out", "m.jsonl"], "c.json, line 2: a.flac is a segment"),
         (["a.tar", "--texts", "b.json", "--out", "m.jsonl"], "b.json, line 1: expected a row of a"),
     ],
 )
@@ -262,6 +263,8 @@ def test_what_cannot_be_indexed_is_one_line_and_leaves_nothing(
     (tmp_path / "noise.tar").write_bytes(b"noise")
     (tmp_path / "old.jsonl").write_text("old")
     (tmp_path / "b.json").write_text('{"audio": "a.flac"}')
+    lines = [{"audio_filepath": "a.flac", "text": "go", "offset": x} for x in (0, 1.5)]
+    (tmp_path / "c.json").write_text("\n".join(map(json.dumps, lines)))
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as ended:
         flax_projector.__main__.cli(["index", *arguments])

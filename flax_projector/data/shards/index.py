@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from flax_projector.data.audio import BadAudio, Problem, read_duration
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.manifest_text import read_text
-from flax_projector.data.shards.output import in_processes, write_rows
+from flax_projector.data.shards.output import write_rows
 from flax_projector.data.shards.tar import AUDIO_SUFFIXES, read_members
 from flax_projector.data.shards.texts import Texts
 from flax_projector.files import any_path, is_url, local_path, parse_json
@@ -23,6 +24,7 @@ from flax_projector.storage.urls import filesystem_of
 
 _log = logging.getLogger(__name__)
 
+_NUM_THREADS = 8  # they wait for disks and networks: the headers of 2 GB are read in a second
 _READ_AHEAD = 8 << 20  # bytes of a shard at a URL that are asked for at once
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # as WebDataset has it: key, suffix
 
@@ -94,11 +96,13 @@ def write_index(
     rows, bad = [], []
     work = functools.partial(_read_shard, text_key=text_key, texts=known)
     tasks = [(shard, names[shard], _seen_from(shard, out)) for shard in sizes]
-    results = in_processes(work, tasks, num_bytes=sum(sizes.values()))
-    with progress_bar(
-        _log, "indexed", total=sum(sizes.values()), unit="B", unit_scale=True
-    ) as progress:
-        for size, (found, wrong) in zip(sizes.values(), results, strict=True):
+    with (
+        ThreadPoolExecutor(_NUM_THREADS) as pool,
+        progress_bar(
+            _log, "indexed", total=sum(sizes.values()), unit="B", unit_scale=True
+        ) as progress,
+    ):
+        for size, (found, wrong) in zip(sizes.values(), pool.map(work, tasks), strict=True):
             rows += found
             bad += wrong
             progress.update(size)

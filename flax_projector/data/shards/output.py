@@ -82,8 +82,7 @@ def write_rows(
 def in_processes(work: Callable[[Any], Any], tasks: list[Any], *, num_bytes: int) -> Iterator[Any]:
     """The results of tasks in their order, from as many processes as there are CPU cores.
 
-    Reading headers, decoding and tars keep Python busy: threads would wait for each other. The
-    processes end with this one, however it ends.
+    They end with this one, however it ends.
 
     Args:
       work: what to do for each task.

@@ -21,28 +21,26 @@ class Texts:
           text_key: where NeMo's lines have the transcript.
 
         Raises:
-          ValueError: naming file and line, if it is none of these.
+          ValueError: naming file and line, if it is none of these, or not about whole clips.
         """
         self._known: dict[tuple[str | None, str], Any] = {}
         for path in paths:
             for number, line in enumerate(_lines(path), 1):
                 if line.strip():
                     try:
-                        self._add(parse_json(line), text_key)
+                        clip, text, offset = _parse(line, text_key)
                     except (AttributeError, LookupError, TypeError, ValueError) as error:
                         raise ValueError(
                             f"{path}, line {number}: expected a row of a NeMo manifest "
                             '("audio_filepath") or a cut of Lhotse ("id", "supervisions"), got '
                             f"{line[:80]!r}"
                         ) from error
-
-    def _add(self, row: dict[str, Any], text_key: str) -> None:
-        if "audio_filepath" in row:
-            shard = None if row.get("shard_id") is None else str(int(row["shard_id"]))
-            self._known[shard, str(row["audio_filepath"])] = row.get(text_key)
-            return
-        said = [part.get("text") for part in row["supervisions"]]
-        self._known[None, str(row["id"])] = " ".join(text for text in said if text)
+                    if offset or self._known.setdefault(clip, text) != text:
+                        raise ValueError(
+                            f"{path}, line {number}: {clip[1]} is a segment of a clip, or occurs "
+                            "twice with different transcripts: only whole clips are indexed. Pack "
+                            "the files that the shards were made from"
+                        )
 
     def find(self, shard: str, name: str) -> Any:
         """The transcript of a clip; None if there is none.
@@ -56,6 +54,16 @@ class Texts:
         names = (name, os.path.basename(name), name.rpartition(".")[0])
         found = ((number, known) for number in shards for known in names)
         return next((self._known[pair] for pair in found if pair in self._known), None)
+
+
+def _parse(line: str, text_key: str) -> tuple[tuple[str | None, str], Any, Any]:
+    """The number of the shard and the name of a clip, its transcript, and where it begins."""
+    row = parse_json(line)
+    if "audio_filepath" in row:
+        shard = None if row.get("shard_id") is None else str(int(row["shard_id"]))
+        return (shard, str(row["audio_filepath"])), row.get(text_key), row.get("offset")
+    said = [part.get("text") for part in row["supervisions"]]
+    return (None, str(row["id"])), " ".join(text for text in said if text), None
 
 
 def _lines(path: str) -> list[str]:
