@@ -1,8 +1,10 @@
 """Shards that are packed: every clip as it was, and the same bytes after any kill."""
 
+import errno
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -16,9 +18,11 @@ import pytest
 import soundfile
 
 import flax_projector.__main__
-from flax_projector.data.audio import load_audio
+from flax_projector.data.audio import BadAudio, Problem, load_audio
 from flax_projector.data.manifest import read_manifest
+from flax_projector.data.shards import output
 from flax_projector.data.shards import pack as packing
+from flax_projector.files import writing
 from tests.bucket import BUCKET
 
 ROOT = Path(flax_projector.__main__.__file__).parents[1]
@@ -212,23 +216,38 @@ def test_what_cannot_be_packed_is_one_line_and_leaves_nothing(
     assert left == before and not (tmp_path / "dst").exists()
 
 
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_an_error_gets_from_one_process_to_another(tmp_path, kind):
+    def fail(path: Path) -> None:
+        if kind is ValueError:
+            raise BadAudio(Problem.UNREADABLE, f"{path} is locked")
+        with writing(path):
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(kind, match=r"x (is locked|could not be written: full: make room)") as error:
+        output.sendable(fail, tmp_path / "x")
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
 PROGRAM = """
 import sys
 from flax_projector.__main__ import cli
 from flax_projector.data.shards import output
 
 if __name__ == "__main__":
-    output._WORTH_A_PROCESS = 0
+    output._WORTH_A_PROCESS = {least}
     cli(["pack", *sys.argv[1:]])
 """
 
 
-def kill_and_continue(source: Path, tmp_path: Path, moments: list[tuple[int, float]]) -> None:
+def kill_and_continue(
+    source: Path, tmp_path: Path, moments: list[tuple[int, float]], *, in_processes: bool
+) -> None:
     """Kills `pack`, each time after so many new shards and seconds, and compares the bytes."""
     row = json.loads(source.read_text().splitlines()[4])
     source.write_text("\n".join(json.dumps(row | {"id": str(i)}) for i in range(60)))
     run(str(source), str(tmp_path / "whole"), "--flac", "--shard-mb", "1")
-    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "program.py").write_text(PROGRAM.format(least=0 if in_processes else 1 << 40))
     dst = tmp_path / "dst"
     command = [sys.executable, str(tmp_path / "program.py"), str(source), str(dst), "--flac"]
 
@@ -263,11 +282,12 @@ def kill_and_continue(source: Path, tmp_path: Path, moments: list[tuple[int, flo
 
 
 def test_packing_may_be_killed(source, tmp_path):
-    kill_and_continue(source, tmp_path, [(3, 0.0), (4, 0.03)])
+    kill_and_continue(source, tmp_path, [(3, 0.0), (4, 0.03)], in_processes=False)
 
 
 @pytest.mark.slow
 def test_packing_may_be_killed_at_any_moment(source, tmp_path):
     rng = random.Random(0)
     moments = [(rng.randrange(4), rng.uniform(0, 0.2)) for _ in range(9)]
-    kill_and_continue(source, tmp_path, [(0, rng.uniform(2, 5)), *moments])
+    moments.insert(0, (0, rng.uniform(2, 5)))
+    kill_and_continue(source, tmp_path, moments, in_processes=True)

@@ -1,5 +1,6 @@
 """Files that are written completely or not at all, and the processes that write them."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -8,7 +9,8 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,26 +81,51 @@ def write_rows(
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
-def in_processes(work: Callable[[Any], Any], tasks: list[Any], *, num_bytes: int) -> Iterator[Any]:
+def in_processes(
+    work: Callable[[Any], Any], tasks: Iterable[Any], *, num_bytes: int
+) -> Iterator[Any]:
     """The results of tasks in their order, from as many processes as there are CPU cores.
 
     They end with this one, however it ends.
 
     Args:
       work: what to do for each task.
-      tasks: its arguments.
+      tasks: its arguments, of which only a few are taken ahead.
       num_bytes: how much there is to read. Little is read here, before a process would start.
+
+    Raises:
+      OSError: as `work` does, or if a process has ended.
+      ValueError: as `work` does.
     """
-    num_processes = min(len(os.sched_getaffinity(0)), len(tasks))
+    num_processes = len(os.sched_getaffinity(0))
     if num_processes <= 1 or num_bytes < _WORTH_A_PROCESS:
         yield from map(work, tasks)
         return
     context = multiprocessing.get_context("spawn")  # JAX and gRPC have threads
     pool = ProcessPoolExecutor(num_processes, context, initializer=_end_with_parent)
     try:
-        yield from pool.map(work, tasks)
+        pending: collections.deque[Future] = collections.deque()
+        for task in tasks:
+            pending.append(pool.submit(sendable, work, task))
+            if len(pending) > 2 * num_processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a process that wrote shards has ended. If the system has killed it for memory, free "
+            "some: the same command continues"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def sendable(work: Callable[[Any], Any], task: Any) -> Any:
+    """Does the work in a process; errors that users see get through to the one that waits."""
+    try:
+        return work(task)
+    except (OSError, ValueError) as error:  # those of our own take other arguments than a text
+        raise (OSError if isinstance(error, OSError) else ValueError)(str(error)) from None
 
 
 def _end_with_parent() -> None:

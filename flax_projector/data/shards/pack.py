@@ -87,11 +87,11 @@ def pack(source: str, dst: str, *, shard_mb: int, flac: bool, config: DataConfig
         spans = list(zip(plan.starts, plan.starts[1:], strict=False))
         work = functools.partial(_write_shard, folder=str(folder), flac=flac)
         done = {int(path.stem) for path in scratch.glob("[0-9]*.json")}
-        tasks = [
+        tasks = (
             (number, start, [rows[i] for i in range(start, end)])
             for number, (start, end) in enumerate(spans)
             if number not in done
-        ]
+        )
         label = f"packed {dst}"
         with progress_bar(_log, label, total=len(spans), unit="shard", initial=len(done)) as bar:
             for _ in in_processes(work, tasks, num_bytes=plan.num_bytes):
