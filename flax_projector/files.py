@@ -165,24 +165,25 @@ class _NotWritten(OSError):
         )
 
 
-def write_atomically(path: AnyPath, text: str) -> None:
-    """Writes a text file, replacing any earlier one, and creates its folder if needed.
+def write_atomically(path: AnyPath, content: str | bytes) -> None:
+    """Writes a file, replacing any earlier one, and creates its folder if needed.
 
-    A reader sees either the old text or the new one, even if the process is killed or the machine
-    goes down. Several processes may write the same file: the last one wins.
+    A reader sees either the old content or the new one, even if the process is killed or the
+    machine goes down. Several processes may write the same file: the last one wins.
 
     Raises:
       OSError: naming the path, if it cannot be written.
     """
+    content = content.encode() if isinstance(content, str) else content
     with writing(path):
         if in_bucket(path):
-            filesystem().pipe_file(str(path), text.encode())
+            filesystem().pipe_file(str(path), content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content)
                 sync(file)
             partial.replace(path)
         finally:

@@ -1,6 +1,7 @@
 """Loads the model that a config describes, and writes its projector."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from convert.checkpoint import in_memory
@@ -30,7 +30,7 @@ from flax_projector.models.llama import abstract_decoder, embedding_rms
 from flax_projector.models.speech_llm import Params, SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.run_folder import RunFolder
-from flax_projector.sharding import batch_sharding, num_batch_shards, replicated, use_mesh
+from flax_projector.sharding import replicated, spread_sharding, use_mesh
 from flax_projector.storage import AnyPath
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.throughput import FlopCounter, make_flop_counter
@@ -109,21 +109,14 @@ class LoadedModel:
         """A `BatchMaker` for the run's training and evaluation sets."""
         if folder.path != folder.on_disk:
             log.info("%s: what needs a disk is kept in %s", folder.path, folder.on_disk)
-        encode_on_devices = jax.jit(self.model.encode)
-
-        def encode(samples: np.ndarray) -> jax.Array:
-            padding = -len(samples) % num_batch_shards(self.mesh)
-            rows = np.pad(samples, ((0, padding), (0, 0)))
-            rows = jax.device_put(rows, batch_sharding(self.mesh))
-            return encode_on_devices(self.encoder_params, rows)[: len(samples)]
-
+        encode = jax.jit(self.model.encode, out_shardings=spread_sharding(self.mesh))
         return BatchMaker(
             self.config,
             folder,
             self.prompt,
             self.mesh,
             bad_rows,
-            encode,
+            functools.partial(encode, self.encoder_params),
             encoder_digest=self.towers.contents["encoder"],
         )
 

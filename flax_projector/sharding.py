@@ -101,6 +101,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def spread_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits axis 0 over all devices, so that no two processes have the same rows."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
 def num_batch_shards(mesh: Mesh) -> int:
     """Number of parts that `batch_sharding` splits axis 0 into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -205,6 +210,11 @@ def padded_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     """The row numbers of a global batch that this process must provide, ascending."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,)).values()
+    return rows_of_process(batch_sharding(mesh), num_rows)
+
+
+def rows_of_process(sharding: NamedSharding, num_rows: int) -> np.ndarray:
+    """The row numbers of a global array that are on devices of this process, ascending."""
+    slices = sharding.addressable_devices_indices_map((num_rows,)).values()
     rows = np.arange(num_rows)
     return np.unique(np.concatenate([rows[index] for index in slices if index is not None]))

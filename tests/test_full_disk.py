@@ -16,13 +16,16 @@ import pytest
 
 import train_tpu
 from flax_projector import files
+from flax_projector.config import MeshConfig
 from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog
-from flax_projector.data.features import keep_features
+from flax_projector.data.frames.keep import keep_frames
+from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.manifest import Durations
 from flax_projector.files import lock_file, write_atomically
 from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import lock
+from flax_projector.sharding import make_mesh
 from flax_projector.training.evaluate import Transcript
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog
@@ -90,12 +93,15 @@ def write_bad_rows(folder: RunFolder) -> None:
         log.add("train", [BAD])
 
 
-def write_features(folder: RunFolder) -> None:
+ENCODING = Encoding("tiny", 4, "float32", window_samples=32_000)
+
+
+def write_frames(folder: RunFolder) -> None:
     rows = make_batches(read_speech(folder.on_disk, 2)).utterances
-    encode = lambda x: jnp.ones((len(x), 100, 4))  # noqa: E731
-    options = {"window_samples": 32000, "batch_size": 2, "encoder_dim": 4, "encoder_name": ""}
+    encode = lambda x: jnp.ones((len(x), 100, 4), device=x.sharding)  # noqa: E731
+    options = {"mesh": make_mesh(MeshConfig()), "batch_size": 2, "num_threads": 1}
     with full_disk(200):
-        keep_features(folder.features("train"), rows, encode, **options)
+        keep_frames(folder.data_cache / "frames", "train", rows, encode, ENCODING, **options)
 
 
 def with_writer(write):
@@ -110,7 +116,7 @@ WRITERS = {
     "metrics.jsonl": with_writer(lambda w: w.write(1, {"loss": 1.0})),
     "transcripts/dev-000001.jsonl": with_writer(lambda w: w.write_transcripts(1, "dev", [HEARD])),
     "bad_rows.jsonl": write_bad_rows,
-    "features/train": write_features,
+    f"data/frames/{ENCODING.address}": write_frames,
     "best.json": lambda folder: write_atomically(folder.best_scores, "{}"),
     "lock": lambda folder: lock(folder).__enter__(),
 }
@@ -124,7 +130,7 @@ def test_whatever_cannot_be_written_is_named_with_the_way_out(tmp_path, name):
         write(RunFolder(tmp_path))
     text = str(error.value).removeprefix("--out: ")
     assert text.startswith(f"{tmp_path}/{name} could not be written: File too large: make room")
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.rglob("*.frames"))
 
 
 def test_lengths_of_clips_need_not_be_kept(tmp_path, caplog):

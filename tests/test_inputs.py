@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import soundfile
 
+from flax_projector.config import MeshConfig
 from flax_projector.data.audio import Problem, Slice
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.batch_plan import Utterance
-from flax_projector.data.features import keep_features
+from flax_projector.data.frames.keep import keep_frames
+from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.inputs import Waveforms, find_unreadable
 from flax_projector.data.manifest import ManifestRow, settle_lengths
+from flax_projector.sharding import make_mesh
 from tests.clips import CONFIG, assert_same_batch, break_clip, make_batches, read_speech
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
@@ -70,14 +73,15 @@ def test_a_doubtful_clip_can_be_dropped(tmp_path, problem, kept):
         soundfile.write(path, changed, rate, subtype="FLOAT")
         inputs = Waveforms(CONFIG.window_samples)
         if kept:
-            inputs = keep_features(
-                tmp_path / f"{name} frames",
+            inputs = keep_frames(
+                tmp_path / "frames",
+                "train",
                 make_batches(rows).utterances,
                 lambda x: x.reshape(len(x), -1, 320)[..., :3],  # pyright: ignore
-                window_samples=CONFIG.window_samples,
+                Encoding("tiny", 3, "float32", CONFIG.window_samples),
+                mesh=make_mesh(MeshConfig()),
                 batch_size=4,
-                encoder_dim=3,
-                encoder_name="tiny",
+                num_threads=2,
             )
         batches[name] = make_batches(rows, inputs=inputs, drop_doubtful=name == "doubtful")
     dropped = pickle.loads(pickle.dumps(batches["doubtful"]))  # as workers have it

@@ -113,7 +113,7 @@ def test_the_names_of_evaluation_sets_tell_them_apart(named):
 def test_names_of_evaluation_sets_are_names_of_files(path, tmp_path):
     (name,) = eval_names(with_data(train=("a.jsonl",), eval=(f"x/{path}",)))
     assert re.fullmatch(r"\w[\w.-]*", name) and len(name.encode()) <= 100
-    assert RunFolder(tmp_path).features(name).parent == tmp_path / "features"
+    assert RunFolder(tmp_path).transcripts(name, 0).parent == tmp_path / "transcripts"
 
 
 def test_no_evaluation_set_is_called_like_the_training_set():

@@ -261,7 +261,6 @@ def test_caches_of_a_run_in_a_bucket_are_on_this_machine(bucket_server, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folders = [RunFolder(any_path(f"gs://{BUCKET}/{name}/run")) for name in "ab"]
     for folder in folders:
-        assert folder.data_cache.parent == folder.features("x").parents[1]
         assert re.fullmatch(r"run-\w{8}", folder.data_cache.parent.name)
         assert folder.data_cache.is_relative_to(tmp_path / "flax-projector")
     assert folders[0].data_cache != folders[1].data_cache

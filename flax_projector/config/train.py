@@ -148,8 +148,10 @@ class DataConfig:
     hf_max_rows: Count = 0
     """Use only this many rows from the start of each `hf:` source; 0 uses all."""
     cache_dir: Annotated[str, MAY_CHANGE] = ""
-    """Folder for streamed rows and for durations read from audio files; several runs may share
-    it. Empty means `data` in the run folder; for one in a bucket, in the user's cache folder."""
+    """Folder for streamed rows, durations read from audio files, and kept frames; several runs may
+    share it. Empty means `data` in the run folder. Of what is in a bucket, only frames are kept
+    there; the rest is in `data` in the run folder or, if that is in a bucket, in the user's cache
+    folder."""
     max_bad_rate: Annotated[float, Interval(ge=0, le=1), MAY_CHANGE] = 0.01
     """Largest allowed share of defective rows (missing file, undecodable, no transcript, ...) in a
     set. Above it the run stops; otherwise such rows are left out and listed in `bad_rows.jsonl` in
@@ -181,7 +183,7 @@ class DataConfig:
     case: those in capitals, as in LibriSpeech, take more tokens and read unlike the LLM's texts.
     The references of an evaluation are reported as they are."""
     cache_features: bool = False
-    """Compute the frozen encoder's frames once and keep them in the run folder."""
+    """Compute the frozen encoder's frames once and keep them in `cache_dir`, for all runs."""
     num_threads: Annotated[PositiveInt, MAY_CHANGE] = 4
     """Threads that read and resample audio, in each worker process if there are any."""
     num_workers: Annotated[Count, MAY_CHANGE] = 0

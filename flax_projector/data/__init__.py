@@ -8,7 +8,8 @@
   bad_rows     the rows that cannot be used: listed and counted; too many are an error
   batch_plan   which utterances share a batch, and its static lengths
   inputs       where a batch's audio comes from: audio files
-  features     ... or encoder frames kept on disk
+  frames       ... or encoder frames that were computed earlier
+  shared_folder  what process 0 hands to the others through a folder that all see
   batches      the batches of a set, by number
   reader       reads them ahead, in threads or processes
   sources      from the names of sources to batches

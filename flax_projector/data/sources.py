@@ -5,13 +5,11 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from flax_projector.chat.prompt import Prompt
@@ -19,14 +17,16 @@ from flax_projector.config import DataConfig, TrainConfig
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batch_plan import Utterance, prepare
 from flax_projector.data.batches import Batches
-from flax_projector.data.features import keep_features
+from flax_projector.data.frames.keep import Encode, keep_frames
+from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.hf_data import read_hf
 from flax_projector.data.hf_source import PREFIX
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
 from flax_projector.data.manifest import ManifestRow, read_manifest, settle_lengths
 from flax_projector.data.manifest_text import missing_manifest
-from flax_projector.files import is_url, local_path
+from flax_projector.files import any_path, is_url
 from flax_projector.run_folder import RunFolder
+from flax_projector.storage import AnyPath
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,6 @@ Rows = tuple[Sequence[ManifestRow], Sequence[BadRow]]
 """Rows that can be used, and those that cannot."""
 
 _MAX_NAME_BYTES = 100
-
-Encode = Callable[[np.ndarray], jax.Array]
-"""Maps f32[B, N] waveforms, zero-padded to the window, to encoder frames [B, S, E]."""
 
 
 def source_name(source: str) -> str:
@@ -181,9 +178,19 @@ class BatchMaker:
 
     def read(self, source: str) -> Rows:
         """Reads the rows of a source."""
-        named = self.config.data.cache_dir
-        cache = local_path(named) if named else self.folder.data_cache
+        cache = self._cache
+        if not isinstance(cache, Path):  # what is kept of rows needs a disk
+            cache = self.folder.data_cache
         return read_source(source, self.config.data, cache)
+
+    @property
+    def _cache(self) -> AnyPath:
+        """The folder that `data.cache_dir` names, or `data` in the run folder."""
+        named = self.config.data.cache_dir
+        try:
+            return any_path(named) if named else self.folder.path / "data"
+        except ValueError as error:
+            raise ValueError(f"--data.cache-dir: {error}") from error
 
     def make(
         self, name: str, rows: Rows, *, drop_doubtful: bool = False, **options: Any
@@ -235,13 +242,20 @@ class BatchMaker:
         config = self.config
         if not config.data.cache_features:
             return Waveforms(config.data.window_samples)
-        return keep_features(
-            self.folder.features(name),
+        encoding = Encoding(
+            self.encoder_digest,
+            config.projector.encoder_dim,
+            config.dtype,
+            config.data.window_samples,
+            config.data.whole_window,
+        )
+        return keep_frames(
+            self._cache / "frames",
+            name,
             utterances,
             self.encode,
-            window_samples=config.data.window_samples,
-            whole_window=config.data.whole_window,
+            encoding,
+            mesh=self.mesh,
             batch_size=config.data.eval_batch_size,
-            encoder_dim=config.projector.encoder_dim,
-            encoder_name=f"{self.encoder_digest} {config.dtype}",
+            num_threads=config.data.num_threads,
         )

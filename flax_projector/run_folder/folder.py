@@ -152,10 +152,6 @@ class RunFolder:
         """Folder for compiled programs, if the run is one of several hosts."""
         return self.path / "compile_cache"
 
-    def features(self, name: str) -> Path:
-        """Folder with the kept encoder frames of a set."""
-        return self.on_disk / "features" / name
-
     def transcripts(self, name: str, step: int) -> AnyPath:
         """All transcripts from one evaluation of a set."""
         return self.path / "transcripts" / f"{name}-{step:06d}.jsonl"
