@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from flax_projector.config import DataConfig
-from flax_projector.data import hf_data, hf_source
+from flax_projector.data import hf_source, hf_stream
 from flax_projector.data.audio import Problem, load_audio
 from flax_projector.data.hf_data import read_hf
 from flax_projector.data.hf_source import HFSource, parse_hf_source
@@ -87,16 +87,21 @@ def stream_config(**kwargs) -> DataConfig:
     return DataConfig(hf_streaming=True, **kwargs)
 
 
+def number_of(part: Path, number: int) -> int:
+    """Number of a row of the parquet files, the first of which has 4 rows."""
+    return 4 * int(part.name.removeprefix("part-")) + number
+
+
 @pytest.fixture
 def opened(monkeypatch) -> list[int]:
     """Numbers of the rows that were taken from a stream."""
-    taken, keep = [], hf_data._keep_row
+    taken, keep = [], hf_stream._keep_row
 
     def count(row, hf, folder, number):
-        taken.append(number)
+        taken.append(number_of(folder, number))
         return keep(row, hf, folder, number)
 
-    monkeypatch.setattr(hf_data, "_keep_row", count)
+    monkeypatch.setattr(hf_stream, "_keep_row", count)
     return taken
 
 
@@ -123,35 +128,35 @@ def test_a_stream_is_read_once_up_to_the_limit(folders, tmp_path, opened):
 def test_a_whole_stream_is_not_asked_for_again(folders, tmp_path, monkeypatch):
     source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
     whole = read_hf(source, stream_config(), kept)
-    monkeypatch.setattr(hf_data, "open_hf", lambda *args, **kwargs: pytest.fail("opened"))
+    monkeypatch.setattr(hf_stream, "open_hf", lambda *args, **kwargs: pytest.fail("opened"))
     assert read_hf(source, stream_config(), kept) == whole
 
 
 def start_and_kill(source: str, kept: Path, at_row: int, monkeypatch) -> None:
     """Leaves in `kept` what is on disk when a process is killed at a row, without its buffers."""
-    keep = hf_data._keep_row
+    keep = hf_stream._keep_row
 
     def break_off(row, hf, folder, number):
-        if number == at_row:
+        if number_of(folder, number) == at_row:
             shutil.copytree(kept, kept.with_name("killed"))
             raise KeyboardInterrupt
         return keep(row, hf, folder, number)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hf_data, "_keep_row", break_off)
+        patch.setattr(hf_stream, "_keep_row", break_off)
         read_hf(source, stream_config(), kept)
     shutil.rmtree(kept)
     kept.with_name("killed").rename(kept)
 
 
 def test_a_stream_that_is_killed_again_and_again_continues(folders, tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(hf_data, "_SAVE_EVERY_ROWS", 2)
+    monkeypatch.setattr(hf_stream, "_SAVE_EVERY_ROWS", 2)
     source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
     start_and_kill(source, kept, 5, monkeypatch)
     assert opened == [0, 1, 2, 3, 4]
     start_and_kill(source, kept, 5, monkeypatch)  # before it saves for the first time
     assert opened == [0, 1, 2, 3, 4, 4]  # row 4 was not yet saved
-    (manifest,) = kept.glob("*/rows.jsonl")
+    (manifest,) = kept.glob("*/part-0001/rows.jsonl")
     with manifest.open("a") as file:
         file.write('{"id": "4", "aud')  # a row that was not written whole
     rows, bad = read_hf(source, stream_config(), kept)
@@ -175,15 +180,55 @@ def test_a_kept_stream_that_lost_rows_is_an_error(folders, tmp_path, limit):
         read_hf(source, stream_config(), kept)
 
 
-def test_several_hosts_do_not_stream(folders, tmp_path, monkeypatch):
-    source = f"hf:{folders['parquet']}:train{COLUMNS}"
-    with monkeypatch.context() as patch:
-        patch.setattr("jax.process_count", lambda: 2)
-        with pytest.raises(ValueError, match="start once with one process"):
-            read_hf(source, stream_config(), tmp_path)
-    expected = read_hf(source, stream_config(), tmp_path)
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    assert read_hf(source, stream_config(), tmp_path) == expected
+def test_other_shards_than_those_that_are_kept_are_an_error(folders, tmp_path):
+    source, kept = f"hf:{folders['parquet']}:train{COLUMNS}", tmp_path / "kept"
+    read_hf(source, stream_config(hf_max_rows=5), kept)
+    (Path(folders["parquet"]) / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match=r"has 1 shards now: delete .*kept/.*in 2 parts, to downl"):
+        read_hf(source, stream_config(), kept)
+
+
+def as_processes(monkeypatch, source: str, count: int, max_rows: int, kept: Path):
+    """Calls `read_hf` as that many processes would, the rounds of which are known beforehand.
+
+    Returns what the last one has read.
+    """
+    result = None
+    for me in [*range(count), 0]:  # process 0 joins what all have kept
+        with monkeypatch.context() as patch:
+            patch.setattr("jax.process_count", lambda: count)
+            patch.setattr("jax.process_index", lambda me=me: me)
+            patch.setattr(hf_stream, "check_shared", lambda *_: None)
+            result = read_hf(source, stream_config(hf_max_rows=max_rows), kept)
+    return result
+
+
+@pytest.mark.parametrize("counts", [(2, 1), (1, 2), (3, 2, 1), (1, 3)], ids=str)
+def test_the_rows_do_not_depend_on_the_number_of_processes(tmp_path, monkeypatch, counts):
+    """A start with another number goes on, and the order stays that of the data set."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for shard, rows in enumerate([(0, 1, 2), (3,), (4, 5, 6, 7), (8, 9)]):
+        clips = [{"bytes": make_clip(i), "path": f"{i}.flac"} for i in rows]
+        table = datasets.Dataset.from_dict({"audio": clips, "text": [f"word {i}" for i in rows]})
+        table = table.cast_column("audio", datasets.Audio(decode=False))
+        table.to_parquet(str(folder / f"train-{shard:05d}-of-00004.parquet"))
+    source, taken, keep = f"hf:{folder}:train", [], hf_stream._keep_row
+
+    def count(row, hf, folder, number):
+        taken.append(row["text"])
+        return keep(row, hf, folder, number)
+
+    monkeypatch.setattr(hf_stream, "_keep_row", count)
+    limits = [5, 8, 0][-len(counts) :]
+    for processes, limit in zip(counts, limits, strict=True):
+        rows, bad = as_processes(monkeypatch, source, processes, limit, tmp_path / "kept")
+        expected = list(range(limit or 10))
+        assert not bad and [row.id for row in rows] == [str(i) for i in expected]
+        assert [row.text for row in rows] == [f"word {i}" for i in expected]
+        for i, row in zip(expected, rows, strict=True):
+            assert Path(str(row.audio)).read_bytes() == make_clip(i)
+    assert sorted(taken) == [f"word {i}" for i in range(10)], "a row was kept twice"
 
 
 def test_a_row_limit_holds_at_random_access_too(folders, tmp_path):

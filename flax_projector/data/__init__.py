@@ -5,6 +5,7 @@
   shards       tars of clips: indexed, and packed from any source
   manifest     manifests -> rows; manifest_text: how they are written
   hf_data      Hugging Face data sets -> rows; hf_source: how they are opened; hf_clips: their clips
+  hf_stream    streamed ones, whose rows are kept on disk
   bad_rows     the rows that cannot be used: listed and counted; too many are an error
   batch_plan   which utterances share a batch, and its static lengths
   inputs       where a batch's audio comes from: audio files

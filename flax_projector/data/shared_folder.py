@@ -18,12 +18,12 @@ SUFFIX = ".shared"
 _SETTLE_SECS = 10.0  # until a shared file system shows what another host has written
 
 
-def check_shared(folder: AnyPath, option: str) -> None:
-    """Checks that all processes see the same folder; all must call it.
+def check_shared(folder: AnyPath, where: str) -> None:
+    """Checks that all processes see the same folder below `--data.cache-dir`; all must call it.
 
     Args:
       folder: as this process knows it.
-      option: the option that names another one.
+      where: it can be, in words.
 
     Raises:
       HostsDiffer: on all processes, if one does not see what process 0 has written there.
@@ -41,7 +41,8 @@ def check_shared(folder: AnyPath, option: str) -> None:
     try:
         what = f"what process 0 has written to {folder}"
         what = hosts.broadcast("shared folder name", what)
-        hosts.agree({f"{what}: let {option} name a folder that all hosts share": found})
+        way_out = f"let --data.cache-dir name a folder {where} that all hosts share"
+        hosts.agree({f"{what} ({way_out})": found})
     finally:
         if name == nonce:
             path.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ def keep_frames(
     if is_first:
         description = json.dumps(asdict(encoding), indent=2) + "\n"
         write_atomically(folder / "encoding.json", description)
-    check_shared(folder, "--data.cache-dir")
+    check_shared(folder, "on a disk or in a bucket")
     if is_first:
         remove_abandoned(folder)
     row_keys, clip_keys, described = keys_of(utterances, clips=is_first)
