@@ -13,74 +13,27 @@ import numpy as np
 import pytest
 import soundfile
 
-from flax_projector.config import MeshConfig
+from flax_projector.batch import Bucket, empty_batch
 from flax_projector.data.audio import BadAudio, Problem
 from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.frames import shards
-from flax_projector.data.frames.keep import keep_frames
-from flax_projector.data.frames.keys import clip_digest, find, sort_order
-from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.frames.store import FrameStore
-from flax_projector.data.manifest import ManifestRow
 from flax_projector.files import any_path
-from flax_projector.sharding import make_mesh
+from flax_projector.sharding import spread_sharding
 from tests.bucket import BUCKET
-
-BATCH, DIM = 4, 3
-ENCODING = Encoding("weights", DIM, "float32", window_samples=6_400)  # 20 frames
-MESH = make_mesh(MeshConfig(), jax.devices()[:2])
-
-
-def make_utterances(folder: Path, count: int) -> list[Utterance]:
-    """Clips of 4 to 19 frames of noise."""
-    folder.mkdir(exist_ok=True)
-    utterances = []
-    for i in range(count):
-        num_frames = 4 + i % 16
-        samples = np.random.default_rng(i).uniform(-0.5, 0.5, 320 * num_frames)
-        soundfile.write(folder / f"{i}.wav", samples, 16_000)
-        row = ManifestRow(f"clip{i}", str(folder / f"{i}.wav"), "go", num_frames / 50)
-        utterances.append(Utterance(row, 20, (1,)))
-    return utterances
-
-
-def change_row(utterance: Utterance, **changes) -> Utterance:
-    return dataclasses.replace(utterance, row=dataclasses.replace(utterance.row, **changes))
-
-
-class Encoder:
-    """Frames [B, S, E] that tell clip, time and row; it ends as a killed process at some call."""
-
-    def __init__(self, killed_at: int | None = None, dtype: str = "float32"):
-        self.calls, self._killed_at, self._dtype = 0, killed_at, dtype
-
-    def __call__(self, samples: jax.Array) -> jax.Array:
-        if self.calls == self._killed_at:
-            raise KeyboardInterrupt
-        self.calls += 1
-        frames = np.asarray(samples).reshape(BATCH, -1, 320)[..., :DIM].copy()  # [B, S, E]
-        frames[..., 0] += np.arange(BATCH)[:, None]
-        return jax.device_put(frames.astype(jnp.dtype(self._dtype)), samples.sharding)
-
-
-def keep(root, utterances: list[Utterance], encode=None, encoding: Encoding = ENCODING):
-    return keep_frames(
-        root,
-        "train",
-        utterances,
-        encode or Encoder(),
-        encoding,
-        mesh=MESH,
-        batch_size=BATCH,
-        num_threads=2,
-    )
-
-
-def calls(root, utterances: list[Utterance], encoding: Encoding = ENCODING) -> int:
-    """How often the encoder is called."""
-    encoder = Encoder(dtype=encoding.dtype)
-    keep(root, utterances, encoder, encoding)
-    return encoder.calls
+from tests.frames import (
+    BATCH,
+    DIM,
+    ENCODING,
+    MESH,
+    Encoder,
+    calls,
+    change_row,
+    keep,
+    make_utterances,
+    write_other,
+)
+from tests.tiny_model import make_model, make_params
 
 
 def assert_same(store: FrameStore, expected: FrameStore, utterances: list[Utterance]) -> None:
@@ -230,12 +183,17 @@ def test_two_runs_share_the_clips_that_both_have(tmp_path):
         np.testing.assert_array_equal(store.read(of_other[0]).audio, store.read(of_other[1]).audio)
 
 
-def write_other(path: str) -> None:
-    """Other samples, as many of them."""
-    size = os.path.getsize(path)
-    soundfile.write(path, np.full(soundfile.info(path).frames, 0.25), 16_000)
-    assert os.path.getsize(path) == size
-    os.utime(path, (0, 0))
+def test_rows_that_share_a_clip_share_its_frames(tmp_path):
+    utterances, root = make_utterances(tmp_path, 4), tmp_path / "frames"
+    again = [change_row(u, id=f"{u.row.id} again", text="stop") for u in utterances]
+    mixed = [u for pair in zip(utterances, again, strict=True) for u in pair]
+    encoder = Encoder()
+    store = keep(root, mixed, encoder)
+    assert encoder.calls == 1
+    assert_same(store, keep(tmp_path / "whole", utterances), utterances)
+    for utterance, other in zip(utterances, again, strict=True):
+        found = [store.read(u).audio for u in (utterance, other)]
+        np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_only_what_changed_is_computed_again(tmp_path):
@@ -246,24 +204,6 @@ def test_only_what_changed_is_computed_again(tmp_path):
     store = keep(root, utterances, encoder)
     assert encoder.calls == 1  # clips 1, 9, 10, 11
     assert np.all(store.read(utterances[1]).audio[:, 1:] == 0.25)
-
-
-def test_the_digest_of_a_clip_changes_with_its_samples_only(tmp_path, monkeypatch):
-    (utterance,) = make_utterances(tmp_path, 1)
-    row, path = utterance.row, str(utterance.row.audio)
-    (tmp_path / "there").mkdir()
-    digest = clip_digest(row)
-    assert len(digest) == 16
-    monkeypatch.chdir(tmp_path)
-    same = [{"id": "x"}, {"text": "x"}, {"source": "x"}, {"audio": "0.wav"}]
-    same += [{"audio": f"{tmp_path}/there/../0.wav"}, {"duration": np.float64(row.duration)}]
-    for changes in same:
-        assert clip_digest(dataclasses.replace(row, **changes)) == digest, changes
-    (tmp_path / "1.wav").write_bytes(Path(path).read_bytes())
-    for changes in [{"audio": "1.wav"}, {"offset": 0.0}, {"duration": 1.0}]:
-        assert clip_digest(dataclasses.replace(row, **changes)) != digest, changes
-    write_other(path)
-    assert clip_digest(row) != digest
 
 
 def test_frames_of_the_whole_window(tmp_path, monkeypatch):
@@ -333,6 +273,35 @@ def test_frames_are_kept_as_they_were_computed(tmp_path):
     assert 2 * halved == sum(p.stat().st_size for p in files(tmp_path / "exact", ".frames"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_projector_hears_kept_frames_as_those_of_an_encoder_in_the_step(tmp_path, dtype):
+    """Bit for bit, by way of the arrays in which batches carry them."""
+    model = make_model(dtype=jnp.dtype(dtype))
+    projector_params, encoder_params, _ = make_params()
+    encoder_params = jax.tree.map(lambda x: x.astype(dtype), encoder_params)
+    utterances, root = make_utterances(tmp_path, BATCH), tmp_path / "frames"
+    encode, seen = jax.jit(model.encode, out_shardings=spread_sharding(MESH)), []
+
+    def watched(samples: jax.Array) -> jax.Array:
+        seen.append(encode(encoder_params, samples))
+        return seen[-1]
+
+    dim = model.encoder.config.d_model
+    encoding = dataclasses.replace(ENCODING, dtype=dtype, encoder_dim=dim)
+    store = keep(root, utterances, watched, encoding)
+    bucket, num_frames = Bucket(20, 30, 5), np.zeros(BATCH, int)
+    rows = empty_batch(bucket, BATCH, fill=0, audio_shape={"frames": store.shape(bucket)}).frames
+    for row, utterance in enumerate(utterances):
+        frames, num_frames[row], _ = store.read(utterance)
+        rows[row, : len(frames)] = frames
+    valid = np.arange(20) < num_frames[:, None]
+    embed = jax.jit(model.embed_audio)
+    expected = embed(projector_params, np.asarray(seen[0]), valid)
+    heard = embed(projector_params, rows, valid)
+    assert heard.dtype == jnp.dtype(dtype) and np.asarray(heard).any()
+    assert np.asarray(heard).tobytes() == np.asarray(expected).tobytes()
+
+
 def test_frames_that_vanish_later_are_an_error_that_names_them(tmp_path):
     utterances, root = make_utterances(tmp_path, 3), tmp_path / "frames"
     store = keep(root, utterances)
@@ -340,20 +309,6 @@ def test_frames_that_vanish_later_are_an_error_that_names_them(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(OSError, match=f"{path} has become shorter: start the same command again"):
         store.read(utterances[2])
-
-
-def test_keys_are_found_even_if_half_of_them_are_the_same():
-    rng = np.random.default_rng(0)
-    keys = rng.integers(0, 5, (2, 60), dtype=np.uint64)  # 25 different ones, most of them twice
-    keys, rank = keys[:, :40], rng.integers(0, 2, 40)
-    order = sort_order(keys, rank)
-    keys, rank = keys[:, order], rank[order]
-    wanted = np.stack(np.meshgrid(np.arange(6), np.arange(6))).reshape(2, -1).astype(np.uint64)
-    for key, at in zip(wanted.T, find(keys, wanted), strict=True):
-        same = np.flatnonzero((keys == key[:, None]).all(axis=0))
-        assert at == (same[0] if len(same) else -1)
-        assert at == -1 or rank[at] == rank[same].min()
-    assert find(keys[:, :0], wanted).tolist() == [-1] * 36
 
 
 def test_python_keeps_nothing_of_each_clip(tmp_path, monkeypatch):

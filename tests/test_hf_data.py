@@ -193,7 +193,7 @@ def as_processes(monkeypatch, source: str, count: int, max_rows: int, kept: Path
 
     Returns what the last one has read.
     """
-    result = None
+    result = [], []
     for me in [*range(count), 0]:  # process 0 joins what all have kept
         with monkeypatch.context() as patch:
             patch.setattr("jax.process_count", lambda: count)

@@ -74,7 +74,9 @@ def test_one_process_uses_what_two_have_kept(config, tmp_path, monkeypatch, capl
     soundfile.write(clip, np.full(len(samples), np.nan), rate, subtype="FLOAT")
     config = other(config, "run", max_bad_rate=1.0)
     text = start(config).finish()
-    assert "encoder frames of 21 utterances in" in text and "21 of them computed now" in text
+    assert (
+        "encoder frames of 21 utterances in" in text and " those of 21 clips computed now" in text
+    )
     assert "trying" not in text and len(read_losses(config)) == 4
     lengths = [
         np.load(index)["num_frames"] for index in (tmp_path / "cache").glob("frames/*/*.npz")
@@ -95,14 +97,14 @@ def test_two_processes_use_what_one_and_two_have_kept(config, monkeypatch, tmp_p
     """And the run with the encoder in the step has the same losses."""
     train_tpu.main(other(config, "first", hf_max_rows=4))
     text = start(config).finish()
-    assert "21 utterances in" in text and " 4 of them computed now" in text
-    assert " 0 of them computed now" in start(other(config, "third")).finish()
+    assert "21 utterances in" in text and " those of 4 clips computed now" in text
+    assert " those of 0 clips computed now" in start(other(config, "third")).finish()
     live = other(config, "live", cache_features=False)
     train_tpu.main(live)
     assert_same_losses(config, live)
     with_fsdp = dataclasses.replace(config.mesh, fsdp=2, tensor=2, data=1)
     cut = dataclasses.replace(other(config, "cut", cache_dir=""), mesh=with_fsdp)
-    assert " 21 of them computed now" in start(cut).finish()
+    assert " those of 21 clips computed now" in start(cut).finish()
     assert_same_losses(cut, live)
 
 
@@ -115,13 +117,14 @@ def test_processes_that_are_killed_while_they_compute_go_on(config):
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=4))
     processes = start(config, patch=slowly)
-    processes.wait_for("NOW", 0), processes.wait_for("NOW", 1)
+    for process in (0, 1):
+        processes.wait_for("NOW", process)
     processes.send(signal.SIGKILL)
     processes.end()
     kept = Path(config.data.cache_dir) / "frames"
     num_kept = sum(len(np.load(path)["num_frames"]) for path in kept.glob("*/*.npz"))
     assert num_kept == 8, "two batches of 4"
-    assert " 13 of them computed now" in start(config).finish()
+    assert " those of 13 clips computed now" in start(config).finish()
     live = other(config, "live", cache_features=False)
     train_tpu.main(live)
     assert_same_losses(config, live)
@@ -137,7 +140,7 @@ def test_hosts_that_share_no_folder_are_told_what_to_name(config, tmp_path, what
     assert len({end.last_line for end in ends}) == 1
     for end in ends:
         assert end.code == 1 and "let --data.cache-dir name a folder" in end.text
-        assert f"not in {tmp_path / 'of another host'}" in end.last_line
+        assert f"but not in {tmp_path}" in end.last_line and "process 1" in end.last_line
     assert not list(tmp_path.rglob("*.shared"))
 
 
@@ -147,7 +150,7 @@ def test_frames_in_a_bucket(bucket_server, config, monkeypatch):
     data = {"train": config.data.train[:1], "hf_streaming": False}
     in_bucket = {**data, "cache_dir": f"gs://{BUCKET}/frames of all"}
     config, live = other(config, "a", **in_bucket), other(config, "live", **data)
-    assert " 13 of them computed now" in start(config).finish()
+    assert " those of 13 clips computed now" in start(config).finish()
     no_encoder(monkeypatch)
     alone = other(config, "b", num_workers=1)
     train_tpu.main(alone)

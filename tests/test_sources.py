@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -28,7 +29,7 @@ def with_data(preset: str = "tiny", /, **data) -> TrainConfig:
 def make_maker(config: TrainConfig, folder: Path) -> BatchMaker:
     """Needs no model, since it keeps no frames."""
 
-    def encode(samples: np.ndarray):
+    def encode(samples: jax.Array):
         pytest.fail("encodes")
 
     bad_rows = BadRowLog(folder / "bad_rows.jsonl", max_rate=config.data.max_bad_rate)
@@ -45,6 +46,12 @@ def test_sources_that_are_there_or_elsewhere_pass(tmp_path):
     here = make_speech(tmp_path, 1)
     elsewhere = ("hf:owner/name:train", "gs://bucket/dev.jsonl")
     check_sources(with_data(train=(here, *elsewhere), eval=elsewhere))
+
+
+def test_a_cache_that_cannot_be_used_names_the_option(tmp_path):
+    config = with_data(train=(make_speech(tmp_path, 1),), cache_dir="s3://bucket/cache")
+    with pytest.raises(ValueError, match=r"--data.cache-dir: s3://bucket/cache is a URL that cann"):
+        make_maker(config, tmp_path).train()
 
 
 def test_a_run_without_training_data_names_the_option():

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from flax_projector import hosts
 from flax_projector.data.audio import BadAudio
 from flax_projector.data.batch_plan import Utterance
-from flax_projector.data.frames.keys import find, keys_of
+from flax_projector.data.frames.keys import find, keys_of, sort_order
 from flax_projector.data.frames.shards import (
     NO_SHARDS,
     Encoding,
@@ -95,9 +95,8 @@ def keep_frames(
     row_keys, clip_keys, described = keys_of(utterances, clips=is_first)
     hosts.agree({f"rows of {name}": f"{len(utterances)} with the hash {described}"})
     shards = read_shards(folder, encoding) if is_first else NO_SHARDS
-    missing = _Missing(
-        **from_first(folder, lambda: _find_missing(clip_keys, shards.keys, shards.entries))
-    )
+    at = find(shards.keys, clip_keys)
+    missing = _Missing(**from_first(folder, lambda: _find_missing(clip_keys, at, shards.entries)))
     written = _compute(
         utterances,
         missing,
@@ -109,18 +108,20 @@ def keep_frames(
     )
 
     def make_table() -> dict[str, np.ndarray]:
-        found = read_shards(folder, encoding, known=shards, names=written)
-        at = find(found.keys, clip_keys)
-        if np.any(at < 0):
+        if not written:
+            return {"entries": shards.entries[at], "names": np.array(shards.names, str)}
+        all_shards = read_shards(folder, encoding, known=shards, names=written)
+        now_at = find(all_shards.keys, clip_keys)
+        if np.any(now_at < 0):
             raise OSError(
                 f"{folder}: frames that were just written cannot be read: start the same command "
                 "again"
             )
-        return {"entries": found.entries[at], "names": np.array(found.names, str)}
+        return {"entries": all_shards.entries[now_at], "names": np.array(all_shards.names, str)}
 
     table = from_first(folder, make_table)
     log.info(
-        "encoder frames of %d utterances in %s, %d of them computed now",
+        "encoder frames of %d utterances in %s, those of %d clips computed now",
         len(utterances),
         folder,
         len(missing.numbers),
@@ -128,21 +129,25 @@ def keep_frames(
     return FrameStore.make(folder, encoding, row_keys, table["entries"], table["names"].tolist())
 
 
-def _find_missing(wanted: np.ndarray, keys: np.ndarray, entries: np.ndarray) -> dict:
+def _find_missing(wanted: np.ndarray, at: np.ndarray, entries: np.ndarray) -> dict:
     """The fields of `_Missing`.
 
     Args:
       wanted: keys of the set's clips.
-      keys: of the clips in the store.
-      entries: what is known of them.
+      at: where they are in the store, -1 if they are not.
+      entries: what is known of the clips in the store.
     """
-    found = find(keys, wanted)
-    is_bad = np.zeros(len(found), bool)
-    is_bad[found >= 0] = entries["num_frames"][found[found >= 0]] == 0
-    new, bad = np.flatnonzero(found < 0), np.flatnonzero(is_bad)
+    is_bad = np.zeros(len(at), bool)
+    is_bad[at >= 0] = entries["num_frames"][at[at >= 0]] == 0
+    new, bad = np.flatnonzero(at < 0), np.flatnonzero(is_bad)
     # With new clips first, a start that was killed goes on with the same batches.
     numbers = np.concatenate([new, bad])
-    is_new = np.arange(len(numbers)) < len(new)
+    # Rows may share a clip: the first of them stands for all.
+    order = sort_order(wanted[:, numbers], np.arange(len(numbers)))
+    in_order = wanted[:, numbers[order]]
+    is_first = np.append([True] * bool(len(order)), np.diff(in_order).any(axis=0))
+    numbers = numbers[np.sort(order[is_first.astype(bool)])]
+    is_new = at[numbers] < 0
     return {"numbers": numbers, "keys": wanted[:, numbers], "is_new": is_new}
 
 

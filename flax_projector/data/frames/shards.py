@@ -219,16 +219,17 @@ def read_shards(
         return _read_index(folder, name, encoding, size)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = list(pool.map(read, names))
-    good = [(name, *one) for name, one in zip(names, found, strict=True) if one is not None]
-    if not good:
-        return known
-    for number, (_, _, entries) in enumerate(good, len(known.names)):
+        found = dict(zip(names, pool.map(read, names), strict=True))
+    good = {name: index for name, index in found.items() if index is not None}
+    for number, (_, entries) in enumerate(good.values(), len(known.names)):
         entries["shard"] = number
-    keys = np.concatenate([known.keys, *(keys for _, keys, _ in good)], axis=1)
-    entries = np.concatenate([known.entries, *(entries for _, _, entries in good)])
+    all_names = [*known.names, *good]
+    keys = np.concatenate([known.keys, *(keys for keys, _ in good.values())], axis=1)
+    entries = np.concatenate([known.entries, *(entries for _, entries in good.values())])
+    del found, good  # they are large
     order = sort_order(keys, entries["num_frames"] == 0)
-    return Shards([*known.names, *(name for name, *_ in good)], keys[:, order], entries[order])
+    keys = keys[:, order]
+    return Shards(all_names, keys, entries[order])
 
 
 def _sizes(folder: AnyPath) -> dict[tuple[str, str], int]:
