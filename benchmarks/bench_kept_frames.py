@@ -8,6 +8,7 @@ file, are not measured.
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def main() -> None:
         def report(what: str, start: float) -> None:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
             secs = time.perf_counter() - start
-            print(f"{what}: {secs:.1f} s, peak memory {memory:.2f} GB", flush=True)
+            sys.stdout.write(f"{what}: {secs:.1f} s, peak memory {memory:.2f} GB\n")
 
         start = time.perf_counter()
         shards = read_shards(folder, ENCODING)
