@@ -108,6 +108,34 @@ def test_files_of_killed_processes_are_removed_when_nobody_writes_to_them(tmp_pa
     assert set(store.iterdir()) == {*kept, *new}
 
 
+def test_abandoned_files_are_told_from_shards(root, tmp_path, monkeypatch):
+    utterances = make_utterances(tmp_path, 2)
+    keep(root, utterances)
+    (store,) = root.iterdir()
+    for name in ("left.frames", "left.shared"):
+        (store / name).write_bytes(b"x")
+    keep(root, utterances, Encoder(killed_at=0))
+    assert len(list(store.iterdir())) == 5
+    monkeypatch.setattr(shards, "_ABANDONED_SECS", -60)
+    keep(root, utterances, Encoder(killed_at=0))
+    assert sorted(path.suffix for path in store.iterdir()) == [".frames", ".json", ".npz"]
+
+
+def test_runs_that_keep_the_same_clips_at_the_same_time_do_no_harm(tmp_path):
+    utterances, root = make_utterances(tmp_path, 10), tmp_path / "frames"
+    encoder, others = Encoder(), []
+
+    def slowly(samples: jax.Array) -> jax.Array:
+        if encoder.calls == 1:
+            others.append(keep(root, utterances))
+        return encoder(samples)
+
+    whole = keep(tmp_path / "whole", utterances)
+    for store in (keep(root, utterances, slowly), *others):
+        assert_same(store, whole, utterances)
+    assert_same(keep(root, utterances, Encoder(killed_at=0)), whole, utterances)
+
+
 DAMAGE = {
     "short frames": (".frames", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     "no frames": (".frames", lambda path: path.unlink()),
