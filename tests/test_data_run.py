@@ -352,7 +352,7 @@ def test_a_run_on_data_sets_and_manifests_never_imports_torch(on_data_sets):
     assert result.returncode == 0, result.stderr[-2000:]
     assert len(read_losses(config)) == 6
     folder = RunFolder.of(config)
-    assert len(list(folder.data_cache.glob("*/audio/00000/*.wav"))) == 15
+    assert len(list(folder.data_cache.glob("*/part-0000/audio/00000/*.wav"))) == 15
     (transcripts,) = folder.path.glob("transcripts/*-000006.jsonl")
     assert len(transcripts.read_text().splitlines()) == 5
 
