@@ -112,8 +112,8 @@ def make_stages(config: TrainConfig, loaded: LoadedModel, batches: Batches) -> S
     """The objectives of a run: CTC for its warm start, if it has one, then the LLM's."""
     if not config.ctc.num_steps:
         return Stages()
-    targets = [utterance.target for utterance in batches.utterances]
-    classes = ctc_classes(targets, loaded.prompt.token_id(config.ctc.blank))
+    blank = loaded.prompt.token_id(config.ctc.blank)
+    classes = ctc_classes(batches.utterances.spoken(), blank)
     objective = CTCObjective(classes, config.projector.projector_pool_stride)
     return Stages(objective, config.ctc.num_steps)
 

@@ -34,12 +34,13 @@ from made_up import prompt_of_ids
 
 from flax_projector.config import DataConfig, MeshConfig
 from flax_projector.data.audio import Audio
-from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Waveforms
-from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.data.manifest import read_manifest
 from flax_projector.data.reader import BatchIterator
+from flax_projector.data.rows import ManifestRow
 from flax_projector.data.shards.pack import pack
+from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
 from flax_projector.sharding import make_mesh
 
@@ -76,7 +77,7 @@ def read_batches(clips: Sequence[Audio], num_threads: int) -> None:
         for clip in clips
     ]
     batches = Batches(
-        utterances,
+        Utterances.of(utterances),
         inputs=Waveforms(DATA.window_samples),
         prompt=PROMPT,
         config=DATA,

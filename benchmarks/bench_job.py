@@ -35,10 +35,10 @@ from made_up import prompt_of_ids
 
 from flax_projector.batch import Bucket
 from flax_projector.config import DataConfig, MeshConfig
-from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Clip
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow
+from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
 from flax_projector.sharding import make_mesh
 
@@ -141,7 +141,7 @@ class PaddingLoop(TorchStep):
 def make_batches(utterances: list[Utterance], bucket_secs: Any, inputs: Noise) -> Batches:
     """Makes an epoch of our batches."""
     return Batches(
-        utterances,
+        Utterances.of(utterances),
         inputs=inputs,
         prompt=PROMPT,
         config=DataConfig(bucket_secs=bucket_secs, max_text_tokens=128),

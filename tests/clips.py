@@ -1,5 +1,6 @@
 """Batches of tiny clips without a model, and clips that cannot be used."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -9,10 +10,11 @@ import soundfile
 from flax_projector.batch import Batch
 from flax_projector.chat.prompt import Prompt, make_prompt
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
-from flax_projector.data.batch_plan import prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Inputs, Waveforms
-from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.data.manifest import read_manifest
+from flax_projector.data.rows import ManifestRow, Rows
+from flax_projector.data.utterances import prepare
 from flax_projector.sharding import make_mesh
 from tests.tiny import make_speech, make_tokenizer
 
@@ -24,7 +26,7 @@ def tiny_prompt() -> Prompt:
     return make_prompt(make_tokenizer(), PromptConfig())
 
 
-def read_speech(folder: Path, count: int, *, source: str | None = None) -> list[ManifestRow]:
+def read_speech(folder: Path, count: int, *, source: str | None = None) -> Rows:
     """Rows clip0, clip1, ... of noise, which are made in the folder."""
     rows, bad = read_manifest(make_speech(folder, count), source=source)
     assert not bad
@@ -32,7 +34,7 @@ def read_speech(folder: Path, count: int, *, source: str | None = None) -> list[
 
 
 def make_batches(
-    rows: list[ManifestRow],
+    rows: Sequence[ManifestRow],
     *,
     inputs: Inputs | None = None,
     config: DataConfig = CONFIG,
@@ -48,7 +50,7 @@ def make_batches(
     """
     prompt = tiny_prompt()
     return Batches(
-        prepare(rows, prompt, config)[0],
+        prepare(_by_source(rows), prompt, config)[0],
         inputs=inputs or Waveforms(config.window_samples),
         prompt=prompt,
         config=config,
@@ -56,6 +58,13 @@ def make_batches(
         mesh=make_mesh(MeshConfig()),
         **{"batch_size": 8, **options},
     )
+
+
+def _by_source(rows: Sequence[ManifestRow]) -> list[Rows]:
+    if isinstance(rows, Rows):
+        return [rows]
+    sources = dict.fromkeys(row.source for row in rows)
+    return [Rows.of([row for row in rows if row.source == source]) for source in sources]
 
 
 def assert_same_batch(actual: Batch, expected: Batch) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import soundfile
 
 from flax_projector.config import MeshConfig
-from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.frames.keep import keep_frames
 from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.frames.store import FrameStore
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow
+from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.sharding import make_mesh
 
 BATCH, DIM = 4, 3
@@ -62,7 +62,7 @@ def keep(
     return keep_frames(
         root,
         "train",
-        utterances,
+        Utterances.of(utterances),
         encode or Encoder(),
         encoding,
         mesh=MESH,

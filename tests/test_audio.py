@@ -208,6 +208,9 @@ def test_what_is_no_speech_cannot_be_used(tmp_path, value, problem, message, rat
 
 def test_a_clip_that_cannot_be_fetched_does_not_end_the_run():
     class Broken:
+        def file(self):
+            return ""
+
         def fetch(self):
             raise RuntimeError("503")
 

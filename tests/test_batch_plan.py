@@ -13,9 +13,9 @@ from flax_projector.data.batch_plan import (
     epoch_members,
     epoch_plan,
     make_buckets,
-    prepare,
 )
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow, Rows
+from flax_projector.data.utterances import prepare
 from tests.clips import CONFIG, read_speech, tiny_prompt
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
@@ -27,12 +27,12 @@ def test_plan_pads_only_one_batch_and_moves_leftovers_up(sizes, seed):
     assigned = np.repeat(np.arange(3), sizes)
     rng = None if seed is None else np.random.default_rng(seed)
     plan = epoch_plan(np.arange(len(assigned)), assigned, 3, 4, rng)
-    members = np.concatenate([batch for _, batch in plan])
+    members = plan.members.flatten()
     assert sorted(members[members >= 0]) == list(range(sum(sizes)))
-    assert sum((batch < 0).any() for _, batch in plan) <= 1
-    assert all((batch >= 0).tolist() == sorted(batch >= 0, reverse=True) for _, batch in plan)
-    assert len(plan) == -(-sum(sizes) // 4)
-    for bucket, batch in plan:
+    assert sum((batch < 0).any() for batch in plan.members) <= 1
+    assert all((batch >= 0).tolist() == sorted(batch >= 0, reverse=True) for batch in plan.members)
+    assert len(plan.buckets) == -(-sum(sizes) // 4)
+    for bucket, batch in zip(plan.buckets, plan.members, strict=True):
         assert all(assigned[i] <= bucket for i in batch if i >= 0)
 
 
@@ -59,7 +59,7 @@ def test_sources_are_drawn_from_independently():
 @pytest.mark.parametrize(("case", "label"), [("keep", "Go LEFT"), ("lower", "go left")])
 def test_the_case_of_labels_is_not_that_of_the_reference(case, label):
     prompt, rows = tiny_prompt(), [ManifestRow("0", "0.wav", "Go LEFT", 1.0)]
-    (utterance,), _ = prepare(rows, prompt, DataConfig(text_case=case))
+    (utterance,), _ = prepare([Rows.of(rows)], prompt, DataConfig(text_case=case))
     assert prompt.decode(utterance.target) == label
     assert utterance.row.text == "Go LEFT"
 
@@ -70,14 +70,14 @@ def test_the_case_of_labels_is_not_that_of_the_reference(case, label):
 def test_a_clip_may_be_a_little_longer_than_stated(duration, max_frames):
     """By 0.05 s, 2.5 frames, and one more frame; 2 s are the window."""
     rows = [ManifestRow("0", "0.wav", "go", duration)]
-    (utterance,), _ = prepare(rows, tiny_prompt(), CONFIG)
+    (utterance,), _ = prepare([Rows.of(rows)], tiny_prompt(), CONFIG)
     assert utterance.max_frames == max_frames
 
 
 def test_clips_that_fill_the_window_have_one_bucket(tmp_path):
     prompt, rows = tiny_prompt(), read_speech(tmp_path, 13)
     config = dataclasses.replace(CONFIG, audio_tokens="window")
-    utterances, _ = prepare(rows, prompt, config)
+    utterances, _ = prepare([Rows.of(rows)], prompt, config)
     assert {u.max_frames for u in utterances} == {100}
     assert not assign(utterances, config).any()
     longest = max(len(u.target) for u in utterances)
@@ -88,7 +88,7 @@ def test_clips_that_fill_the_window_have_one_bucket(tmp_path):
 def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):
     prompt, rows = tiny_prompt(), read_speech(tmp_path, 13)
     short = DataConfig(window_secs=2.0, bucket_secs=(0.9,), max_text_tokens=12)
-    kept, bad = prepare(rows, prompt, short)
+    kept, bad = prepare([Rows.of(rows)], prompt, short)
     assert 0 < len(kept) < 13 and len(kept) + len(bad) == 13
     assert {row.reason for row in bad} == {Problem.TOO_LONG, Problem.TOO_MANY_LABELS}
     details = {row.reason: row.detail for row in bad}
@@ -99,4 +99,4 @@ def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):
         r"none of 13 .* its --data.bucket-secs 0.1, or have more .* --data.max-text-tokens 128"
     )
     with pytest.raises(ValueError, match=message):
-        prepare(rows, prompt, DataConfig(window_secs=2.0, bucket_secs=(0.1,)))
+        prepare([Rows.of(rows)], prompt, DataConfig(window_secs=2.0, bucket_secs=(0.1,)))

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 from collections import Counter
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,20 +13,20 @@ from flax_projector.batch import AUDIO_TOKEN
 from flax_projector.data import batches as code
 from flax_projector.data.audio import load_audio
 from flax_projector.data.batches import Batches
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow
 from tests.clips import CONFIG, assert_same_batch, make_batches, read_speech
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[ManifestRow]:
+def rows(tmp_path_factory) -> Sequence[ManifestRow]:
     """13 clips, which do not divide into batches of 8."""
     return read_speech(tmp_path_factory.mktemp("speech"), 13)
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory) -> list[ManifestRow]:
+def mixture(tmp_path_factory) -> Sequence[ManifestRow]:
     """Sources a, b and c with 13, 6 and 3 clips."""
     folder = tmp_path_factory.mktemp("mixture")
     counts = {"a": 13, "b": 6, "c": 3}

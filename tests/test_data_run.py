@@ -200,7 +200,7 @@ def evaluate(listener, tmp_path):
 
     def evaluate(manifest: str) -> tuple[Scores, list[tuple[str, str, str]]]:
         with use_mesh(loaded.mesh):
-            batches = maker.make("dev", maker.read(manifest), batch_size=data.eval_batch_size)
+            batches = maker.make("dev", [maker.read(manifest)], batch_size=data.eval_batch_size)
             params = (listener.projector_params, *loaded.frozen)
             return evaluator(params, batches, name="dev"), bad_entries(config)
 

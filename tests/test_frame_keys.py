@@ -5,8 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_projector.data.frames.keys import clip_digest, find, sort_order
+from flax_projector.data.frames.keys import find, sort_order
+from flax_projector.data.rows import ManifestRow, Rows
 from tests.frames import make_utterances, write_other
+
+
+def clip_digest(row: ManifestRow) -> bytes:
+    return Rows.of([row]).table["clip"][0].as_py()
 
 
 def test_the_digest_of_a_clip_changes_with_its_samples_only(tmp_path, monkeypatch):

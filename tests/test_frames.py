@@ -15,9 +15,9 @@ import soundfile
 
 from flax_projector.batch import Bucket, empty_batch
 from flax_projector.data.audio import BadAudio, Problem
-from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.frames import shards
 from flax_projector.data.frames.store import FrameStore
+from flax_projector.data.utterances import Utterance
 from flax_projector.files import any_path
 from flax_projector.sharding import spread_sharding
 from tests.bucket import BUCKET

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+import soundfile
 
 import train_tpu
 from flax_projector import files
@@ -21,7 +22,7 @@ from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.frames.keep import keep_frames
 from flax_projector.data.frames.shards import Encoding
-from flax_projector.data.manifest import Durations
+from flax_projector.data.manifest import read_manifest
 from flax_projector.files import lock_file, write_atomically
 from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import lock
@@ -30,7 +31,7 @@ from flax_projector.training.evaluate import Transcript
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog
 from tests.clips import make_batches, read_speech
-from tests.tiny import final_params, tiny_config
+from tests.tiny import final_params, make_speech, tiny_config
 
 pytestmark = pytest.mark.torch
 
@@ -133,13 +134,12 @@ def test_whatever_cannot_be_written_is_named_with_the_way_out(tmp_path, name):
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.rglob("*.frames"))
 
 
-def test_lengths_of_clips_need_not_be_kept(tmp_path, caplog):
+def test_rows_need_not_be_kept(tmp_path, caplog):
     (tmp_path / "folder").write_text("a file")
-    (clip,) = read_speech(tmp_path, 1)
-    durations = Durations(tmp_path / "folder", "s")
-    assert durations.read(clip.audio) == clip.duration
-    durations.save()
-    assert "lengths of clips are not kept" in caplog.text
+    manifest = make_speech(tmp_path, 1)
+    (clip,), _ = read_manifest(manifest, cache=tmp_path / "folder")
+    assert clip.duration == soundfile.info(str(clip.audio)).duration
+    assert "folder/rows-" in caplog.text and "is not kept: " in caplog.text
 
 
 @pytest.mark.parametrize(

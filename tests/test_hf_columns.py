@@ -16,7 +16,6 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, LargeLis
 from flax_projector.config import DataConfig
 from flax_projector.data.audio import BadAudio, Problem, check_samples, file_stamp, load_audio
 from flax_projector.data.hf_data import read_hf
-from flax_projector.data.manifest import Durations
 
 TEXTS = ["one", "two", "three"]
 
@@ -365,7 +364,7 @@ def test_a_data_set_that_is_replaced_in_place_is_noticed(tmp_path, stored):
         (tmp_path / "new").rename(tmp_path / "set")
         rows, bad = read_hf(source.replace("new", "set"), DataConfig(), tmp_path / "kept")
         assert not bad
-        return rows
+        return list(rows)
 
     first = write()
     stamps = [file_stamp(row.audio) for row in first]
@@ -392,6 +391,6 @@ def test_a_long_name_can_be_streamed(saved, tmp_path):
 def test_kept_durations_of_a_data_set_are_not_read_again(saved, tmp_path, monkeypatch):
     source = f"hf:{saved['bare']}:train"
     read_hf(source, DataConfig(hf_max_rows=10), tmp_path / "kept")
-    monkeypatch.setattr("flax_projector.data.manifest.read_duration", pytest.fail)
+    monkeypatch.setattr("flax_projector.data.row_file.read_duration", pytest.fail)
     rows, _ = read_hf(source, DataConfig(hf_max_rows=10), tmp_path / "kept")
-    assert len(rows) == 10 and Durations(tmp_path / "kept", source).read(rows[0].audio) == 0.1
+    assert len(rows) == 10 and rows[0].duration == 0.1

@@ -16,7 +16,7 @@ import pytest
 import train_tpu
 from flax_projector import __main__ as program
 from flax_projector.config import PRESETS, MeshConfig, to_json
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow, Rows
 from flax_projector.inference.listen import Listener, choose_projector
 from flax_projector.logs import printable
 from flax_projector.run_folder import Origin, RunFolder
@@ -140,7 +140,7 @@ def test_rows_of_padding_are_full_rows_on_another_mesh(home, monkeypatch, caplog
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     listener = Listener(home / "runs/a")
     rows = [ManifestRow(f"{i}", str(home / f"heldout/{i}.wav"), "go", 1.5) for i in range(2)]
-    assert listener._batches.make("files", (rows, []), batch_size=listener._batch_size)
+    assert listener._batches.make("files", [Rows.of(rows)], batch_size=listener._batch_size)
     assert listener._batch_size == 9 and "padding" not in caplog.text
 
 

@@ -16,9 +16,9 @@ import pytest
 
 from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRowLog
-from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.inputs import Clip, Waveforms
 from flax_projector.data.reader import BatchIterator, read_batch
+from flax_projector.data.utterances import Utterance
 from tests.clips import CONFIG, assert_same_batch, break_clip, make_batches, read_speech
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
@@ -138,7 +138,7 @@ def test_what_shows_when_a_clip_is_read_becomes_padding(
     bad_rows.start("train", [], num_rows=13)
     iterator = BatchIterator(batches, num_threads=2, num_workers=num_workers)
     for index, expected in enumerate(whole):
-        is_bad = np.array([u is bad for u in batches.members(index)])
+        is_bad = np.array([u == bad for u in batches.members(index)])
         found = [(row.key, row.reason) for row in batches[index].bad]
         assert found == [(bad.row.key, problem)] * int(is_bad.sum())
         batch = read_batch(iterator, batches, bad_rows)

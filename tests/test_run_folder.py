@@ -13,7 +13,6 @@ from convert.stored import open_stored
 from convert.trees import unflatten
 from flax_projector.config import PRESETS, to_json
 from flax_projector.data.bad_rows import BadRowLog
-from flax_projector.data.manifest import Durations
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.best import Best
 from flax_projector.training.metrics import MetricsWriter
@@ -72,7 +71,6 @@ READERS = {
     "best.json": lambda folder: Best(folder, lambda *_: None),
     "metrics.jsonl": write_metrics,
     "bad_rows.jsonl": lambda folder: BadRowLog(folder.bad_rows, max_rate=0.1),
-    "data/lengths-376b6696acb07f67.json": lambda folder: Durations(folder.data_cache, "dev.jsonl"),
 }
 
 
@@ -85,7 +83,7 @@ def test_a_damaged_file_of_a_run_is_named_with_a_way_out(tmp_path, name, text):
         path.write_text("")
     (tmp_path / name).write_text(f"{text}\n")
     # Nothing is known yet.
-    is_fine = text == "{}" and name[:4] in ("orig", "best", "data")
+    is_fine = text == "{}" and name[:4] in ("orig", "best")
     with nullcontext() if is_fine else pytest.raises(ValueError, match=r" is damaged \(.*\): \w+"):
         READERS[name](folder)
 

@@ -12,10 +12,10 @@ import pytest
 from flax_projector.chat.prompt import make_prompt
 from flax_projector.config import DataConfig, MeshConfig, PromptConfig
 from flax_projector.data.bad_rows import BadRowLog
-from flax_projector.data.batch_plan import prepare
 from flax_projector.data.batches import Batches
 from flax_projector.data.inputs import Waveforms
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow, Rows
+from flax_projector.data.utterances import prepare
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh
 from flax_projector.training.metrics import MetricsWriter
@@ -50,7 +50,7 @@ def batches() -> Batches:
     rows = [ManifestRow(f"clip{i}", f"{i}.wav", "go", 1.0) for i in range(40)]
     prompt = make_prompt(make_tokenizer(), PromptConfig())
     return Batches(
-        prepare(rows, prompt, config)[0],
+        prepare([Rows.of(rows)], prompt, config)[0],
         inputs=Waveforms(config.window_samples),
         prompt=prompt,
         config=config,

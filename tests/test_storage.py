@@ -149,7 +149,7 @@ def test_an_outage_is_survived_whatever_is_read(bucket_server, unstable, monkeyp
     files.pipe_file(f"{folder}/llm/model.safetensors", b"")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", through)
     assert np.any(READS[read](folder) is not None)
-    assert unstable and all(count > 6 for count in unstable.values())
+    assert max(unstable.values()) > 6  # a request that another one has made needless is given up
 
 
 @pytest.mark.parametrize("refusal", [403, 401], indirect=True)

@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from flax_projector.batch import Bucket, empty_batch
 from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig, TrainConfig
 from flax_projector.data.audio import load_audio
-from flax_projector.data.manifest import ManifestRow, read_manifest
+from flax_projector.data.manifest import read_manifest
+from flax_projector.data.rows import ManifestRow
 from flax_projector.inference.listen import Listener
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, num_audio_tokens, num_encoder_frames
 from flax_projector.logs import is_terminal
@@ -140,7 +142,7 @@ def trim(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def compare(run: Path, projector: Path, rows: list[ManifestRow]) -> dict:
+def compare(run: Path, projector: Path, rows: Sequence[ManifestRow]) -> dict:
     """Runs both models on the clips; returns the largest difference per stage, and all tokens."""
     config = RunFolder(run).read_config()
     listener = Listener(run)

@@ -1,12 +1,14 @@
 """The prompt as token ids: one definition for training, evaluation and decoding."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +21,7 @@ from flax_projector.chat.tokenizer import (
     with_placeholder,
 )
 from flax_projector.config import AUDIO, PromptConfig
+from flax_projector.lengths import Lengths
 
 # Texts after which the tokens of a prompt's end are counted. Some tokenizers merge the end with
 # what follows, as in "Transcript: " + "Hello": then its last tokens belong to the transcript.
@@ -44,21 +47,32 @@ class TranscriptEncoder:
     end_of_turn: int
 
     def __call__(self, text: str) -> tuple[int, ...]:
-        """The labels for a transcript: its token ids and the end of turn.
+        """The labels for a transcript; see `batch`."""
+        return self.batch([text])[0]
 
-        Whitespace around the transcript is removed, and special tokens in it are plain text.
+    def batch(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The labels for transcripts: their token ids and the end of turn.
+
+        Whitespace around a transcript is removed, and special tokens in it are plain text.
 
         Raises:
-          ValueError: if it changes the tokens of the prompt before it.
+          ValueError: if one changes the tokens of the prompt before it.
         """
-        ids = self.encode_text(self.lead + text.strip() + self.trail)
-        count = len(self.lead_ids)
-        if tuple(ids[:count]) != self.lead_ids:
-            raise ValueError(
-                f"the transcript {text!r} changes the tokens of the prompt before it, "
-                f"{self.lead!r}: end --prompt.after with a special token, a newline or a space"
-            )
-        return (*ids[count:], self.end_of_turn)
+        found = self.encode_text([self.lead + text.strip() + self.trail for text in texts])
+        count, labels = len(self.lead_ids), []
+        for text, ids in zip(texts, found, strict=True):
+            if tuple(ids[:count]) != self.lead_ids:
+                raise ValueError(
+                    f"the transcript {text!r} changes the tokens of the prompt before it, "
+                    f"{self.lead!r}: end --prompt.after with a special token, a newline or a space"
+                )
+            labels.append((*ids[count:], self.end_of_turn))
+        return labels
+
+    def digest(self) -> str:
+        """A hash of all that the labels depend on."""
+        parts = (self.encode_text.to_str(), self.lead, self.lead_ids, self.trail, self.end_of_turn)
+        return hashlib.sha256(repr((tokenizers.__version__, parts)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Prompt:
             ids = ids[: ids.index(self.end_of_turn)]
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def merged_length(self, num_audio_tokens: int, num_labels: int) -> int:
+    def merged_length(self, num_audio_tokens: Lengths, num_labels: Lengths) -> Lengths:
         """Length of an utterance's sequence: the last label is predicted, never read."""
         return len(self.before_audio) + num_audio_tokens + len(self.after_audio) + num_labels - 1
 
@@ -185,7 +199,7 @@ def make_prompt(
     cut = breaks[-1] + 1
     lead, lead_ids = text[opening.offsets[cut - 1][1] :], opening.ids[cut:]
     encode_text = TextTokenizer(backend, controls.values())
-    continued = [encode_text(lead + transcript + trail) for transcript in _TRANSCRIPTS]
+    continued = encode_text([lead + transcript + trail for transcript in _TRANSCRIPTS])
     lead_ids = lead_ids[: min(_num_shared(lead_ids, ids) for ids in continued)]
     prompt = Prompt(
         tokenizer=backend,

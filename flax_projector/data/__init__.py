@@ -4,6 +4,9 @@
   audio        audio files -> 16 kHz mono, and what can be wrong with them
   shards       tars of clips: indexed, and packed from any source
   manifest     manifests -> rows; manifest_text: how they are written
+  rows         rows in columns; row_file: how they are checked and written; kept: and found again
+  labels       the labels of their transcripts, which are kept with them
+  utterances   the rows of a set that fit the run; shared_arrays: how workers share their columns
   hf_data      Hugging Face data sets -> rows; hf_source: how they are opened; hf_clips: their clips
   hf_stream    streamed ones, whose rows are kept on disk
   bad_rows     the rows that cannot be used: listed and counted; too many are an error

@@ -80,6 +80,10 @@ class BadAudio(ValueError):
 class StoredClip(Protocol):
     """A clip that is not a separate file: one in the table of a data set, or a part of a file."""
 
+    def file(self) -> str:
+        """Path or URL of the file that it is in; empty if it is in a table."""
+        ...
+
     def fetch(self) -> bytes | str:
         """The encoded file, or its path."""
         ...
@@ -143,6 +147,10 @@ class Slice:
             text = f"{self}: the file ends before byte {self.end}"
             raise BadAudio(Problem.INCOMPLETE, text)
 
+    def file(self) -> str:
+        """The file's path or URL."""
+        return self.path
+
     def stamp(self) -> list[int | str]:
         """What changes when the file does."""
         return file_stamp(self.path)
@@ -153,26 +161,7 @@ class Slice:
 
 def file_of(audio: Audio) -> str:
     """Path or URL of the file that a clip is, or is a part of; empty if it is in a table."""
-    if isinstance(audio, Slice):
-        return audio.path
-    return str(audio) if isinstance(audio, str | Path) else ""
-
-
-def require_file(audio: Audio) -> None:
-    """Checks a clip without reading it: that its file exists, and does not end before the clip.
-
-    URLs and tables are not looked at.
-
-    Raises:
-      BadAudio: if not.
-    """
-    path = file_of(audio)
-    if not path or is_url(path):
-        return
-    if not os.path.isfile(path):
-        raise BadAudio(Problem.MISSING_FILE, f"{path} does not exist")
-    if isinstance(audio, Slice):
-        audio.require_end(os.path.getsize(path))
+    return str(audio) if isinstance(audio, str | Path) else audio.file()
 
 
 def file_stamp(audio: Audio) -> list[int | str]:

@@ -3,14 +3,16 @@
 Rows whose clips are doubtful are listed and counted, too, whether or not they are used.
 """
 
-import collections
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import jax
+import numpy as np
 
 from flax_projector import hosts
 from flax_projector.data.audio import Problem
@@ -20,7 +22,8 @@ from flax_projector.storage.growing import growing, publish
 
 log = logging.getLogger(__name__)
 
-_MAX_LISTED = 50
+_MAX_SHOWN = 50  # in the log
+_MAX_LISTED = 10_000  # rows that are bad as written, of each set and reason
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,67 @@ class BadRow:
         return f"{self.source}\t{self.id}"
 
 
+class BadRows(Sequence[BadRow]):
+    """Bad rows of a set, each made only when somebody asks for it: there may be millions.
+
+    Attributes:
+      problems: i8[N], the values of their reasons.
+    """
+
+    def __init__(self, problems: np.ndarray, make: Callable[[int], BadRow]):
+        """Takes the reasons, and what makes each row."""
+        self.problems, self._make = problems, make
+
+    @classmethod
+    def of(cls, rows: Sequence[BadRow]) -> "BadRows":
+        """Rows that are there already, or such an object as it is."""
+        if isinstance(rows, BadRows):
+            return rows
+        return cls(np.array([row.reason.value for row in rows], np.int8), rows.__getitem__)
+
+    @classmethod
+    def joined(cls, parts: Sequence["BadRows"]) -> "BadRows":
+        """All rows of several."""
+        ends = np.cumsum([len(part) for part in parts])
+
+        def make(index: int) -> BadRow:
+            number = int(np.searchsorted(ends, index, side="right"))
+            return parts[number][index - int(ends[number])]
+
+        return cls(np.concatenate([part.problems for part in parts]), make)
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @overload
+    def __getitem__(self, index: int) -> BadRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[BadRow]: ...
+    def __getitem__(self, index: int | slice) -> BadRow | list[BadRow]:
+        if isinstance(index, slice):
+            return [self._make(number) for number in range(*index.indices(len(self)))]
+        return self._make(range(len(self))[index])
+
+    def counts(self) -> dict[Problem, int]:
+        """How many there are of each reason."""
+        values, counts = np.unique(self.problems, return_counts=True)
+        return {Problem(int(v)): int(n) for v, n in zip(values, counts, strict=True)}
+
+    def first(self, limit: int) -> list[BadRow]:
+        """The first rows of each reason, in order."""
+        numbers = [np.flatnonzero(self.problems == value)[:limit] for value in set(self.problems)]
+        return [self[int(i)] for i in np.sort(np.concatenate([np.zeros(0, int), *numbers]))]
+
+
 class BadRowLog:
     """The current bad rows of all sets of a run.
 
     A row counts once, however many epochs come across it. Only defects count towards the share that
     stops the run; clips beyond the limits are left out by design, and only listed, as are clips
     that are doubtful.
+
+    Counts are exact; of rows that are bad as written, the file lists the first 10,000 of each set
+    and reason.
 
     The file survives restarts. Each start replaces what earlier ones found in a set with what it
     finds itself: rows that are bad in the manifest, and clips that it tries again because an
@@ -75,9 +133,10 @@ class BadRowLog:
         self._path, self._max_rate = path, max_rate
         self._file = None if path is None else growing(path)
         self._num_rows: dict[str, int] = {}
+        self._lines: dict[str, str] = {}  # of the rows that are bad as written, by set
         self._found: list[tuple[str, BadRow]] = []  # and not yet shared
-        # By set and key: rows that are bad as written, and clips that could not be read.
-        self._written: dict[str, dict[str, BadRow]] = {}
+        self._written: dict[str, BadRows] = {}  # rows that are bad as written, by set
+        # By set and key: clips that could not be read.
         self._unreadable = _read(self._file) if self._file and self._file.is_file() else {}
 
     def known(self, name: str) -> set[str]:
@@ -90,7 +149,7 @@ class BadRowLog:
     def start(
         self,
         name: str,
-        rows: Iterable[BadRow],
+        rows: Sequence[BadRow],
         *,
         num_rows: int,
         unreadable: Iterable[BadRow] = (),
@@ -107,22 +166,25 @@ class BadRowLog:
           ValueError: if too many are defective.
         """
         self._num_rows[name] = num_rows
-        self._written[name] = {row.key: row for row in rows}
+        self._written[name] = BadRows.of(rows)
+        self._lines.pop(name, None)
         self._unreadable[name] = {row.key: row for row in unreadable}
         self._rewrite()
-        if found := _left_out(self._rows(name)):
+        if left_out := self._left_out(name):
+            num_left_out = left_out.total()
             log.warning(
                 "%s: %d of %d rows are left out: %s",
                 name,
-                len(found),
+                num_left_out,
                 num_rows,
-                by_reason(found),
+                by_reason(left_out),
             )
             if self._path is None:  # then the log is the list
-                for row in found[:_MAX_LISTED]:
+                shown = self._listed(name, _MAX_SHOWN)
+                for row in shown:
                     log.warning("  %s: %s: %s", row.id, row.reason.label, row.detail)
-                if len(found) > _MAX_LISTED:
-                    log.warning("  and %d more", len(found) - _MAX_LISTED)
+                if num_left_out > len(shown):
+                    log.warning("  and %d more", num_left_out - len(shown))
         self._check(name)
 
     def add(self, name: str, rows: Iterable[BadRow]) -> None:
@@ -161,7 +223,7 @@ class BadRowLog:
         new = [row for key, row in rows.items() if key not in known]
         before = {row.reason for row in known.values()}
         known.update({row.key: row for row in new})
-        if left_out := _left_out(new):
+        if left_out := [row for row in new if not row.is_used]:
             listed = "; ".join(f"{row.id}: {row.detail}" for row in left_out)
             log.warning("%s: left out %s", name, listed)
         for row in new:
@@ -173,25 +235,30 @@ class BadRowLog:
         """One line for the end of a run: how many rows were left out or doubtful, by reason."""
         parts = []
         for name, num_rows in self._num_rows.items():
-            rows = self._rows(name)
-            left_out, doubtful = _left_out(rows), [row for row in rows if row.is_used]
-            part = f"{name} {len(left_out)} of {num_rows}"
+            left_out = self._left_out(name)
+            doubtful = Counter(row.reason for row in self._unreadable[name].values() if row.is_used)
+            part = f"{name} {left_out.total()} of {num_rows}"
             part += f" ({by_reason(left_out)})" if left_out else ""
             part += f", and used but doubtful: {by_reason(doubtful)}" if doubtful else ""
             parts.append(part)
         return "rows left out: " + "; ".join(parts)
 
-    def _rows(self, name: str) -> list[BadRow]:
-        return list((self._written[name] | self._unreadable[name]).values())
+    def _left_out(self, name: str) -> Counter[Problem]:
+        """How many rows of a set are not used, by reason."""
+        unreadable = (row.reason for row in self._unreadable[name].values() if not row.is_used)
+        return Counter(self._written[name].counts()) + Counter(unreadable)
+
+    def _listed(self, name: str, limit: int) -> list[BadRow]:
+        """The first rows of a set that are not used."""
+        unreadable = (row for row in self._unreadable[name].values() if not row.is_used)
+        return [*self._written[name][:limit], *unreadable][:limit]
 
     def _rewrite(self) -> None:
         if self._path is None or self._file is None or jax.process_index() > 0:
             return
-        lines = [
-            to_line(name, row)
-            for part in (self._written, self._unreadable)
-            for name, rows in part.items()
-            for row in rows.values()
+        lines = [text for text in self._lines_of_written() if text]
+        lines += [
+            to_line(name, row) for name, rows in self._unreadable.items() for row in rows.values()
         ]
         if lines:
             write_atomically(self._file, "".join(lines))
@@ -199,30 +266,34 @@ class BadRowLog:
             for path in (self._file, self._path):
                 path.unlink(missing_ok=True)
 
+    def _lines_of_written(self) -> Iterator[str]:
+        for name, rows in self._written.items():
+            if name not in self._lines:
+                listed = rows.first(_MAX_LISTED)
+                self._lines[name] = "".join(to_line(name, row) for row in listed)
+            yield self._lines[name]
+
     def _check(self, name: str) -> None:
-        defects = [row for row in self._rows(name) if row.reason.is_defect]
+        defects = Counter({r: n for r, n in self._left_out(name).items() if r.is_defect})
         num_rows = self._num_rows[name]
-        if len(defects) <= self._max_rate * num_rows:
+        if defects.total() <= self._max_rate * num_rows:
             return
         place = ""
         if self._path is not None:
             publish(self._path.parent)
             place = f"; all of them are in {self._path}"
-        examples = "\n".join(f"  {row.source}, {row.id}: {row.detail}" for row in defects[:5])
+        listed = [*self._written[name].first(5), *self._unreadable[name].values()]
+        shown = [row for row in listed if row.reason.is_defect][:5]
+        examples = "\n".join(f"  {row.source}, {row.id}: {row.detail}" for row in shown)
         raise ValueError(
-            f"{name}: {len(defects)} of {num_rows} rows are defective ({by_reason(defects)}), "
+            f"{name}: {defects.total()} of {num_rows} rows are defective ({by_reason(defects)}), "
             f"more than --data.max-bad-rate {self._max_rate} allows{place}\n{examples}\n"
             "Repair these rows, remove them, or raise --data.max-bad-rate"
         )
 
 
-def _left_out(rows: Iterable[BadRow]) -> list[BadRow]:
-    return [row for row in rows if not row.is_used]
-
-
-def by_reason(rows: Iterable[BadRow]) -> str:
+def by_reason(counts: Counter[Problem]) -> str:
     """How many rows are bad for each reason, in plain words."""
-    counts = collections.Counter(row.reason for row in rows)
     return ", ".join(f"{n} {reason.label}" for reason, n in counts.most_common())
 
 

@@ -1,99 +1,56 @@
 """Plans which utterances share a batch, and its static lengths. Reads no audio."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from flax_projector.batch import Bucket
 from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig
-from flax_projector.data.audio import Problem
-from flax_projector.data.bad_rows import BadRow
-from flax_projector.data.manifest import ManifestRow
-from flax_projector.data.sound import DURATION_TOLERANCE_SECS
-from flax_projector.lengths import SAMPLE_RATE, num_audio_tokens, num_encoder_frames
+from flax_projector.data.utterances import Utterances
+from flax_projector.lengths import num_audio_tokens, num_encoder_frames
 
 
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """A row, with what a batch must know about it before any audio is read.
-
-    Attributes:
-      row: the row itself.
-      max_frames: the most encoder frames that it may fill; stated durations are rounded. With
-        `--data.audio-tokens window`, those of the window.
-      target: label ids, including the end of turn.
-    """
-
-    row: ManifestRow
-    max_frames: int
-    target: tuple[int, ...]
-
-
-def prepare(
-    rows: Sequence[ManifestRow], prompt: Prompt, config: DataConfig
-) -> tuple[list[Utterance], list[BadRow]]:
-    """Tokenizes transcripts; rows that no bucket can hold are returned as bad rows instead.
-
-    Raises:
-      ValueError: if nothing is left.
-    """
-    utterances, bad = [], []
-    limit, window_frames = config.bucket_secs[-1], num_encoder_frames(config.window_samples)
-    for row in rows:
-        text = row.text.lower() if config.text_case == "lower" else row.text
-        target = prompt.encode_target(text)
-        if row.duration > limit:
-            detail = f"{row.duration:.3f} s; --data.bucket-secs ends at {limit:g}"
-            bad.append(BadRow(row.id, row.source, Problem.TOO_LONG, detail, row.text))
-        elif len(target) > config.max_text_tokens:
-            detail = f"{len(target)} labels; --data.max-text-tokens is {config.max_text_tokens}"
-            bad.append(BadRow(row.id, row.source, Problem.TOO_MANY_LABELS, detail, row.text))
-        elif config.whole_window:
-            utterances.append(Utterance(row, window_frames, target))
-        else:
-            # With a margin, since manifests round durations and resampling rounds samples.
-            secs = row.duration + DURATION_TOLERANCE_SECS
-            max_frames = num_encoder_frames(round(secs * SAMPLE_RATE)) + 1
-            utterances.append(Utterance(row, min(max_frames, window_frames), target))
-    if not utterances:
-        bounds = " ".join(f"{secs:g}" for secs in config.bucket_secs)
-        raise ValueError(
-            f"none of {len(rows)} utterances fits the run: all are longer than its "
-            f"--data.bucket-secs {bounds}, or have more labels than its --data.max-text-tokens "
-            f"{config.max_text_tokens}"
-        )
-    return utterances, bad
-
-
-def assign(utterances: Sequence[Utterance], config: DataConfig) -> np.ndarray:
-    """Index of the smallest bucket that holds each utterance's audio.
+def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
+    """i8[N], the index of the smallest bucket that holds each utterance's audio.
 
     Args:
       utterances: none may be longer than the last bucket.
       config: gives `bucket_bounds`.
     """
-    durations = [u.row.duration for u in utterances]
-    return np.searchsorted(np.asarray(config.bucket_bounds), durations)
+    bounds = np.asarray(config.bucket_bounds)
+    return np.searchsorted(bounds, utterances.durations).astype(np.int8)
 
 
 def make_buckets(
-    utterances: Sequence[Utterance], prompt: Prompt, config: DataConfig, pool_stride: int
+    utterances: Utterances, prompt: Prompt, config: DataConfig, pool_stride: int
 ) -> list[Bucket]:
     """The tightest static lengths that hold the utterances of each bucket and of all before it."""
-    assigned = assign(utterances, config)
+    assigned, num_labels = assign(utterances, config), utterances.num_labels
+    audio_tokens = num_audio_tokens(utterances.max_frames, pool_stride)
+    merged = prompt.merged_length(audio_tokens, num_labels)
     lengths = np.zeros((len(config.bucket_bounds), 3), int)
-    for bucket, u in zip(assigned, utterances, strict=True):
-        audio_tokens = num_audio_tokens(u.max_frames, pool_stride)
-        needed = (audio_tokens, prompt.merged_length(audio_tokens, len(u.target)), len(u.target))
-        lengths[bucket] = np.maximum(lengths[bucket], needed)
+    for column, values in enumerate((audio_tokens, merged, num_labels)):
+        np.maximum.at(lengths[:, column], assigned, values)
     lengths = np.maximum.accumulate(lengths)
     window_frames = num_encoder_frames(config.window_samples)
     return [
         Bucket(min(int(a) * pool_stride, window_frames), int(merged), int(text))
         for a, merged, text in lengths
     ]
+
+
+class EpochPlan(NamedTuple):
+    """The batches of an epoch.
+
+    Attributes:
+      buckets: i8[n], the bucket of each batch.
+      members: i32[n, B], the utterances in it; -1 for padding.
+    """
+
+    buckets: np.ndarray
+    members: np.ndarray
 
 
 def epoch_members(
@@ -131,8 +88,8 @@ def epoch_plan(
     num_buckets: int,
     batch_size: int,
     rng: np.random.Generator | None,
-) -> list[tuple[int, np.ndarray]]:
-    """Batches of one epoch as (bucket, utterance indices); every member occurs exactly once.
+) -> EpochPlan:
+    """Batches of one epoch; every member occurs exactly once.
 
     Utterances left over after filling a bucket's batches move up to the next bucket, so that only
     the last batch of the last bucket is padded, at its end, with index -1.
@@ -144,19 +101,21 @@ def epoch_plan(
       batch_size: utterances per batch.
       rng: shuffles utterances within buckets, then batches; None keeps the members' order.
     """
-    plan = []
-    carried = np.zeros(0, int)
+    batches, buckets = [], []
+    carried, member_buckets = np.zeros(0, np.int32), assigned[members]
     for bucket in range(num_buckets):
-        batched = np.concatenate([carried, members[assigned[members] == bucket]])
+        batched = np.concatenate([carried, members[member_buckets == bucket].astype(np.int32)])
         if rng is not None:
             batched = rng.permutation(batched)
         is_last = bucket == num_buckets - 1
         padding = -len(batched) % batch_size if is_last else 0
         batched = np.pad(batched, (0, padding), constant_values=-1)
         num_full = len(batched) // batch_size
-        batches = batched[: num_full * batch_size].reshape(num_full, batch_size)
-        plan += [(bucket, batch) for batch in batches]
+        batches.append(batched[: num_full * batch_size].reshape(num_full, batch_size))
+        buckets.append(np.full(num_full, bucket, np.int8))
         carried = batched[num_full * batch_size :]
+    plan = EpochPlan(np.concatenate(buckets), np.concatenate(batches))
     if rng is not None:
-        plan = [plan[i] for i in rng.permutation(len(plan))]
+        order = rng.permutation(len(plan.buckets))
+        plan = EpochPlan(plan.buckets[order], plan.members[order])
     return plan

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,15 +11,17 @@ from jax.sharding import Mesh
 from flax_projector.batch import Batch, Bucket, abstract_batch, empty_batch, to_global
 from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig
-from flax_projector.data.bad_rows import BadRow
+from flax_projector.data.bad_rows import BadRow, BadRows
 from flax_projector.data.batch_plan import (
-    Utterance,
+    EpochPlan,
     assign,
     epoch_members,
     epoch_plan,
     make_buckets,
 )
 from flax_projector.data.inputs import Inputs, read_clip
+from flax_projector.data.shared_arrays import SharedArrays
+from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.lengths import num_audio_tokens
 from flax_projector.sharding import batch_sharding, local_rows, padded_batch_size
 
@@ -49,7 +51,7 @@ class Batches:
 
     def __init__(
         self,
-        utterances: Sequence[Utterance],
+        utterances: Utterances,
         *,
         inputs: Inputs,
         prompt: Prompt,
@@ -62,7 +64,7 @@ class Batches:
         shuffle_seed: int | None = None,
         num_batches: int | None = None,
         weights: Mapping[str, float] | None = None,
-        left_out: Sequence[BadRow] = (),
+        left_out: BadRows | None = None,
         drop_doubtful: bool = False,
     ):
         """Plans the batches.
@@ -89,36 +91,36 @@ class Batches:
         """
         if weights and shuffle_seed is None:
             raise ValueError(f"{name}: weights {dict(weights)} need a shuffle_seed")
-        self.utterances = list(utterances)
-        self.left_out = tuple(left_out)
+        self.utterances = utterances
+        self.left_out = BadRows.of([]) if left_out is None else left_out
         self.name = name
         self.buckets = make_buckets(utterances, prompt, config, pool_stride)
         self.mesh = mesh
         self.num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
         self._inputs, self._prompt, self._pool_stride = inputs, prompt, pool_stride
-        self._assigned = assign(utterances, config)
-        names = list(dict.fromkeys(u.row.source for u in utterances))
-        number = {source: i for i, source in enumerate(names)}
-        self._sources = np.array([number[u.row.source] for u in utterances])
-        self._weights = [(weights or {}).get(source, 1.0) for source in names]
+        self._columns = SharedArrays(
+            assigned=assign(utterances, config), sources=utterances.source_numbers
+        )
+        self._weights = [(weights or {}).get(source, 1.0) for source in utterances.sources]
         self._seed = shuffle_seed
         self._batch_size, self._drop_doubtful = batch_size, drop_doubtful
         self._whole_window = config.whole_window
         self._rows = local_rows(mesh, self.num_rows)
-        self._epoch_len = len(self._epoch(0))
+        self._epoch_len = len(self._epoch(0).buckets)
         self._len = self._epoch_len if num_batches is None else num_batches
 
     def __getstate__(self) -> dict[str, Any]:
-        # Devices belong to this process.
-        return {name: value for name, value in self.__dict__.items() if name != "mesh"}
+        # Devices belong to this process, and what is left out to the one that reports it.
+        return {n: v for n, v in self.__dict__.items() if n not in ("mesh", "left_out")}
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - it lives as long as the run
-    def _epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+    def _epoch(self, epoch: int) -> EpochPlan:
         members, rng = np.arange(len(self.utterances)), None
         if self._seed is not None:
-            members = epoch_members(self._sources, self._weights, self._seed, epoch)
+            members = epoch_members(self._columns["sources"], self._weights, self._seed, epoch)
             rng = np.random.default_rng((self._seed, epoch))
-        return epoch_plan(members, self._assigned, len(self.buckets), self._batch_size, rng)
+        assigned = self._columns["assigned"]
+        return epoch_plan(members, assigned, len(self.buckets), self._batch_size, rng)
 
     def __len__(self) -> int:
         return self._len
@@ -127,16 +129,14 @@ class Batches:
     def fingerprint(self) -> str:
         """A hash that differs between sets whose batches differ, wherever their clips are."""
         digest = hashlib.sha256(repr((self._weights, self._seed, self._batch_size)).encode())
-        for u, source, bucket in zip(self.utterances, self._sources, self._assigned, strict=True):
-            # An id that is not given is made from the path of the clip.
-            row, name = u.row, u.row.id.rpartition("/")[2]
-            clip = (int(source), name, row.offset, row.duration, int(bucket), u.target)
-            digest.update(f"{clip}\n".encode())
+        digest.update(self._columns["assigned"].tobytes())
+        self.utterances.update(digest)
         return digest.hexdigest()[:16]
 
     def _batch(self, index: int) -> tuple[int, np.ndarray]:
         """The bucket and utterance indices of a batch."""
-        return self._epoch(index // self._epoch_len)[index % self._epoch_len]
+        plan, number = self._epoch(index // self._epoch_len), index % self._epoch_len
+        return int(plan.buckets[number]), plan.members[number]
 
     def bucket(self, index: int) -> Bucket:
         """The static lengths of a batch."""
@@ -144,7 +144,7 @@ class Batches:
 
     def abstract_batches(self) -> list[tuple[Bucket, Batch]]:
         """Shapes and shardings of the global batches, for every bucket that may occur."""
-        numbers = {number for number, _ in self._epoch(0)}
+        numbers = set(self._epoch(0).buckets.tolist())
         if set(self._weights) != {1.0}:  # epochs differ in how many clips of each length they hold
             numbers = {i for i, bucket in enumerate(self.buckets) if bucket.num_frames}
         sharding = batch_sharding(self.mesh)
@@ -161,7 +161,7 @@ class Batches:
         """The utterances in all rows of a batch, over all processes; None for padding."""
         _, batch = self._batch(index)
         padding = [None] * (self.num_rows - len(batch))
-        return [self.utterances[i] if i >= 0 else None for i in batch] + padding
+        return [self.utterances[int(i)] if i >= 0 else None for i in batch] + padding
 
     def __getitem__(self, index: int) -> LocalBatch:
         bucket, members = self.bucket(index), self.members(index)

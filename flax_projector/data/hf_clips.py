@@ -47,11 +47,16 @@ class TableClip:
         """The encoded file, or its path."""
         return encoded(self._parts(), self.table.folder, str(self))
 
-    def stamp(self) -> list[int | str]:
-        """The version of the data set and, if the clip is a file, of that."""
+    def file(self) -> str:
+        """The path or URL of a clip that is a file; else empty."""
         parts = self._parts()
         path = str(parts["path"]) if set(parts) == {"path"} else ""
-        return [self.table.version, *(file_stamp(_find(path, self.table.folder)) if path else ())]
+        return _find(path, self.table.folder) if path else ""
+
+    def stamp(self) -> list[int | str]:
+        """The version of the data set and, if the clip is a file, of that."""
+        path = self.file()
+        return [self.table.version, *(file_stamp(path) if path else ())]
 
     def __str__(self) -> str:
         return f"{self.table.source}[{self.index}]"

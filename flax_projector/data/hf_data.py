@@ -1,18 +1,24 @@
 """Hugging Face data sets as rows: from the hub or a folder, with random access or streamed."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flax_projector.config import DataConfig
-from flax_projector.data.bad_rows import BadRow
+from flax_projector.data.bad_rows import BadRows
 from flax_projector.data.hf_clips import Table, TableClip
 from flax_projector.data.hf_source import open_hf, parse_hf_source
 from flax_projector.data.hf_stream import keep_stream
-from flax_projector.data.manifest import Draft, Durations, ManifestRow, check_rows, read_manifest
+from flax_projector.data.manifest import read_manifest
 from flax_projector.data.manifest_text import check_utf8, read_text
+from flax_projector.data.row_file import Draft, keep_rows
+from flax_projector.data.rows import Rows
+
+_BATCH = 1000  # rows whose texts are in memory at a time
 
 
-def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[ManifestRow], list[BadRow]]:
+def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[Rows, BadRows]:
     """Reads the rows of a data set, without decoding any audio.
 
     With random access, clips stay in the data set's files. A streamed data set has no files, but a
@@ -46,15 +52,30 @@ def read_hf(source: str, config: DataConfig, cache: Path) -> tuple[list[Manifest
     version = dataset._fingerprint  # before rows are left out: those that stay are the same
     if config.hf_max_rows:
         dataset = dataset.select(range(min(config.hf_max_rows, len(dataset))))
-    clips = dataset.select_columns([hf.audio]).with_format("arrow")
-    table = Table(clips, source, hf.folder, version)
-    texts = dataset[hf.text]
-    ids = dataset[hf.id] if hf.id else range(len(dataset))
-    drafts = [
-        Draft(_id(row_id, n), TableClip(table, n), read_text(text), None, None)
-        for n, (row_id, text) in enumerate(zip(ids, texts, strict=True))
-    ]
-    return check_rows(drafts, source, Durations(cache, source))
+    column = dataset.select_columns([hf.audio]).with_format("arrow")
+    clips = Table(column, source, hf.folder, version)
+
+    def make_drafts() -> Iterator[Draft]:
+        names = {hf.text: "text"} | ({hf.id: "id"} if hf.id else {})
+        texts = dataset.select_columns(list(names)).with_format("arrow")
+        number = 0
+        for table in texts.iter(batch_size=_BATCH):
+            for row in table.to_pylist():
+                row_id = row[hf.id] if hf.id else None
+                clip = TableClip(clips, number)
+                yield Draft(_id(row_id, number), clip, read_text(row[hf.text]), None, None)
+                number += 1
+
+    rows = keep_rows(
+        source,
+        make_drafts,
+        origin=source,
+        made_from=f"{version} {len(dataset)}",
+        beside=None,
+        cache=cache,
+        stored=functools.partial(TableClip, clips),
+    )
+    return rows, rows.bad
 
 
 def _id(row_id: Any, number: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio, Problem, check_samples, load_audio
 from flax_projector.data.bad_rows import BadRow
-from flax_projector.data.batch_plan import Utterance
+from flax_projector.data.utterances import Utterance
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
 
 

@@ -1,60 +1,68 @@
 """The text of a manifest, and the rows that are written in it."""
 
 import contextlib
+import itertools
 import os
 import reprlib
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from flax_projector.config.presets import DEMO_SPEECH
-from flax_projector.files import is_url, parse_json, read_bytes
-from flax_projector.storage.urls import filesystem_of
+from flax_projector.files import is_url, parse_json
+from flax_projector.storage.urls import filesystem_of, open_url
 
 AUDIO, TEXT, BYTES = ("audio", "path"), ("text",), ("bytes",)
 DURATION, OFFSET = ("duration", "seconds"), ("offset",)
 """The columns of a manifest: each has one or two names."""
 
+_BLOCK = 1 << 22  # bytes
 _MAX_BYTES = 1 << 63  # what systems can count
 _BOM = "\ufeff"  # begins what Windows programs write, also within files that were joined
 
 
-def read_raw_rows(path: str) -> list[dict[str, Any] | str]:
-    """Reads the rows of a manifest as they are written.
+def read_raw_rows(path: str) -> Iterator[dict[str, Any] | str]:
+    """Reads the rows of a manifest as they are written, one after the other.
 
     Args:
       path: a local path, or a URL.
 
-    Returns:
-      Each row's values by column, or what is wrong with it.
+    Yields:
+      A row's values by column, or what is wrong with it.
 
     Raises:
-      ValueError: if the manifest cannot be read, has another suffix than `.jsonl` or `.tsv`, has no
-        rows, or has no column for the audio or the text.
+      ValueError: if the manifest cannot be read, has another suffix than `.jsonl` or `.tsv`, or, at
+        its end, if it has no rows, or no column for the audio or the text.
     """
-    text = _read_text(path)
-    # Not splitlines, which would also split a row at U+2028 in its transcript.
-    lines = text.split("\n" if "\n" in text else "\r")
-    lines = [line.removeprefix(_BOM).removesuffix("\r") for line in lines]
-    lines = [line for line in lines if line.strip()]
-    if path.endswith(".jsonl"):
-        rows = [_parse_json(line) for line in lines]
-        columns = sorted({column for row in rows if isinstance(row, dict) for column in row})
-    elif path.endswith(".tsv"):
-        columns = [column.strip() for column in lines[0].split("\t")] if lines else []
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"manifest {path}: two columns have one name: {columns}")
-        rows = [_parse_fields(line, columns) for line in lines[1:]]
-    else:
+    lines = (line.removeprefix(_BOM).removesuffix("\r") for line in _read_lines(path))
+    lines = (line for line in lines if line.strip())
+    first = next(lines, None)  # opens the file
+    if not path.endswith((".jsonl", ".tsv")):
         raise ValueError(f"manifest {path}: the name must end in .jsonl or .tsv")
-    if not rows:
+    columns: dict[str, None] = {}  # a set that keeps its order
+    num_rows = 0
+    if path.endswith(".tsv"):
+        header = [column.strip() for column in (first or "").split("\t")]
+        columns = dict.fromkeys(header)
+        if len(columns) < len(header):
+            raise ValueError(f"manifest {path}: two columns have one name: {header}")
+        rows = (_parse_fields(line, header) for line in lines)
+    else:
+        all_lines = itertools.chain([] if first is None else [first], lines)
+        rows = (_parse_json(line) for line in all_lines)
+    for row in rows:
+        num_rows += 1
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(row)
+        yield row
+    if not num_rows:
         raise ValueError(f"manifest {path} has no rows")
     for names in (AUDIO, TEXT):
         if columns and not set(names) & set(columns):
             raise ValueError(
                 f"manifest {path} has no column {' or '.join(map(repr, names))}, but "
-                f"{columns[:20]}: name its columns as docs/data.md says"
+                f"{sorted(columns)[:20]}: name its columns as docs/data.md says"
             )
-    return rows
 
 
 def read_text(value: Any) -> str:
@@ -118,11 +126,24 @@ def missing_manifest(path: str) -> ValueError:
     return ValueError(f"manifest {path} does not exist{where}{hint}")
 
 
-def _read_text(path: str) -> str:
+def _read_lines(path: str) -> Iterator[str]:
+    """The lines of a file, which end in \\n, or in \\r if none ends in \\n.
+
+    Not those of `splitlines`, which would also split a row at U+2028 in its transcript.
+    """
     if is_url(path):
         filesystem_of(path)
     try:
-        return read_bytes(path).decode()
+        rest, separator = b"", b"\r"
+        with open_url(path) if is_url(path) else open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                if b"\n" in block:
+                    separator = b"\n"
+                    *lines, rest = (rest + block).split(b"\n")
+                    yield from map(bytes.decode, lines)
+                else:
+                    rest += block
+        yield from map(bytes.decode, rest.split(separator))
     except FileNotFoundError as error:
         raise missing_manifest(path) from error
     except PermissionError as error:  # says the way out

@@ -14,24 +14,22 @@ from jax.sharding import Mesh
 
 from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig, TrainConfig
-from flax_projector.data.bad_rows import BadRow, BadRowLog
-from flax_projector.data.batch_plan import Utterance, prepare
+from flax_projector.data.bad_rows import BadRowLog, BadRows
 from flax_projector.data.batches import Batches
 from flax_projector.data.frames.keep import Encode, keep_frames
 from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.hf_data import read_hf
 from flax_projector.data.hf_source import PREFIX
 from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
-from flax_projector.data.manifest import ManifestRow, read_manifest, settle_lengths
+from flax_projector.data.manifest import read_manifest
 from flax_projector.data.manifest_text import missing_manifest
+from flax_projector.data.rows import Rows
+from flax_projector.data.utterances import Utterances, prepare
 from flax_projector.files import any_path, is_url
 from flax_projector.run_folder import RunFolder
 from flax_projector.storage import AnyPath
 
 log = logging.getLogger(__name__)
-
-Rows = tuple[Sequence[ManifestRow], Sequence[BadRow]]
-"""Rows that can be used, and those that cannot."""
 
 _MAX_NAME_BYTES = 100
 
@@ -105,7 +103,7 @@ def check_sources(config: TrainConfig) -> None:
             raise missing_manifest(source)
 
 
-def read_source(source: str, config: DataConfig, cache: Path) -> Rows:
+def read_source(source: str, config: DataConfig, cache: Path) -> tuple[Rows, BadRows]:
     """Reads the rows of a source; see `DataConfig` for its syntax.
 
     Args:
@@ -150,13 +148,9 @@ class BatchMaker:
           ValueError: if none of the rows can be used.
         """
         sources, weights = self.config.data.train, self.config.data.train_weights
-        parts = [self.read(source) for source in sources]
         return self.make(
             "train",
-            (
-                [row for rows, _ in parts for row in rows],
-                [row for _, bad_rows in parts for row in bad_rows],
-            ),
+            [self.read(source) for source in sources],
             batch_size=self.config.data.batch_size,
             accumulation_steps=self.config.accumulation_steps,
             shuffle_seed=self.config.seed,
@@ -172,7 +166,7 @@ class BatchMaker:
           ValueError: if a source has no row that can be used.
         """
         return {
-            name: self.make(name, self.read(source), batch_size=self.config.data.eval_batch_size)
+            name: self.make(name, [self.read(source)], batch_size=self.config.data.eval_batch_size)
             for name, source in eval_names(self.config).items()
         }
 
@@ -181,7 +175,7 @@ class BatchMaker:
         cache = self._cache
         if not isinstance(cache, Path):  # what is kept of rows needs a disk
             cache = self.folder.data_cache
-        return read_source(source, self.config.data, cache)
+        return read_source(source, self.config.data, cache)[0]
 
     @property
     def _cache(self) -> AnyPath:
@@ -193,31 +187,29 @@ class BatchMaker:
             raise ValueError(f"--data.cache-dir: {error}") from error
 
     def make(
-        self, name: str, rows: Rows, *, drop_doubtful: bool = False, **options: Any
+        self, name: str, sources: Sequence[Rows], *, drop_doubtful: bool = False, **options: Any
     ) -> Batches:
         """Makes the batches of a set of rows.
 
         Args:
           name: the set's name.
-          rows: the rows of one or more sources.
+          sources: the rows of each of its sources.
           drop_doubtful: use no clips that may be no speech.
           options: passed on to `Batches`.
 
         Raises:
           ValueError: if too many rows are defective, or none is left.
         """
-        good, bad = rows
-        num_rows = len(good) + len(bad)
-        if not good:
+        bad = BadRows.joined([rows.bad for rows in sources])
+        num_good = sum(map(len, sources))
+        num_rows = num_good + len(bad)
+        if not num_good:
             self.bad_rows.start(name, bad, num_rows=num_rows)
             raise ValueError(f"{name}: none of {num_rows} rows can be used")
-        data = self.config.data
-        good = settle_lengths(good, limit_secs=data.bucket_secs[-1], window_secs=data.window_secs)
-        utterances, unfit = prepare(good, self.prompt, data)
-        left_out = [*bad, *unfit]
-        known = self.bad_rows.known(name)
+        utterances, unfit = prepare(sources, self.prompt, self.config.data)
+        left_out = BadRows.joined([bad, unfit])
         unreadable = find_unreadable(
-            [utterance for utterance in utterances if utterance.row.key in known],
+            utterances.find(self.bad_rows.known(name)),
             Waveforms(self.config.data.window_samples),
             num_threads=self.config.data.num_threads,
             drop_doubtful=drop_doubtful,
@@ -238,7 +230,7 @@ class BatchMaker:
         log.info("%s: %d utterances, buckets %s", name, len(utterances), batches.buckets)
         return batches
 
-    def _inputs(self, name: str, utterances: Sequence[Utterance]) -> Inputs:
+    def _inputs(self, name: str, utterances: Utterances) -> Inputs:
         config = self.config
         if not config.data.cache_features:
             return Waveforms(config.data.window_samples)

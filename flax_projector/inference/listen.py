@@ -10,7 +10,7 @@ from convert.load import load_projector_params, read_training
 from flax_projector.config import MeshConfig, TrainConfig, option
 from flax_projector.data.audio import BadAudio, load_audio
 from flax_projector.data.bad_rows import BadRowLog
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow, Rows
 from flax_projector.data.sources import source_name
 from flax_projector.files import any_path, whole_path
 from flax_projector.lengths import SAMPLE_RATE
@@ -104,17 +104,17 @@ class Listener:
             texts |= {transcript.id: transcript.hypothesis for transcript in self.transcribe(rows)}
         return [(path, texts[path]) for path in paths]
 
-    def transcribe(self, rows: list[ManifestRow]) -> list[Transcript]:
+    def transcribe(self, rows: Sequence[ManifestRow]) -> list[Transcript]:
         """Greedy transcripts of rows within the run's limits."""
         with use_mesh(self.loaded.mesh):
-            batches = self._batches.make("files", (rows, []), batch_size=self._batch_size)
+            batches = self._batches.make("files", [Rows.of(rows)], batch_size=self._batch_size)
             return self._evaluator.transcribe(self._params, batches, name="files")
 
     def evaluate(self, source: str) -> Scores:
         """Loss, word error rate and transcripts of a manifest or data set."""
         with use_mesh(self.loaded.mesh):
             batches = self._batches.make(
-                source, self._batches.read(source), batch_size=self._batch_size
+                source, [self._batches.read(source)], batch_size=self._batch_size
             )
             return self._evaluator(self._params, batches, name=source_name(source))
 

@@ -52,8 +52,8 @@ def agree_on_start(prompt: Prompt, sets: Iterable[Batches], latest: int | None) 
     values = {"newest checkpoint": str(latest), "prompt": _digest(prompt.to_json())}
     for batches in sets:
         values[f"rows of {batches.name}"] = batches.fingerprint
-        lengths = [u.max_frames for u in batches.utterances]
-        values[f"lengths of {batches.name}"] = f"{batches.buckets} {_digest(str(lengths))}"
+        lengths = hashlib.sha256(batches.utterances.max_frames.tobytes()).hexdigest()[:16]
+        values[f"lengths of {batches.name}"] = f"{batches.buckets} {lengths}"
     hosts.agree(values)
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_projector.batch import Batch
 from flax_projector.chat.prompt import Prompt
 from flax_projector.data.bad_rows import BadRowLog
-from flax_projector.data.batch_plan import Utterance
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
+from flax_projector.data.utterances import Utterance
 from flax_projector.logs import progress_bar
 from flax_projector.models.decode import greedy_decode
 from flax_projector.models.speech_llm import Params, SpeechLLM

@@ -1,7 +1,7 @@
 """What a run minimises: CTC during a warm start, then the LLM's cross-entropy."""
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -129,20 +129,19 @@ class CTCObjective(Objective):
         return audio_valid, labels, is_spoken
 
 
-def ctc_classes(targets: Iterable[Sequence[int]], blank: int) -> tuple[int, ...]:
+def ctc_classes(spoken: Sequence[int] | np.ndarray, blank: int) -> tuple[int, ...]:
     """Token ids of the CTC classes: the blank, then the ids of all transcripts, ascending.
 
     Args:
-      targets: labels of the training utterances, each with its end of turn.
+      spoken: the ids that occur in transcripts, ascending.
       blank: token id of the blank.
 
     Raises:
       ValueError: if a transcript contains the blank.
     """
-    spoken = {token for target in targets for token in target[:-1]}
     if blank in spoken:
         raise ValueError(f"token {blank} occurs in a transcript: choose another --ctc.blank")
-    return (blank, *sorted(spoken))
+    return (blank, *map(int, spoken))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Computes the frames that a store lacks, on all processes and devices."""
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +15,7 @@ from jax.sharding import Mesh
 
 from flax_projector import hosts
 from flax_projector.data.audio import BadAudio
-from flax_projector.data.batch_plan import Utterance
-from flax_projector.data.frames.keys import find, keys_of, sort_order
+from flax_projector.data.frames.keys import find, sort_order
 from flax_projector.data.frames.shards import (
     NO_SHARDS,
     Encoding,
@@ -26,6 +26,7 @@ from flax_projector.data.frames.shards import (
 from flax_projector.data.frames.store import FrameStore
 from flax_projector.data.inputs import Clip, Waveforms
 from flax_projector.data.shared_folder import check_shared, from_first
+from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.files import write_atomically
 from flax_projector.logs import progress_bar
 from flax_projector.sharding import rows_of_process, spread_sharding
@@ -56,7 +57,7 @@ class _Missing(NamedTuple):
 def keep_frames(
     root: AnyPath,
     name: str,
-    utterances: Sequence[Utterance],
+    utterances: Utterances,
     encode: Encode,
     encoding: Encoding,
     *,
@@ -92,8 +93,12 @@ def keep_frames(
     check_shared(folder, "on a disk or in a bucket")
     if is_first:
         remove_abandoned(folder)
-    row_keys, clip_keys, described = keys_of(utterances, clips=is_first)
-    hosts.agree({f"rows of {name}": f"{len(utterances)} with the hash {described}"})
+    digest = hashlib.sha256()
+    utterances.update(digest)
+    described = f"{len(utterances)} with the hash {digest.hexdigest()[:16]}"
+    hosts.agree({f"rows of {name}": described})
+    row_keys = utterances.keys("key")
+    clip_keys = utterances.keys("clip") if is_first else row_keys[:, :0]
     shards = read_shards(folder, encoding) if is_first else NO_SHARDS
     at = find(shards.keys, clip_keys)
     missing = _Missing(**from_first(folder, lambda: _find_missing(clip_keys, at, shards.entries)))

@@ -8,10 +8,11 @@ import numpy as np
 
 from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio
-from flax_projector.data.batch_plan import Utterance
-from flax_projector.data.frames.keys import find, row_key, sort_order
+from flax_projector.data.frames.keys import find, sort_order
 from flax_projector.data.frames.shards import Encoding, read_frames, read_notes
 from flax_projector.data.inputs import Clip
+from flax_projector.data.rows import row_key
+from flax_projector.data.utterances import Utterance
 from flax_projector.storage import AnyPath, temporary_folder
 
 _KEYS, _ENTRIES, _SHARDS = "keys.npy", "entries.npy", "shards.json"
@@ -77,7 +78,9 @@ class FrameStore:
           BadAudio: if the clip could not be used when its frames were computed.
           OSError: if they cannot be read.
         """
-        (at,) = find(self._keys, row_key(utterance.row))
+        row = utterance.row
+        key = np.frombuffer(row_key(row.source, row.id), "<u8").reshape(2, 1)
+        (at,) = find(self._keys, key)
         entry = self._entries[at]
         name, note = self._names[entry["shard"]], None
         if entry["has_note"]:

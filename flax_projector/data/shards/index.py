@@ -36,6 +36,9 @@ class _InHand:
     content: bytes
     name: str
 
+    def file(self) -> str:
+        return ""
+
     def fetch(self) -> bytes:
         return self.content
 

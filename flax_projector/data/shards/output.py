@@ -71,7 +71,7 @@ def write_rows(
             "%d of %d rows are left out: %s; all of them are in %s",
             len(bad),
             num_rows,
-            by_reason(bad),
+            by_reason(collections.Counter(row.reason for row in bad)),
             listed,
         )
     elif listed.exists():

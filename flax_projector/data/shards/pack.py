@@ -24,7 +24,7 @@ from flax_projector.data.audio import (
     read_encoded,
 )
 from flax_projector.data.bad_rows import BadRow
-from flax_projector.data.manifest import ManifestRow
+from flax_projector.data.rows import ManifestRow
 from flax_projector.data.shards.index import duration_of
 from flax_projector.data.shards.output import in_processes, new_file, write_rows
 from flax_projector.data.shards.tar import ShardWriter, suffix_of
