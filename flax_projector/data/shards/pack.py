@@ -225,11 +225,12 @@ def _write_shard(task: tuple[int, int, list[ManifestRow]], *, folder: str, flac:
                     }
                 )
                 continue
+            # The lengths stay as stated, though rounded: the order of batches depends on them.
             entry = {"id": row.id, "audio": path.name, "text": row.text, "bytes": clip["bytes"]}
+            entry["duration"] = row.duration
             if is_part:
-                entry |= {"offset": row.offset, "duration": row.duration}
+                entry["offset"] = row.offset
             else:
-                entry["duration"] = clip["secs"]
                 shard.add(f"{i:09d}.txt", row.text.encode())
             entries.append(entry)
         shard.close()
