@@ -139,18 +139,21 @@ def writing(path: AnyPath) -> Iterator[None]:
     """Gives errors in the block, which writes to `path`, a message with the path and a way out.
 
     Raises:
-      OSError: if it cannot be written.
+      NotWritten: if it cannot be written.
     """
     try:
         yield
     except OSError as error:
-        if isinstance(error, _NotWritten):  # says it already
+        if isinstance(error, NotWritten):  # says it already
             raise
-        raise _NotWritten(path, error) from error
+        raise NotWritten(path, error) from error
 
 
-class _NotWritten(OSError):
+class NotWritten(OSError):
+    """A file that could not be written, with a message that names it and says the way out."""
+
     def __init__(self, path: AnyPath, error: OSError):
+        """Takes the path of the file, and what happened."""
         if in_bucket(path):  # the error says the way out
             super().__init__(f"{path} could not be written: {error}")
             return

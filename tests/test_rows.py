@@ -1,9 +1,11 @@
 """Rows and labels in columns: what is kept, when it is made anew, and that nobody can tell."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import os
 import pickle
 import uuid
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import soundfile
 
 from flax_projector.config import DataConfig
-from flax_projector.data import kept, labels, manifest
+from flax_projector.data import kept, labels, manifest, row_file
 from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog, BadRows
 from flax_projector.data.batch_plan import epoch_members, epoch_plan
@@ -132,6 +134,32 @@ def test_only_clips_that_have_changed_are_measured_again(path, tmp_path, monkeyp
     assert measured == ["5.wav"] and rows[4].duration == 1.0
 
 
+def test_files_are_looked_at_in_few_tasks(tmp_path, monkeypatch):
+    """A task a file would take gigabytes for millions of files, which all wait at once."""
+    rows = [{"audio": f"{i}.wav", "text": "go", "duration": 1} for i in range(3_000)]
+    path = tmp_path / "clips.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for row in rows:
+        (tmp_path / row["audio"]).touch()
+    first, _ = read_manifest(path, cache=tmp_path / "kept")
+    submitted, submit = [], row_file.ThreadPoolExecutor.submit
+    monkeypatch.setattr(
+        row_file.ThreadPoolExecutor,
+        "submit",
+        lambda pool, act, *args: submitted.append(act) or submit(pool, act, *args),
+    )
+    again, _ = read_manifest(path, cache=tmp_path / "kept")
+    assert again.table.equals(first.table) and 0 < len(submitted) < 300
+
+
+def test_columns_of_a_small_manifest_are_in_the_cache_if_there_is_one(path, tmp_path):
+    before = set(tmp_path.iterdir())
+    read_manifest(path)
+    assert set(tmp_path.iterdir()) == before
+    read_manifest(path, cache=tmp_path / "kept")
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "kept"}
+
+
 def test_columns_of_a_large_manifest_are_beside_it(path, tmp_path, monkeypatch, count):
     monkeypatch.setattr(kept, "_MANY_ROWS", NUM_ROWS)
     first = prepared(path, tmp_path / "kept")
@@ -148,6 +176,86 @@ def test_where_nobody_may_write_the_cache_is_used(path, tmp_path, monkeypatch, c
     assert "is not kept: " in caplog.text
     assert prepared(path, tmp_path / "kept") == first
     assert count == {"rows": NUM_ROWS, "labels": 1}
+
+
+def fill_disk(monkeypatch, *folders: Path) -> None:
+    """Files in some folders cannot grow from now on."""
+    new_file = kept.pa.ipc.new_file
+
+    def on_full_disk(path: str, *args):
+        is_full = Path(path).parent in folders or not folders
+        return new_file("/dev/full" if is_full else path, *args)
+
+    def copy_nothing(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(kept.pa.ipc, "new_file", on_full_disk)
+    monkeypatch.setattr(kept.shutil, "copyfile", copy_nothing)
+
+
+def test_on_a_full_disk_columns_are_made_for_this_run_only(
+    path, tmp_path, monkeypatch, count, caplog
+):
+    cache = tmp_path / "kept"
+    expected = prepared(path, tmp_path / "other")
+    with monkeypatch.context() as patch:
+        fill_disk(patch, cache)
+        rows, _ = read_manifest(path, cache=cache)
+        found, _ = prepare([rows], tiny_prompt(), CONFIG)
+        assert list(found) == expected == list(pickle.loads(pickle.dumps(found)))
+    assert count == {"rows": 3 * NUM_ROWS, "labels": 2}
+    assert not list(cache.iterdir()) and "is not kept: No space left on device" in caplog.text
+
+
+def test_where_there_is_no_room_at_all_one_line_says_so(path, tmp_path, monkeypatch):
+    fill_disk(monkeypatch)
+    with pytest.raises(OSError, match=r"could not be written: .*No space left.*make room") as error:
+        read(path, tmp_path / "kept")
+    assert "\n" not in str(error.value) and not list((tmp_path / "kept").iterdir())
+
+
+def test_what_killed_starts_have_left_is_removed_when_nobody_writes_to_it(path, tmp_path):
+    read(path, tmp_path / "kept")
+    (table,) = (tmp_path / "kept").iterdir()
+    old, new = (table.with_name(f".{table.name}.{age}.partial") for age in ("old", "new"))
+    for left in (old, new, old.with_name(f"{old.name}.other")):
+        left.write_bytes(b"x")
+        if left != new:
+            os.utime(left, (0, 0))
+    change_manifest(path)
+    read(path, tmp_path / "kept")
+    assert set((tmp_path / "kept").iterdir()) == {table, new}
+
+
+def test_runs_that_start_at_the_same_time_use_the_same_columns(path, tmp_path, monkeypatch, count):
+    """Whoever is last takes those of the other one, whose labels stay good."""
+    others, write = [], row_file.write_rows
+
+    def write_late(*args, **options):
+        write(*args, **options)
+        if not others:
+            others.append(0)
+            others.append(prepared(path, tmp_path / "kept"))
+
+    monkeypatch.setattr(row_file, "write_rows", write_late)
+    assert prepared(path, tmp_path / "kept") == others[1]
+    assert count == {"rows": 2 * NUM_ROWS, "labels": 1}
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_columns_that_another_run_replaces_are_not_taken_for_those_of_this_one(path, tmp_path):
+    """Its source has changed since this run has read it."""
+    rows, _ = read_manifest(path, cache=tmp_path / "kept")
+    expected, content = list(rows), pickle.dumps(rows)
+    path.write_text("\n".join(reversed(path.read_text().splitlines())))
+    other = prepared(path, tmp_path / "kept")
+    utterances, _ = prepare([rows], tiny_prompt(), CONFIG)
+    assert list(rows) == expected and [u.row for u in utterances] == expected
+    for utterance in utterances:
+        assert utterance.target == tuple(tiny_prompt().encode_target(utterance.row.text))
+    with pytest.raises(ValueError, match=r"is no longer what it was .* start the same command"):
+        pickle.loads(content)
+    assert prepared(path, tmp_path / "kept") == other
 
 
 def test_columns_of_a_large_manifest_in_a_bucket_are_there(

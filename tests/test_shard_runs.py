@@ -116,6 +116,7 @@ def columns(folder: Path) -> list[str]:
     return sorted(path.name.partition("-")[0] for path in folder.glob("*.columns/*"))
 
 
+@pytest.mark.slow
 def test_process_0_makes_the_columns_of_a_manifest_that_both_see(files, tmp_path):
     config = short(files)
     text = processes.start(config, patches={0: MANY, 1: FIRST_ONLY}).finish()
@@ -124,6 +125,7 @@ def test_process_0_makes_the_columns_of_a_manifest_that_both_see(files, tmp_path
     assert not list(Path(config.out).rglob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_hosts_that_know_a_manifest_by_other_paths_make_their_own_columns(files, tmp_path):
     config = short(files)
     shutil.copytree(tmp_path / "few", tmp_path / "copy")

@@ -1,18 +1,22 @@
 """Tables that are made once and kept: the rows of a source, and the labels of their transcripts."""
 
+import contextlib
 import functools
 import logging
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import pyarrow as pa
 
 from flax_projector import hosts
+from flax_projector.files import NotWritten, sync, writing
 from flax_projector.storage import AnyPath, in_bucket, temporary_folder
 from flax_projector.storage.bucket import filesystem
 
@@ -21,6 +25,8 @@ log = logging.getLogger(__name__)
 _MADE_FROM, _NONCE = b"made_from", b"nonce"
 _MANY_ROWS = 100_000
 """So many rows take seconds to read: they are kept beside their source, for all runs and hosts."""
+
+_ABANDONED_SECS = 24 * 3600.0  # after which nobody writes to a file any more
 
 _scratch = functools.cache(temporary_folder)
 
@@ -32,16 +38,39 @@ class Kept:
     Attributes:
       path: its file on a local disk.
       folder: where it is kept, and what is made of it may be, too.
+      table: what is in the file; pickled as the path.
     """
 
     path: Path
     folder: AnyPath
+    table: pa.Table
 
     @property
     def nonce(self) -> str:
         """Differs between any two tables that were written."""
-        with pa.memory_map(str(self.path)) as file:
-            return pa.ipc.open_file(file).schema.metadata[_NONCE].decode()
+        return _nonce(self.table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.folder, self.nonce)
+
+
+def _reopen(path: Path, folder: AnyPath, nonce: str) -> Kept:
+    """Opens a table in another process.
+
+    Raises:
+      ValueError: if another run has replaced it meanwhile.
+    """
+    kept = Kept(path, folder, open_table(path))
+    if kept.nonce != nonce:
+        raise ValueError(
+            f"{path} is no longer what it was when this run started, since its source has changed: "
+            "start the same command again"
+        )
+    return kept
+
+
+def _nonce(table: pa.Table) -> str:
+    return table.schema.metadata[_NONCE].decode()
 
 
 def open_table(path: Path) -> pa.Table:
@@ -50,10 +79,31 @@ def open_table(path: Path) -> pa.Table:
         return pa.ipc.open_file(file).read_all()
 
 
-def table_writer(path: Path, schema: pa.Schema, made_from: str) -> pa.ipc.RecordBatchFileWriter:
-    """Writes a table that says what it is made from."""
+@contextlib.contextmanager
+def table_writer(
+    path: Path, schema: pa.Schema, made_from: str
+) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Writes a table that says what it is made from: yields what writes a batch of rows.
+
+    Raises:
+      NotWritten: naming the path, if the disk is full.
+    """
     metadata = {_MADE_FROM: made_from.encode(), _NONCE: uuid.uuid4().hex.encode()}
-    return pa.ipc.new_file(str(path), schema.with_metadata(metadata))
+    with writing(path):
+        table = pa.ipc.new_file(str(path), schema.with_metadata(metadata))
+
+    def write(batch: pa.RecordBatch) -> None:
+        with writing(path):
+            table.write_batch(batch)
+
+    try:
+        yield write
+    except BaseException:
+        with contextlib.suppress(OSError):  # of what is not there, the end cannot be written either
+            table.close()
+        raise
+    with writing(path):
+        table.close()
 
 
 def keep(
@@ -79,16 +129,17 @@ def keep(
     Raises:
       ValueError: if it cannot be made.
     """
-    found, old = _find(file, folders, made_from, is_current)
-    is_missing, *others = [
-        text == "missing" for text in hosts.exchange(file, "found" if found else "missing")
-    ]
+    find = functools.partial(_find, file, folders, made_from, is_current)
+    found, old = find()
+    # Hosts may know a source, and so its file, by different names: they meet under one.
+    texts = hosts.exchange("kept table", "found" if found else "missing")
+    is_missing, *others = [text == "missing" for text in texts]
     if is_missing and any(others):
         if jax.process_index() == 0:
-            found = _write(file, folders, write, old)
-        hosts.exchange(file, "written")
-        found = found or _find(file, folders, made_from, is_current)[0]
-    return found or _write(file, folders, write, old)
+            found = _write(file, folders, write, old, find)
+        hosts.exchange("kept table written", "")
+        found = found or find()[0]
+    return found or _write(file, folders, write, old, find)
 
 
 def _find(
@@ -109,7 +160,7 @@ def _find(
             log.warning("%s/%s is made anew: %s", folder, file, error)
             continue
         if (table.schema.metadata or {}).get(_MADE_FROM) == made_from.encode():
-            kept = Kept(path, folder)
+            kept = Kept(path, folder, table)
             if is_current(kept):
                 return kept, None
         old = old or path
@@ -130,20 +181,46 @@ def _write(
     folders: Sequence[AnyPath],
     write: Callable[[Path, Path | None], None],
     old: Path | None,
+    find: Callable[[], tuple[Kept | None, Path | None]],
 ) -> Kept:
     *_, last = folders
-    scratch = last if isinstance(last, Path) and _may_write(last) else _scratch()
+    if isinstance(last, Path) and _may_write(last):
+        _remove_abandoned(last, file)
+        with contextlib.suppress(NotWritten):  # there may be room elsewhere
+            return _write_in(last, file, folders, write, old, find)
+    return _write_in(_scratch(), file, folders, write, old, find)
+
+
+def _write_in(
+    scratch: Path,
+    file: str,
+    folders: Sequence[AnyPath],
+    write: Callable[[Path, Path | None], None],
+    old: Path | None,
+    find: Callable[[], tuple[Kept | None, Path | None]],
+) -> Kept:
+    """Writes a table in a folder, and moves it to where it belongs."""
     partial = scratch / f".{file}.{uuid.uuid4().hex}.partial"
     try:
         write(partial, old)
+        # Another run may have made the same table meanwhile, and its labels.
+        if (found := find()[0]) is not None:
+            return found
         is_large = open_table(partial).num_rows >= _MANY_ROWS
         for folder in folders if is_large else folders[-1:]:
             if (kept := _move(partial, folder, file)) is not None:
                 return kept
-        path = _scratch() / f"{uuid.uuid4().hex}-{file}"
-        return Kept(Path(shutil.move(partial, path)), _scratch())
+        return _kept(_to_scratch(partial, file), _scratch())
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path, file: str) -> None:
+    """Removes what killed processes have left of a file."""
+    for path in folder.glob(f".{file}.*"):
+        with contextlib.suppress(FileNotFoundError):  # another program removes it
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECS:
+                path.unlink()
 
 
 def _may_write(folder: Path) -> bool:
@@ -159,20 +236,34 @@ def _move(partial: Path, folder: AnyPath, file: str) -> Kept | None:
     try:
         if in_bucket(folder):
             filesystem().put_file(str(partial), f"{folder}/{file}")
-            path = _scratch() / f"{uuid.uuid4().hex}-{file}"
-            return Kept(Path(shutil.move(partial, path)), folder)
+            return _kept(_to_scratch(partial, file), folder)
         assert isinstance(folder, Path)
         folder.mkdir(parents=True, exist_ok=True)
         if partial.parent != folder:
+            _remove_abandoned(folder, file)
             other = folder / partial.name
             try:
                 shutil.copyfile(partial, other)
-                other.replace(folder / file)
+                _replace(other, folder / file)
             finally:
                 other.unlink(missing_ok=True)
         else:
-            partial.replace(folder / file)
+            _replace(partial, folder / file)
     except OSError as error:
         log.warning("%s is not kept: %s", f"{folder}/{file}", error.strerror or error)
         return None
-    return Kept(folder / file, folder)
+    return _kept(folder / file, folder)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    with partial.open("rb+") as written:
+        sync(written)  # a file whose pages are lost with the machine looks whole
+    partial.replace(path)
+
+
+def _to_scratch(partial: Path, file: str) -> Path:
+    return Path(shutil.move(partial, _scratch() / f"{uuid.uuid4().hex}-{file}"))
+
+
+def _kept(path: Path, folder: AnyPath) -> Kept:
+    return Kept(path, folder, open_table(path))

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow.compute import call_function
 
 from flax_projector.chat.prompt import TranscriptEncoder
-from flax_projector.data.kept import Kept, keep, open_table, table_writer
+from flax_projector.data.kept import Kept, keep, table_writer
 from flax_projector.data.rows import Rows
 from flax_projector.logs import progress_bar
 
@@ -72,7 +72,7 @@ def _lengths(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
 def _open(table: pa.Table | None, kept: Kept | None) -> Labels:
     if table is None:
         assert kept is not None  # see Labels.__reduce__
-        table = open_table(kept.path)
+        table = kept.table
     return Labels(table, kept)
 
 
@@ -101,17 +101,17 @@ def make_labels(rows: Rows, encode: TranscriptEncoder, text_case: str) -> Labels
                 delay=1,
                 leave=False,
             ) as progress,
-            table_writer(path, _SCHEMA, made_from) as table,
+            table_writer(path, _SCHEMA, made_from) as write_batch,
         ):
             for batch in rows.table.to_batches(max_chunksize=_CHUNK):
-                table.write_batch(_encode(batch, encode, text_case))
+                write_batch(_encode(batch, encode, text_case))
                 progress.update(len(batch))
 
     how = f"{rows.source} {encode.digest()} {text_case}"
     made_from = f"{how} {rows.kept.nonce}"
     file = f"labels-{hashlib.sha256(how.encode()).hexdigest()[:16]}.arrow"
     kept = keep(file, [rows.kept.folder], write, made_from=made_from)
-    return Labels(open_table(kept.path), kept)
+    return Labels(kept.table, kept)
 
 
 def _encode(batch: pa.RecordBatch, encode: TranscriptEncoder, text_case: str) -> pa.RecordBatch:

@@ -127,7 +127,7 @@ def write_rows(
         progress_bar(
             _log, f"rows of {source}", total=total, unit="row", delay=1, leave=False
         ) as progress,
-        table_writer(path, SCHEMA, made_from) as table,
+        table_writer(path, SCHEMA, made_from) as write_batch,
     ):
         drafts, file, stamp = iter(drafts), "", _stamp_of("")
         while chunk := list(itertools.islice(drafts, _CHUNK)):
@@ -141,7 +141,7 @@ def write_rows(
                 # A thread is worth its while only where a file is read.
                 pending.append(pool.submit(check).result if _reads_clip(draft) else check)
             records = [finish() for finish in pending]
-            table.write_batch(pa.RecordBatch.from_pylist(records, SCHEMA))
+            write_batch(pa.RecordBatch.from_pylist(records, SCHEMA))
             names.add(chunk)
             file = files[-1]
             progress.update(len(chunk))
@@ -168,7 +168,7 @@ def keep_rows(
       made_from: what changes when the source does; None if that cannot be known: then nothing is
         kept.
       beside: folder for the columns of a large source.
-      cache: folder for those of a small one.
+      cache: folder for those of a small one, which are not kept without.
       stored: the clips of rows that name no file, by their numbers.
     """
     digest = sha256(origin.encode()).hexdigest()[:16]
@@ -177,7 +177,7 @@ def keep_rows(
     made_from = f"{_VERSION} {source} {made_from}"
 
     def rows_of(kept: Kept) -> Rows:
-        return Rows(source, open_table(kept.path), kept=kept, stored=stored)
+        return Rows(source, kept.table, kept=kept, stored=stored)
 
     def write(path: Path, old: Path | None) -> None:
         earlier = None
@@ -198,12 +198,15 @@ def keep_rows(
 def _is_current(rows: Rows) -> bool:
     """Whether the files of rows are those that were checked, and their problems still the same."""
     table = rows.table
-    others = np.flatnonzero(table["is_other_file"].to_numpy())
-    stamps = table["stamp"].take(pa.array(others)).to_pylist()
+    files = table.select(["is_other_file", "audio", "stamp"])
     doubted = np.flatnonzero(table["depends_on_file"].to_numpy())
+    # Millions of tasks would take gigabytes.
+    num_rows = min(max(len(table) // (8 * NUM_THREADS), 1), _CHUNK)
 
-    def has_stamp(number: int, stamp: str) -> bool:
-        return _stamp_of(rows.audio(number)) == stamp
+    def have_stamps(batch: pa.RecordBatch) -> bool:
+        others = batch.filter(batch["is_other_file"])
+        pairs = zip(others["audio"].to_pylist(), others["stamp"].to_pylist(), strict=True)
+        return all(_stamp_of(path) == stamp for path, stamp in pairs if not is_url(path))
 
     def has_problem(number: int) -> bool:
         audio, names = rows.audio(number), ("id", "text", "duration", "offset", "detail")
@@ -214,7 +217,7 @@ def _is_current(rows: Rows) -> bool:
         return record["detail"] == detail
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        same = pool.map(has_stamp, others.tolist(), stamps)
+        same = pool.map(have_stamps, files.to_batches(max_chunksize=num_rows))
         return all(same) and all(pool.map(has_problem, doubted.tolist()))
 
 
@@ -283,7 +286,7 @@ def _rewrite(path: Path, made_from: str, changes: Mapping[int, Mapping[str, Any]
     """Changes some rows of a table."""
     other = path.with_name(f"{path.name}.other")
     try:
-        with table_writer(other, SCHEMA, made_from) as table:
+        with table_writer(other, SCHEMA, made_from) as write_batch:
             start = 0
             for batch in open_table(path).to_batches():
                 numbers = [n for n in range(start, start + len(batch)) if n in changes]
@@ -292,7 +295,7 @@ def _rewrite(path: Path, made_from: str, changes: Mapping[int, Mapping[str, Any]
                     for number in numbers:
                         records[number - start] |= changes[number]
                     batch = pa.RecordBatch.from_pylist(records, SCHEMA)
-                table.write_batch(batch)
+                write_batch(batch)
                 start += len(batch)
         other.replace(path)
     finally:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from flax_projector.data.audio import Audio, Problem, Slice, file_stamp
 from flax_projector.data.bad_rows import BadRow, BadRows
-from flax_projector.data.kept import Kept, open_table
+from flax_projector.data.kept import Kept
 from flax_projector.files import is_url
 
 StoredClips = Callable[[int], Audio]
@@ -197,7 +197,7 @@ def _open(
 ) -> Rows:
     if table is None:
         assert kept is not None  # see Rows.__reduce__
-        table = open_table(kept.path)
+        table = kept.table
     return Rows(source, table, kept=kept, stored=stored)
 
 
