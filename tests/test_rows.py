@@ -20,6 +20,7 @@ from flax_projector.data.audio import Problem
 from flax_projector.data.bad_rows import BadRow, BadRowLog, BadRows
 from flax_projector.data.batch_plan import epoch_members, epoch_plan
 from flax_projector.data.manifest import read_manifest
+from flax_projector.data.shared_arrays import SharedArrays
 from flax_projector.data.utterances import Utterances, prepare
 from flax_projector.files import any_path
 from tests.bucket import BUCKET
@@ -212,6 +213,22 @@ def test_where_there_is_no_room_at_all_one_line_says_so(path, tmp_path, monkeypa
     with pytest.raises(OSError, match=r"could not be written: .*No space left.*make room") as error:
         read(path, tmp_path / "kept")
     assert "\n" not in str(error.value) and not list((tmp_path / "kept").iterdir())
+
+
+def test_arrays_that_cannot_be_shared_are_one_line(tmp_path, monkeypatch):
+    """And are written whole the next time."""
+    arrays, save = SharedArrays(a=np.arange(3), b=np.arange(4)), np.save
+
+    def save_one(path: Path, array: np.ndarray) -> None:
+        if path.stem == "b":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, array)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space.*: make room"):
+        patch.setattr(np, "save", save_one)
+        pickle.dumps(arrays)
+    shared = pickle.loads(pickle.dumps(arrays))
+    assert [*shared] == ["a", "b"] and (shared["b"] == np.arange(4)).all()
 
 
 def test_what_killed_starts_have_left_is_removed_when_nobody_writes_to_it(path, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_projector.files import writing
 from flax_projector.storage import temporary_folder
 
 _folder = functools.cache(temporary_folder)
@@ -23,10 +24,12 @@ class SharedArrays(Mapping[str, np.ndarray]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._path is None:
-            self._path = _folder() / uuid.uuid4().hex
-            self._path.mkdir()
-            for name, array in self._arrays.items():
-                np.save(self._path / f"{name}.npy", array)
+            path = _folder() / uuid.uuid4().hex
+            with writing(path):
+                path.mkdir()
+                for name, array in self._arrays.items():
+                    np.save(path / f"{name}.npy", array)
+            self._path = path
         return _load, (self._path, list(self._arrays))
 
     def __getitem__(self, name: str) -> np.ndarray:
