@@ -160,7 +160,9 @@ def start(
       patches: Python of some of the processes, which runs before anything else.
       patch: Python of all of them.
     """
-    folder = Path(config.data.train[0]).parents[1] / "processes"  # the run may be in a bucket
+    places = (str(Path(config.out).parent), str(Path(config.data.train[0]).parents[1]))
+    local = next(place for place in places if not place.startswith("gs:"))  # one of them
+    folder = Path(local) / "processes"
     folder.mkdir(parents=True, exist_ok=True)
     run = len(list(folder.iterdir()))
     config_path = folder / f"{run}.json"
