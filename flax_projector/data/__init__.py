@@ -4,6 +4,7 @@
   audio        audio files -> 16 kHz mono, and what can be wrong with them
   shards       tars of clips: indexed, and packed from any source
   manifest     manifests -> rows; manifest_text: how they are written
+  drafts       rows as they are written, and those that occur twice
   rows         rows in columns; row_file: how they are checked and written; kept: and found again
   labels       the labels of their transcripts, which are kept with them
   utterances   the rows of a set that fit the run; shared_arrays: how workers share their columns

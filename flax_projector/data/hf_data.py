@@ -7,12 +7,13 @@ from typing import Any
 
 from flax_projector.config import DataConfig
 from flax_projector.data.bad_rows import BadRows
+from flax_projector.data.drafts import Draft
 from flax_projector.data.hf_clips import Table, TableClip
 from flax_projector.data.hf_source import open_hf, parse_hf_source
 from flax_projector.data.hf_stream import keep_stream
 from flax_projector.data.manifest import read_manifest
 from flax_projector.data.manifest_text import check_utf8, read_text
-from flax_projector.data.row_file import Draft, keep_rows
+from flax_projector.data.row_file import keep_rows
 from flax_projector.data.rows import Rows
 
 _BATCH = 1000  # rows whose texts are in memory at a time

@@ -12,6 +12,7 @@ from typing import Any
 
 from flax_projector.data.audio import Problem, Slice, file_of, file_stamp
 from flax_projector.data.bad_rows import BadRow, BadRows
+from flax_projector.data.drafts import Draft
 from flax_projector.data.manifest_text import (
     AUDIO,
     BYTES,
@@ -22,7 +23,7 @@ from flax_projector.data.manifest_text import (
     read_raw_rows,
     read_text,
 )
-from flax_projector.data.row_file import Draft, keep_rows
+from flax_projector.data.row_file import keep_rows
 from flax_projector.data.rows import Rows
 from flax_projector.files import is_url
 from flax_projector.storage.urls import filesystem_of, url_stamp, writable

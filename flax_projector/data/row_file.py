@@ -4,11 +4,9 @@ import functools
 import itertools
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,13 @@ from flax_projector.data.audio import (
     read_duration,
 )
 from flax_projector.data.bad_rows import BadRow
+from flax_projector.data.drafts import Draft, Names
 from flax_projector.data.kept import Kept, keep, open_table, table_writer
 from flax_projector.data.rows import (
     SCHEMA,
     Rows,
     StoredClips,
     clip_key,
-    name_digest,
-    row_key,
     to_record,
 )
 from flax_projector.files import is_url
@@ -48,27 +45,6 @@ _DOUBTFUL_SECS = 60  # longer than any window: stated durations above it are com
 _CHUNK = 16_384  # rows in memory at a time
 _NO_FILE = "[]"  # the stamp of what is not there, or at a URL
 _VERSION = 1  # of this code: what it makes of the same rows
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A row as written. If it has no duration, that will be read from the file.
-
-    Attributes:
-      id: as written, or made from the audio's name and the offset.
-      audio: see `ManifestRow`, as for the attributes that follow.
-      text: transcript.
-      duration: in seconds.
-      offset: in seconds.
-      has_own_id: whether the id is written in the row.
-    """
-
-    id: str
-    audio: Audio
-    text: str
-    duration: float | None
-    offset: float | None
-    has_own_id: bool = True
 
 
 class Lengths:
@@ -121,7 +97,7 @@ def write_rows(
       lengths: what is known of the clips.
       total: number of rows, if known.
     """
-    names = _Names(source)
+    names = Names(source)
     with (
         ThreadPoolExecutor(NUM_THREADS) as pool,
         progress_bar(
@@ -198,15 +174,17 @@ def keep_rows(
 def _is_current(rows: Rows) -> bool:
     """Whether the files of rows are those that were checked, and their problems still the same."""
     table = rows.table
-    files = table.select(["is_other_file", "audio", "stamp"])
+    others = np.flatnonzero(table["is_other_file"].to_numpy())
     doubted = np.flatnonzero(table["depends_on_file"].to_numpy())
-    # Millions of tasks would take gigabytes.
-    num_rows = min(max(len(table) // (8 * NUM_THREADS), 1), _CHUNK)
+    num_parts = min(len(others), max(8 * NUM_THREADS, len(others) // _CHUNK))  # not a task for each
 
-    def have_stamps(batch: pa.RecordBatch) -> bool:
-        others = batch.filter(batch["is_other_file"])
-        pairs = zip(others["audio"].to_pylist(), others["stamp"].to_pylist(), strict=True)
-        return all(_stamp_of(path) == stamp for path, stamp in pairs if not is_url(path))
+    def have_stamps(numbers: np.ndarray) -> bool:
+        found = table.select(["audio", "stamp"]).take(numbers).to_pydict()
+        for number, name, stamp in zip(numbers.tolist(), *found.values(), strict=True):
+            audio = rows.audio(number) if name is None else name
+            if not is_url(file_of(audio)) and _stamp_of(audio) != stamp:
+                return False
+        return True
 
     def has_problem(number: int) -> bool:
         audio, names = rows.audio(number), ("id", "text", "duration", "offset", "detail")
@@ -217,12 +195,11 @@ def _is_current(rows: Rows) -> bool:
         return record["detail"] == detail
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        same = pool.map(have_stamps, files.to_batches(max_chunksize=num_rows))
+        same = pool.map(have_stamps, np.array_split(others, max(num_parts, 1)))
         return all(same) and all(pool.map(has_problem, doubted.tolist()))
 
 
 def _file(draft: Draft | BadRow) -> str:
-    """The file that a row's clip is or is in, if there is one."""
     return "" if isinstance(draft, BadRow) else file_of(draft.audio)
 
 
@@ -300,102 +277,3 @@ def _rewrite(path: Path, made_from: str, changes: Mapping[int, Mapping[str, Any]
         other.replace(path)
     finally:
         other.unlink(missing_ok=True)
-
-
-class _Names:
-    """Finds ids and rows that occur twice, by hashes: all rows of a source are not in memory."""
-
-    def __init__(self, source: str) -> None:
-        self._source, self._num_rows = source, 0
-        self._numbers: list[np.ndarray] = []  # of the drafts among the rows
-        self._hashes: list[np.ndarray] = []  # u64[N, 2]: of the id, and of the whole row
-        self._are_own: list[np.ndarray] = []
-
-    def add(self, rows: list[Draft | BadRow]) -> None:
-        """Takes the next rows."""
-        drafts = [(i, row) for i, row in enumerate(rows) if isinstance(row, Draft)]
-        self._numbers.append(np.array([self._num_rows + i for i, _ in drafts], np.int64))
-        hashes = [(_hash(d.id), _hash(repr(_content(d)))) for _, d in drafts]
-        self._hashes.append(np.array(hashes, np.uint64).reshape(-1, 2))
-        self._are_own.append(np.array([d.has_own_id for _, d in drafts], bool))
-        self._num_rows += len(rows)
-
-    def changes(self, path: Path) -> dict[int, dict[str, Any]]:
-        """What to change in a table, by the number of the row.
-
-        Ids that are made from the same name are numbered; rows that occur twice become bad rows.
-        """
-        numbers, hashes = np.concatenate(self._numbers), np.concatenate(self._hashes)
-        are_own = np.concatenate(self._are_own)
-        repeated = _repeated(hashes[:, 0]) | _repeated(hashes[:, 1])
-        if not repeated.any():
-            return {}
-        table, ids = open_table(path), np.sort(hashes[:, 0])
-        own_ids = np.sort(hashes[are_own, 0])
-        made, seen, counts, changes = set(), set(), Counter(), {}
-
-        def is_taken(name: str) -> bool:
-            return name in made or _contains(own_ids, _hash(name))
-
-        for number, is_own in zip(numbers[repeated].tolist(), are_own[repeated], strict=True):
-            record = table.slice(number, 1).to_pylist()[0]
-            row_id = base = record["id"]
-            content = row_id if is_own else _values(record)
-            if content in seen:
-                what = f"id {row_id!r}" if is_own else f"the same row of {_audio_name(record)}"
-                changes[number] = {
-                    "id": f"row {number + 1}",
-                    "text": "",
-                    "problem": Problem.DUPLICATE_ID.value,
-                    "detail": f"{what} occurs twice",
-                    "depends_on_file": False,
-                }
-            elif not is_own:
-                # A number that some other made id happens to end in is passed over.
-                while is_taken(row_id) or (row_id != base and _contains(ids, _hash(row_id))):
-                    counts[base] += 1
-                    row_id = f"{base}#{counts[base] + 1}"
-                made.add(row_id)
-                if row_id != base:
-                    name = name_digest(row_id, record["offset"])
-                    key = row_key(self._source, row_id)
-                    changes[number] = {"id": row_id, "name": name, "key": key}
-            seen.add(content)
-        return changes
-
-
-def _content(draft: Draft) -> Any:
-    if draft.has_own_id:
-        return draft.id
-    return (str(draft.audio), draft.text, draft.duration, draft.offset)
-
-
-def _values(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    values = (record[name] for name in ("text", "duration", "offset"))
-    return (_audio_name(record), record["read_secs"] is None, *values)
-
-
-def _audio_name(record: Mapping[str, Any]) -> str:
-    if record["start"] is None:
-        return str(record["audio"])
-    return str(Slice(record["audio"], record["start"], record["length"]))
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _repeated(hashes: np.ndarray) -> np.ndarray:
-    """Whether each of u64[N] occurs more than once."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    same = ordered[1:] == ordered[:-1]
-    repeated = np.zeros(len(hashes), bool)
-    repeated[order[1:][same]] = True
-    repeated[order[:-1][same]] = True
-    return repeated
-
-
-def _contains(ordered: np.ndarray, value: int) -> bool:
-    place = np.searchsorted(ordered, np.uint64(value))
-    return bool(place < len(ordered) and ordered[place] == value)
