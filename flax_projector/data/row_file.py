@@ -174,14 +174,17 @@ def keep_rows(
 def _is_current(rows: Rows) -> bool:
     """Whether the files of rows are those that were checked, and their problems still the same."""
     table = rows.table
-    others = np.flatnonzero(table["is_other_file"].to_numpy())
     doubted = np.flatnonzero(table["depends_on_file"].to_numpy())
-    num_parts = min(len(others), max(8 * NUM_THREADS, len(others) // _CHUNK))  # not a task for each
+    # A task for many rows, and within one piece of the table: a whole column is never copied.
+    num_rows = min(max(len(table) // (8 * NUM_THREADS), 1), _CHUNK)
+    batches = table.select(["is_other_file", "audio", "stamp"]).to_batches(max_chunksize=num_rows)
+    starts = np.cumsum([0, *map(len, batches)])[:-1]
 
-    def have_stamps(numbers: np.ndarray) -> bool:
-        found = table.select(["audio", "stamp"]).take(numbers).to_pydict()
-        for number, name, stamp in zip(numbers.tolist(), *found.values(), strict=True):
-            audio = rows.audio(number) if name is None else name
+    def have_stamps(start: int, batch: pa.RecordBatch) -> bool:
+        numbers = start + np.flatnonzero(batch["is_other_file"].to_numpy(zero_copy_only=False))
+        others = batch.filter(batch["is_other_file"]).to_pydict()
+        for number, name, stamp in zip(numbers, others["audio"], others["stamp"], strict=True):
+            audio = rows.audio(int(number)) if name is None else name
             if not is_url(file_of(audio)) and _stamp_of(audio) != stamp:
                 return False
         return True
@@ -195,7 +198,7 @@ def _is_current(rows: Rows) -> bool:
         return record["detail"] == detail
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        same = pool.map(have_stamps, np.array_split(others, max(num_parts, 1)))
+        same = pool.map(have_stamps, starts.tolist(), batches)
         return all(same) and all(pool.map(has_problem, doubted.tolist()))
 
 
