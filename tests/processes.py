@@ -15,6 +15,16 @@ from tests.ports import free_port
 NUM_DEVICES = 4  # of all processes together
 LIMIT_SECS = 300.0  # stops a hang
 
+SLOWLY = """
+from flax_projector.data.reader import BatchIterator
+read = BatchIterator.__next__
+def read_slowly(self):
+    time.sleep(0.2)
+    return read(self)
+BatchIterator.__next__ = read_slowly
+"""
+"""A patch: time for a signal to come in the middle of a run."""
+
 _PROGRAM = """
 import os, signal, sys, time
 import train_tpu

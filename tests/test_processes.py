@@ -24,7 +24,7 @@ import train_tpu
 from flax_projector.config import TrainConfig
 from flax_projector.training.checkpoints import open_manager
 from tests.parity import assert_within
-from tests.processes import Ended, Processes, by_srun, start
+from tests.processes import SLOWLY, Ended, Processes, by_srun, start
 from tests.tiny import read_losses, tiny_config
 
 # One at a time: two processes at once are as many as CI has cores.
@@ -33,14 +33,6 @@ pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("processes")]
 LIMIT_SECS = 60.0
 """In which all processes end after a fault in one: 30 s, doubled for slow machines."""
 
-SLOWLY = """
-from flax_projector.data.reader import BatchIterator
-read = BatchIterator.__next__
-def read_slowly(self):
-    time.sleep(0.2)
-    return read(self)
-BatchIterator.__next__ = read_slowly
-"""
 BATCH = "from flax_projector.data.reader import BatchIterator\n"
 MANAGER = "from flax_projector.training.checkpoints import _Manager\n"
 

@@ -24,14 +24,6 @@ from tests.tiny import final_params, make_speech, read_losses, tiny_config
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("processes")]
 
 NUM_STEPS = 16
-SLOWLY = """
-from flax_projector.data.reader import BatchIterator
-read = BatchIterator.__next__
-def read_slowly(self):
-    time.sleep(0.2)
-    return read(self)
-BatchIterator.__next__ = read_slowly
-"""
 
 
 @pytest.fixture
@@ -75,7 +67,7 @@ def test_two_processes_with_shards_in_a_bucket_end_as_one_with_single_files(
     packed = f"{shards}/manifest.jsonl"
     two, one = (with_data(files, name, packed, few) for name in ("two", "one"))
 
-    begun = processes.start(two, patch=SLOWLY)
+    begun = processes.start(two, patch=processes.SLOWLY)
     metrics = Path(two.out) / "metrics.jsonl"
     while not metrics.is_file() or len(read_losses(two)) < NUM_STEPS // 2:
         assert all(process.poll() is None for process in begun.running), begun.end()
