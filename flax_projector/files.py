@@ -11,11 +11,11 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
-from flax_projector.storage import AnyPath, in_bucket
+from flax_projector.storage import AnyPath, in_bucket, temporary_folder
 from flax_projector.storage.bucket import bucket_path, filesystem
-from flax_projector.storage.urls import filesystem_of
+from flax_projector.storage.urls import filesystem_of, open_url
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ def read_bytes(path: str) -> bytes:
         return Path(path).read_bytes()
     fs, place = filesystem_of(path)
     return fs.cat_file(place)
+
+
+def open_to_read(path: str) -> Any:
+    """Opens a file on a disk or at a URL, to be read from its beginning to its end."""
+    return open_url(path) if is_url(path) else open(path, "rb")
 
 
 def parse_json(text: str) -> Any:
@@ -168,6 +173,34 @@ class NotWritten(OSError):
         )
 
 
+@contextlib.contextmanager
+def new_file(path: AnyPath, *, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write, which is at its path when the block has ended, and not before.
+
+    Args:
+      path: where it is to be, on a disk or in a bucket.
+      scratch: folder on the same disk for the file while it is written; by default its own.
+
+    Raises:
+      OSError: naming the path, if it cannot be written.
+    """
+    is_local = isinstance(path, Path)
+    with writing(path):
+        folder = (scratch or path.parent) if is_local else temporary_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"
+        try:
+            with partial.open("wb+") as file:
+                yield file
+                sync(file)
+            if is_local:
+                partial.replace(path)
+            else:
+                filesystem().put_file(str(partial), str(path))
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write_atomically(path: AnyPath, content: str | bytes) -> None:
     """Writes a file, replacing any earlier one, and creates its folder if needed.
 
@@ -178,19 +211,12 @@ def write_atomically(path: AnyPath, content: str | bytes) -> None:
       OSError: naming the path, if it cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
-    with writing(path):
-        if in_bucket(path):
+    if in_bucket(path):
+        with writing(path):
             filesystem().pipe_file(str(path), content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                sync(file)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        return
+    with new_file(path) as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

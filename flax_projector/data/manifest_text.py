@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from flax_projector.config.presets import DEMO_SPEECH
-from flax_projector.files import is_url, parse_json
-from flax_projector.storage.urls import filesystem_of, open_url
+from flax_projector.files import is_url, open_to_read, parse_json
+from flax_projector.storage.urls import filesystem_of
 
 AUDIO, TEXT, BYTES = ("audio", "path"), ("text",), ("bytes",)
 DURATION, OFFSET = ("duration", "seconds"), ("offset",)
@@ -135,7 +135,7 @@ def _read_lines(path: str) -> Iterator[str]:
         filesystem_of(path)
     try:
         rest, separator = b"", b"\r"
-        with open_url(path) if is_url(path) else open(path, "rb") as file:
+        with open_to_read(path) as file:
             while block := file.read(_BLOCK):
                 if b"\n" in block:
                     separator = b"\n"

@@ -8,6 +8,7 @@ from etils import epath
 from flax_projector.storage import AnyPath
 from flax_projector.storage.bucket import filesystem
 
+_READ_AHEAD = 8 << 20  # bytes that are asked for at once
 _VERSIONS = ("etag", "ETag", "md5Hash", "crc32c", "generation", "created", "mtime")
 """What file systems call the version of a file."""
 
@@ -47,7 +48,7 @@ def writable(path: str) -> AnyPath | None:
 def open_url(url: str) -> Any:
     """Opens a file at a URL, to be read from its beginning to its end."""
     fs, path = filesystem_of(url)
-    return fs.open(path, "rb")
+    return fs.open(path, block_size=_READ_AHEAD, cache_type="readahead")
 
 
 def url_stamp(url: str) -> list[Any]:

@@ -1,6 +1,5 @@
 """A manifest of shards that exist; their clips stay where they are."""
 
-import contextlib
 import functools
 import glob
 import logging
@@ -18,14 +17,13 @@ from flax_projector.data.manifest_text import read_text
 from flax_projector.data.shards.output import write_rows
 from flax_projector.data.shards.tar import AUDIO_SUFFIXES, read_members
 from flax_projector.data.shards.texts import Texts
-from flax_projector.files import any_path, is_url, local_path, parse_json
+from flax_projector.files import any_path, is_url, local_path, open_to_read, parse_json
 from flax_projector.logs import progress_bar
 from flax_projector.storage.urls import filesystem_of
 
 _log = logging.getLogger(__name__)
 
 _NUM_THREADS = 8  # they wait for disks and networks: the headers of 2 GB are read in a second
-_READ_AHEAD = 8 << 20  # bytes of a shard at a URL that are asked for at once
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # as WebDataset has it: key, suffix
 
 
@@ -161,17 +159,6 @@ def _seen_from(shard: str, manifest: str) -> str:
     return shard.removeprefix(f"{manifest.rpartition('/')[0]}/")
 
 
-@contextlib.contextmanager
-def _opened(shard: str) -> Any:
-    if not is_url(shard):
-        with open(shard, "rb") as file:
-            yield file
-        return
-    fs, path = filesystem_of(shard)
-    with fs.open(path, block_size=_READ_AHEAD, cache_type="readahead") as file:
-        yield file
-
-
 def _read_shard(
     task: tuple[str, str, str], *, text_key: str, texts: Texts | None
 ) -> tuple[list[dict[str, Any]], list[BadRow]]:
@@ -186,7 +173,7 @@ def _read_shard(
     samples: dict[str, _Sample] = {}
     bad: list[BadRow] = []
     try:
-        with _opened(shard) as file:
+        with open_to_read(shard) as file:
             _read_samples(file, shard, samples, bad, has_texts=texts is not None)
     except BadAudio as error:
         bad.append(BadRow(name, shard, error.problem, f"{shard}: {error}"))

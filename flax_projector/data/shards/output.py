@@ -1,55 +1,23 @@
-"""Files that are written completely or not at all, and the processes that write them."""
+"""Manifests with the list of what they leave out, and the processes that write shards."""
 
 import collections
-import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flax_projector.data.bad_rows import BadRow, by_reason, to_line
-from flax_projector.files import sync, writing
-from flax_projector.storage import AnyPath, temporary_folder
-from flax_projector.storage.bucket import filesystem
+from flax_projector.files import new_file
+from flax_projector.storage import AnyPath
 
 _log = logging.getLogger(__name__)
 
 _WORTH_A_PROCESS = 64 << 20  # bytes
-
-
-@contextlib.contextmanager
-def new_file(path: AnyPath, *, scratch: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write, which is at its path when the block has ended, and not before.
-
-    Args:
-      path: where it is to be, on a disk or in a bucket.
-      scratch: folder on the same disk for the file while it is written; by default its own.
-
-    Raises:
-      OSError: naming the path, if it cannot be written.
-    """
-    is_local = isinstance(path, Path)
-    with writing(path):
-        folder = (scratch or path.parent) if is_local else temporary_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"
-        try:
-            with partial.open("wb+") as file:
-                yield file
-                sync(file)
-            if is_local:
-                partial.replace(path)
-            else:
-                filesystem().put_file(str(partial), str(path))
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def write_rows(

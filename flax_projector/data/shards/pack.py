@@ -26,10 +26,10 @@ from flax_projector.data.audio import (
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.rows import ManifestRow
 from flax_projector.data.shards.index import duration_of
-from flax_projector.data.shards.output import in_processes, new_file, write_rows
+from flax_projector.data.shards.output import in_processes, write_rows
 from flax_projector.data.shards.tar import ShardWriter, suffix_of
 from flax_projector.data.sources import read_source
-from flax_projector.files import any_path, lock_file, reading, write_atomically
+from flax_projector.files import any_path, lock_file, new_file, reading, write_atomically
 from flax_projector.lengths import SAMPLE_RATE
 from flax_projector.logs import progress_bar
 from flax_projector.storage import AnyPath, users_cache
