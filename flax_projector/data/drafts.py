@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from flax_projector.data.audio import Audio, Problem, Slice
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.kept import open_table
-from flax_projector.data.rows import name_digest, row_key
+from flax_projector.data.rows import hash64, name_digest, row_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ def _audio_name(record: Mapping[str, Any]) -> str:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    return hash64(text.encode())
 
 
 def _repeated(hashes: np.ndarray) -> np.ndarray:

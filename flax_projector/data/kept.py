@@ -183,36 +183,29 @@ def _write(
     old: Path | None,
     find: Callable[[], tuple[Kept | None, Path | None]],
 ) -> Kept:
-    *_, last = folders
+    """Writes a table, and moves it to where it belongs."""
+
+    def write_in(scratch: Path) -> Kept:
+        partial = scratch / f".{file}.{uuid.uuid4().hex}.partial"
+        try:
+            write(partial, old)
+            # Another run may have made the same table meanwhile, and its labels.
+            if (found := find()[0]) is not None:
+                return found
+            is_large = open_table(partial).num_rows >= _MANY_ROWS
+            for folder in folders if is_large else folders[-1:]:
+                if (kept := _move(partial, folder, file)) is not None:
+                    return kept
+            return _kept(_to_scratch(partial, file), _scratch())
+        finally:
+            partial.unlink(missing_ok=True)
+
+    last = folders[-1]
     if isinstance(last, Path) and _may_write(last):
         _remove_abandoned(last, file)
         with contextlib.suppress(NotWritten):  # there may be room elsewhere
-            return _write_in(last, file, folders, write, old, find)
-    return _write_in(_scratch(), file, folders, write, old, find)
-
-
-def _write_in(
-    scratch: Path,
-    file: str,
-    folders: Sequence[AnyPath],
-    write: Callable[[Path, Path | None], None],
-    old: Path | None,
-    find: Callable[[], tuple[Kept | None, Path | None]],
-) -> Kept:
-    """Writes a table in a folder, and moves it to where it belongs."""
-    partial = scratch / f".{file}.{uuid.uuid4().hex}.partial"
-    try:
-        write(partial, old)
-        # Another run may have made the same table meanwhile, and its labels.
-        if (found := find()[0]) is not None:
-            return found
-        is_large = open_table(partial).num_rows >= _MANY_ROWS
-        for folder in folders if is_large else folders[-1:]:
-            if (kept := _move(partial, folder, file)) is not None:
-                return kept
-        return _kept(_to_scratch(partial, file), _scratch())
-    finally:
-        partial.unlink(missing_ok=True)
+            return write_in(last)
+    return write_in(_scratch())
 
 
 def _remove_abandoned(folder: Path, file: str) -> None:

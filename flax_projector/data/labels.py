@@ -12,7 +12,7 @@ from pyarrow.compute import call_function
 
 from flax_projector.chat.prompt import TranscriptEncoder
 from flax_projector.data.kept import Kept, keep, table_writer
-from flax_projector.data.rows import Rows
+from flax_projector.data.rows import Rows, hash64
 from flax_projector.logs import progress_bar
 
 _log = logging.getLogger(__name__)
@@ -54,14 +54,14 @@ class Labels:
 
     def spoken(self, numbers: np.ndarray) -> np.ndarray:
         """The ids that occur in the transcripts of some rows, ascending: not the ends of turns."""
-        found = np.zeros(0, np.int32)
-        for start in range(0, len(numbers), _CHUNK):
-            ids = self._ids.take(pa.array(numbers[start : start + _CHUNK])).combine_chunks()
-            flat, ends = (
-                ids.flatten().to_numpy(),
-                np.cumsum(call_function("list_value_length", [ids]).to_numpy()),
-            )
-            found = np.union1d(found, np.delete(flat, ends - 1))
+        is_one = np.zeros(len(self.table), bool)
+        is_one[numbers] = True
+        found, start = np.zeros(0, np.int32), 0
+        for chunk in self._ids.chunks:  # one by one: a whole column is never copied
+            ids = chunk.filter(pa.array(is_one[start : start + len(chunk)]))
+            ends = np.cumsum(_lengths(ids))
+            found = np.union1d(found, np.delete(ids.flatten().to_numpy(), ends - 1))
+            start += len(chunk)
         return found
 
 
@@ -130,5 +130,4 @@ def _to_batch(labels: Sequence[Sequence[int]]) -> pa.RecordBatch:
 
 
 def _digest(ids: Sequence[int]) -> int:
-    content = np.asarray(ids, np.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return hash64(np.asarray(ids, np.int32).tobytes())

@@ -82,7 +82,6 @@ def write_rows(
     *,
     made_from: str,
     lengths: Lengths,
-    total: int | None = None,
 ) -> None:
     """Sorts rows into usable and bad ones, and writes both.
 
@@ -95,13 +94,12 @@ def write_rows(
       source: name of the rows' source.
       made_from: see `kept.keep`.
       lengths: what is known of the clips.
-      total: number of rows, if known.
     """
     names = Names(source)
     with (
         ThreadPoolExecutor(NUM_THREADS) as pool,
         progress_bar(
-            _log, f"rows of {source}", total=total, unit="row", delay=1, leave=False
+            _log, f"rows of {source}", total=None, unit="row", delay=1, leave=False
         ) as progress,
         table_writer(path, SCHEMA, made_from) as write_batch,
     ):

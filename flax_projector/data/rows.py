@@ -278,4 +278,9 @@ def name_digest(row_id: str, offset: float | None) -> int:
     An id that is not given is made from the path of the clip: only its last part counts.
     """
     name = f"{row_id.rpartition('/')[2]}\t{offset}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return hash64(name.encode())
+
+
+def hash64(content: bytes) -> int:
+    """A hash that fits in u64."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
