@@ -177,14 +177,14 @@ def on_each_device(attend: Any) -> Any:
     Needed for what XLA cannot split by itself: a kernel, or a loop over rows and heads.
 
     Args:
-      attend: a function of queries, keys and values, each [batch, length, heads, head dim].
+      attend: a function of queries, keys and values, each [batch, heads, length, head dim].
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend
 
     def split(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        spec = PartitionSpec(BATCH_AXES, None, "tensor", None)
+        spec = PartitionSpec(BATCH_AXES, "tensor", None, None)
         spec = spec_that_divides(spec, k.shape, mesh, "attention")
         return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 

@@ -1,5 +1,6 @@
 """Attention against a softmax written out in numpy."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -23,20 +24,20 @@ BATCH, QUERIES, KEYS, HEAD_DIM = 2, 5, 7, 3
 def reference(q, k, v, key_valid=None) -> np.ndarray:
     """One query head at a time, in f64."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[1] // k.shape[1]
     out = np.zeros(q.shape)
-    for b, head in np.ndindex(q.shape[0], q.shape[2]):
-        scores = q[b, :, head] @ k[b, :, head // group].T / np.sqrt(q.shape[3])
+    for b, head in np.ndindex(*q.shape[:2]):
+        scores = q[b, head] @ k[b, head // group].T / np.sqrt(q.shape[3])
         if key_valid is not None:
             scores = np.where(np.broadcast_to(key_valid, (len(q), *scores.shape))[b], scores, -1e30)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[b, :, head] = weights / weights.sum(axis=-1, keepdims=True) @ v[b, :, head // group]
+        out[b, head] = weights / weights.sum(axis=-1, keepdims=True) @ v[b, head // group]
     return out
 
 
 def make_qkv(num_heads: int, num_kv_heads: int) -> list[np.ndarray]:
     rng = np.random.default_rng(num_heads)
-    lengths = ((QUERIES, num_heads), (KEYS, num_kv_heads), (KEYS, num_kv_heads))
+    lengths = ((num_heads, QUERIES), (num_kv_heads, KEYS), (num_kv_heads, KEYS))
     return [rng.normal(size=(BATCH, *s, HEAD_DIM)).astype(np.float32) for s in lengths]
 
 
@@ -80,7 +81,7 @@ def test_long_sequences_equal_the_reference(is_causal) -> None:
 def test_masked_keys_leave_no_trace(value) -> None:
     q, k, v = map(jnp.asarray, make_qkv(6, 2))
     mask = jnp.asarray(MASKS["one for the batch"]).at[:, :, 2].set(False)
-    changed = jit_attend(q, k.at[:, 2].set(value), v.at[:, 2].set(value), key_valid=mask)
+    changed = jit_attend(q, k.at[:, :, 2].set(value), v.at[:, :, 2].set(value), key_valid=mask)
     np.testing.assert_array_equal(changed, jit_attend(q, k, v, key_valid=mask))
 
 
@@ -89,13 +90,13 @@ def test_masked_keys_get_no_gradient() -> None:
     mask = jnp.asarray(MASKS["one for the batch"]).at[:, :, 2].set(False)
     gradient = jax.grad(lambda k, v: attend(q, k, v, key_valid=mask).sum(), (0, 1))
     for grad in jax.jit(gradient)(k, v):
-        assert not grad[:, 2].any()
-        assert grad[:, -1].any()
+        assert not grad[:, :, 2].any()
+        assert grad[:, :, -1].any()
 
 
 @pytest.mark.parametrize("length", [1, QUERIES])
 def test_causal_is_the_lower_triangle(length) -> None:
-    q, k, v = (jnp.asarray(x[:, :length]) for x in make_qkv(6, 2))
+    q, k, v = (jnp.asarray(x[:, :, :length]) for x in make_qkv(6, 2))
     causal = jit_attend(q, k, v, is_causal=True)
     triangle = jnp.tril(jnp.ones((1, length, length), bool))
     expected = jit_attend(q, k, v, key_valid=triangle)
@@ -105,7 +106,9 @@ def test_causal_is_the_lower_triangle(length) -> None:
 def make_long_qkv(length: int, num_heads: int, num_kv_heads: int, head_dim: int) -> list[Any]:
     rng = np.random.default_rng(length)
     sizes = (num_heads, num_kv_heads, num_kv_heads)
-    return [jnp.asarray(rng.normal(size=(8, length, n, head_dim)), jnp.float32) for n in sizes]
+    q, k, v = (rng.normal(size=(8, n, length, head_dim)) for n in sizes)
+    v *= (8 / head_dim) ** 0.5  # the gradient of a score is a difference of inner products of them
+    return [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
 
 
 def output_and_gradients(function: Any, qkv: list[Any]) -> Any:
@@ -125,6 +128,7 @@ def plain_output_and_gradients(case: tuple[int, int, int, int], is_causal: bool)
 
 
 KERNEL_CASES = {  # length, query heads, key heads, head dim
+    "exact, heads as wide as the lanes": (128, 1, 1, 128),
     "one block, padded": (20, 6, 2, 10),
     "exact": (128, 2, 2, 16),
     "two blocks, padded": (150, 4, 1, 8),
@@ -159,6 +163,26 @@ def test_kernel_equals_the_plain_form(kernel, case, is_causal, mesh_config) -> N
         assert_close(ours, theirs, 1e-5)
 
 
+@pytest.mark.consistency("ours in plain JAX")
+@pytest.mark.parametrize(
+    "kernel",
+    [functools.partial(splash_attend, is_causal=False, interpret=True), attend],
+    ids=["TPU, interpreted", "CPU"],
+)
+@pytest.mark.parametrize("num_keys", [130, 200])  # padded to whole blocks, and beyond them
+@pytest.mark.parametrize("mesh_config", [None, MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_padding_keys_are_not_seen(kernel, num_keys, mesh_config) -> None:
+    """Not even those that would take all attention: results and gradients are as without them."""
+    q, k, v = make_long_qkv(256, 2, 2, 8)
+    expected = output_and_gradients(plain_attend, [q, k[:, :, :num_keys], v[:, :, :num_keys]])
+    k, v = (x.at[:, :, num_keys:].set(1e3) for x in (k, v))
+    with contextlib.nullcontext() if mesh_config is None else use_mesh(make_mesh(mesh_config)):
+        got = output_and_gradients(functools.partial(kernel, num_keys=num_keys), [q, k, v])
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert_close(ours[:, :, : theirs.shape[2]], theirs, 1e-5)
+        assert not ours[:, :, theirs.shape[2] :].any()
+
+
 @pytest.mark.parity("softmax in numpy, f64")
 def test_bf16_scores_and_softmax_are_f32() -> None:
     # Scores near 500 with differences near 1: rounding them to bf16 (spacing 2) picks other keys.
@@ -170,7 +194,7 @@ def test_bf16_scores_and_softmax_are_f32() -> None:
     expected = reference(q, k, v)
     assert_relative_l2(out, expected, 1e-2)
 
-    scores = jnp.einsum("BTHd,BCHd->BHTC", q, jnp.repeat(k, 3, axis=2)) * HEAD_DIM**-0.5
-    rounded = jnp.einsum("BHTC,BCHd->BTHd", jax.nn.softmax(scores), jnp.repeat(v, 3, axis=2))
+    scores = jnp.einsum("BHTd,BHCd->BHTC", q, jnp.repeat(k, 3, axis=1)) * HEAD_DIM**-0.5
+    rounded = jnp.einsum("BHTC,BHCd->BHTd", jax.nn.softmax(scores), jnp.repeat(v, 3, axis=1))
     assert scores.dtype == jnp.bfloat16
     assert relative_l2(rounded, expected) > 1e-1  # this test would notice

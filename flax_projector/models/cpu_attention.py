@@ -6,22 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_projector.models.plain_attention import (
-    attend_matrices,
-    causal_mask,
-    group_heads,
-    ungroup_heads,
-)
+from flax_projector.models.plain_attention import attend_matrices, causal_mask
 from flax_projector.sharding import on_each_device
 
 
 def attend_by_head(
-    q: Float[Array, "B Q H d"],
-    k: Float[Array, "B C K d"],
-    v: Float[Array, "B C K d"],
+    q: Float[Array, "B H Q d"],
+    k: Float[Array, "B K C d"],
+    v: Float[Array, "B K C d"],
     *,
     is_causal: bool,
-) -> Float[Array, "B Q H d"]:
+) -> Float[Array, "B H Q d"]:
     """Computes one kv head after the other, so that its scores stay in the processor's cache.
 
     For an encoder, this is twice as fast as computing all heads at once.
@@ -30,18 +25,19 @@ def attend_by_head(
 
 
 def _local_attend_by_head(
-    q: Float[Array, "B Q H d"],
-    k: Float[Array, "B C K d"],
-    v: Float[Array, "B C K d"],
+    q: Float[Array, "B H Q d"],
+    k: Float[Array, "B K C d"],
+    v: Float[Array, "B K C d"],
     *,
     is_causal: bool,
-) -> Float[Array, "B Q H d"]:
-    num_groups = q.shape[2] // k.shape[2]
-    key_valid = jnp.tile(causal_mask(q.shape[1])[0], (num_groups, 1)) if is_causal else None
+) -> Float[Array, "B H Q d"]:
+    num_groups = q.shape[1] // k.shape[1]
+    key_valid = jnp.tile(causal_mask(q.shape[2])[0], (num_groups, 1)) if is_causal else None
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass recomputes the scores
     def attend_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "GQ d"]:
         return attend_matrices(*qkv, key_valid)
 
-    heads = [x.reshape(-1, *x.shape[2:]) for x in group_heads(q, k, v)]  # [B*K, G*Q | C, d]
-    return ungroup_heads(jax.lax.map(attend_head, tuple(heads)), q.shape)
+    num_heads = k.shape[0] * k.shape[1]
+    heads = tuple(x.reshape(num_heads, -1, x.shape[-1]) for x in (q, k, v))  # [B*K, G*Q | C, d]
+    return jax.lax.map(attend_head, heads).reshape(q.shape)

@@ -68,3 +68,38 @@ def dense(
         dot_general=dot_general,
         name=name,
     )
+
+
+class HeadProjection(nn.Module):
+    """A dense layer into heads, [B, L, E] -> [B, H, L, d], with the parameters of `dense`.
+
+    The bias is added to the heads. If the axes changed places after that, a TPU would copy the
+    result, instead of writing the product as attention reads it.
+
+    Attributes:
+      num_heads: H.
+      features: H * d.
+      use_bias: False for a layer without bias.
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+    """
+
+    num_heads: int
+    features: int
+    use_bias: bool
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B H L d"]:
+        """[B, H, L, d] in `dtype`."""
+        e, h = x.shape[-1], self.num_heads
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "heads"))
+        kernel = self.param("kernel", init, (e, self.features), self.param_dtype)
+        kernel = jnp.asarray(kernel, self.dtype).reshape(e, h, -1)  # [E, H, d]
+        heads = jnp.einsum("BLE,EHd->BHLd", x.astype(self.dtype), kernel)
+        if not self.use_bias:
+            return heads
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        bias = self.param("bias", init, (self.features,), self.param_dtype)
+        return heads + jnp.asarray(bias, self.dtype).reshape(h, 1, -1)

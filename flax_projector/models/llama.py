@@ -144,8 +144,9 @@ class LlamaAttention(nn.Module):
             cache = KVCache(k=k, v=v)
         if prefix is not None:
             q, k, v = _put_before(prefix, q, k, v)
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first
         out = attend(q, k, v, is_causal=key_valid is None, key_valid=key_valid)
-        out = out[:, -length:].reshape(b, length, q_dim)
+        out = out[:, :, -length:].swapaxes(1, 2).reshape(b, length, q_dim)
         o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
         return checkpoint_name(o_proj(out), _PRODUCT), cache
 

@@ -15,39 +15,22 @@ def causal_mask(length: int) -> Bool[Array, "1 L L"]:
 
 
 def plain_attend(
-    q: Float[Array, "B Q H d"],
-    k: Float[Array, "B C K d"],
-    v: Float[Array, "B C K d"],
+    q: Float[Array, "B H Q d"],
+    k: Float[Array, "B K C d"],
+    v: Float[Array, "B K C d"],
     *,
     is_causal: bool = False,
     key_valid: Bool[Array, "#B Q C"] | None = None,
-) -> Float[Array, "B Q H d"]:
+) -> Float[Array, "B H Q d"]:
     """`attention.attend` for all heads at once; holds the scores [B, K, G*Q, C] in memory."""
-    grouped = group_heads(q, k, v)
     if is_causal:
-        key_valid = causal_mask(q.shape[1])
+        key_valid = causal_mask(q.shape[2])
     if key_valid is not None:
-        num_groups = q.shape[2] // k.shape[2]
+        num_groups = q.shape[1] // k.shape[1]
         key_valid = jnp.tile(key_valid, (1, num_groups, 1))[:, None]  # [B, 1, G*Q, C]
-    return ungroup_heads(attend_matrices(*grouped, key_valid), q.shape)
-
-
-def group_heads(
-    q: Float[Array, "B Q H d"], k: Float[Array, "B C K d"], v: Float[Array, "B C K d"]
-) -> tuple[Float[Array, "B K GQ d"], Float[Array, "B K C d"], Float[Array, "B K C d"]]:
-    """Moves heads first, with the G query heads of each kv head stacked along the queries."""
-    b, num_queries, _, d = q.shape
-    num_kv_heads = k.shape[2]
-    q = q.reshape(b, num_queries, num_kv_heads, -1, d).transpose(0, 2, 3, 1, 4)  # [B, K, G, Q, d]
-    return q.reshape(b, num_kv_heads, -1, d), k.swapaxes(1, 2), v.swapaxes(1, 2)
-
-
-def ungroup_heads(
-    out: Float[Array, "*batch GQ d"], shape: tuple[int, ...]
-) -> Float[Array, "B Q H d"]:
-    """The inverse of `group_heads`, for the output of `attend_matrices`."""
-    b, num_queries, h, d = shape
-    return out.reshape(b, h, num_queries, d).swapaxes(1, 2)
+    b, num_kv_heads, _, d = k.shape
+    grouped = q.reshape(b, num_kv_heads, -1, d)  # [B, K, G*Q, d]
+    return attend_matrices(grouped, k, v, key_valid).reshape(q.shape)
 
 
 def attend_matrices(

@@ -13,8 +13,8 @@ from transformers.audio_utils import mel_filter_bank
 
 from flax_projector.config import SpecAugmentConfig, WhisperConfig
 from flax_projector.lengths import HOP_LENGTH, SAMPLE_RATE
-from flax_projector.models.attention import attend
-from flax_projector.models.layers import dense, exact_gelu
+from flax_projector.models.attention import attend, kernel_length
+from flax_projector.models.layers import HeadProjection, dense, exact_gelu
 from flax_projector.sharding import abstract_params
 
 WINDOW_LENGTH = 400  # samples of one STFT window: 25 ms
@@ -146,21 +146,31 @@ def _layer_norm(module: nn.Module, name: str) -> nn.LayerNorm:
 
 
 class EncoderSelfAttention(nn.Module):
-    """Unmasked self-attention; Whisper's keys have no bias."""
+    """Self-attention of a clip's frames; Whisper's keys have no bias."""
 
     config: WhisperConfig
     dtype: DTypeLike
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S E"]:
-        """[B, S, E] in `dtype`; every frame sees every other."""
+    def __call__(
+        self, x: Float[Array, "B S E"], num_frames: int | None = None
+    ) -> Float[Array, "B S E"]:
+        """[B, S, E] in `dtype`; every frame sees the first `num_frames`: the rest is padding."""
         b, s, e = x.shape
-        heads = (b, s, self.config.encoder_attention_heads, -1)
-        q = dense(self, e, ("embed", "heads"), "q_proj")(x).reshape(heads)
-        k = dense(self, e, ("embed", "heads"), "k_proj", use_bias=False)(x).reshape(heads)
-        v = dense(self, e, ("embed", "heads"), "v_proj")(x).reshape(heads)
-        out = attend(q, k, v).reshape(b, s, e)
+
+        def project(name: str, *, use_bias: bool = True) -> Float[Array, "B H S d"]:
+            return HeadProjection(
+                self.config.encoder_attention_heads,
+                e,
+                use_bias=use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )(x)
+
+        q, k, v = project("q_proj"), project("k_proj", use_bias=False), project("v_proj")
+        out = attend(q, k, v, num_keys=num_frames).swapaxes(1, 2).reshape(b, s, e)
         return dense(self, e, ("heads", "embed"), "out_proj")(out)
 
 
@@ -172,11 +182,16 @@ class EncoderLayer(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S E"]) -> tuple[Float[Array, "B S E"], None]:
-        """[B, S, E] in `dtype`, and None, since the scan has nothing to collect."""
+    def __call__(
+        self, x: Float[Array, "B S E"], num_frames: int | None = None
+    ) -> tuple[Float[Array, "B S E"], None]:
+        """[B, S, E] in `dtype`, and None, since the scan has nothing to collect.
+
+        Frames from `num_frames` on are padding, which no frame sees; None if there is none.
+        """
         c = self.config
         attention = EncoderSelfAttention(c, self.dtype, self.param_dtype, name="self_attn")
-        x = x + attention(_layer_norm(self, "self_attn_layer_norm")(x))
+        x = x + attention(_layer_norm(self, "self_attn_layer_norm")(x), num_frames)
         h = _layer_norm(self, "final_layer_norm")(x)
         h = exact_gelu(dense(self, c.encoder_ffn_dim, ("embed", "mlp"), "fc1")(h))
         x = x + dense(self, c.d_model, ("mlp", "embed"), "fc2")(h)
@@ -232,16 +247,19 @@ class WhisperEncoder(nn.Module):
             ),
             name="embed_positions",
         )
-        x = x + embed_positions(jnp.arange(f // 2))
+        s = f // 2
+        x = x + embed_positions(jnp.arange(s))
+        x = jnp.pad(x, ((0, 0), (0, kernel_length(s) - s), (0, 0)))  # [B, padded S, E]
         scanned = nn.scan(
             EncoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=nn.broadcast,
             length=c.encoder_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = scanned(c, self.dtype, self.param_dtype, name="layers")(x)
-        return _layer_norm(self, "layer_norm")(x)
+        x, _ = scanned(c, self.dtype, self.param_dtype, name="layers")(x, s)
+        return _layer_norm(self, "layer_norm")(x[:, :s])
 
     def _conv(self, *, stride: int, axes: tuple[str, str, str], name: str) -> nn.Conv:
         return nn.Conv(
