@@ -1,5 +1,6 @@
 """The layers that projector and towers share, against PyTorch and transformers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from flax_projector.models.layers import RMSNorm, exact_gelu
 from tests.models import random_floats
-from tests.parity import assert_close
+from tests.parity import assert_close, assert_within
 
 pytestmark = pytest.mark.torch
 
@@ -22,6 +23,16 @@ def test_gelu_is_the_exact_one() -> None:
     expected = gelu(torch.from_numpy(BF16_GRID))
     assert_close(exact_gelu(jnp.asarray(BF16_GRID)), expected, 1e-6)
     assert abs(gelu(torch.from_numpy(BF16_GRID), approximate="tanh") - expected).max() > 4e-4
+
+
+@pytest.mark.parity("PyTorch in f64")
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 2e-6), (np.float64, 1e-12)])
+def test_gelu_is_exact_in_the_negative_tail(dtype, limit) -> None:
+    x = np.linspace(-12, 0, 10_001).astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        got = exact_gelu(jnp.asarray(x))
+    assert got.dtype == dtype
+    assert_within(got, torch.nn.functional.gelu(torch.from_numpy(x).double()), limit)
 
 
 @pytest.mark.parity("PyTorch in f64")

@@ -1,5 +1,6 @@
 """Layers that the projector and the two towers share."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ from jaxtyping import Array, Float
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The erf GELU of `torch.nn.GELU()`, computed in at least f32 and rounded once.
 
-    Flax's default is the tanh approximation, which differs by 6e-4.
+    Flax's default is the tanh approximation, which differs by 6e-4. Its exact form is `erfc` of -x,
+    whose two branches cost a TPU a second pass over the input. This is torch's, `1 + erf(x)`: below
+    -3 its results, themselves below 4e-3, lose digits, but no error is larger than torch's, 1e-6.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.nn.gelu(wide, approximate=False).astype(x.dtype)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
