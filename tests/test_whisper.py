@@ -20,7 +20,7 @@ from flax_projector.config import SpecAugmentConfig
 from flax_projector.data.audio import load_audio
 from flax_projector.data.manifest import read_manifest
 from flax_projector.lengths import SAMPLE_RATE
-from flax_projector.models import attention
+from flax_projector.models import attention, whisper
 from flax_projector.models.whisper import (
     EncoderLayer,
     WhisperEncoder,
@@ -95,6 +95,15 @@ def test_log_mel_of_an_odd_length_equals_the_feature_extractor(num_samples) -> N
         samples, sampling_rate=SAMPLE_RATE, padding="do_not_pad", return_tensors="np"
     ).input_features
     assert_within(jit_log_mel(samples[None], 80), features, 1e-4)
+
+
+@pytest.mark.parametrize("num_samples", [201, 320, 12_345, 16_000])
+def test_windows_are_the_samples_bit_for_bit(num_samples) -> None:
+    samples = np.random.default_rng(0).standard_normal((2, num_samples + 400)).astype(np.float32)
+    count = num_samples // 160
+    every = np.lib.stride_tricks.sliding_window_view(samples, 400, axis=1)
+    expected = every[:, : 160 * count : 160]
+    np.testing.assert_array_equal(whisper._windows(jnp.asarray(samples), count), expected)
 
 
 @pytest.mark.parametrize("num_samples", [0, 160, 200])

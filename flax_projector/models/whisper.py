@@ -63,6 +63,19 @@ def _power_spectrum(windows: Float[Array, "B F samples"]) -> Float[Array, "B F W
     return jnp.square(real) + jnp.square(imaginary)
 
 
+def _windows(samples: Float[Array, "B N"], count: int) -> Float[Array, "B F samples"]:
+    """The first windows of 400 samples, each 160 after the one before: shifts of a [B, F, 160].
+
+    Reading them sample by sample takes an index of millions of numbers, and a TPU's slowest way to
+    read memory.
+    """
+    num_hops = count + WINDOW_LENGTH // HOP_LENGTH
+    hops = samples[:, : num_hops * HOP_LENGTH].reshape(len(samples), num_hops, HOP_LENGTH)
+    starts = range(0, WINDOW_LENGTH, HOP_LENGTH)
+    parts = [hops[:, i : i + count, : WINDOW_LENGTH - start] for i, start in enumerate(starts)]
+    return jnp.concatenate(parts, axis=-1)
+
+
 def log_mel(samples: Float[Array, "B N"], num_mel_bins: int) -> Float[Array, "B M F"]:
     """Whisper's log-mel features.
 
@@ -86,9 +99,7 @@ def log_mel(samples: Float[Array, "B N"], num_mel_bins: int) -> Float[Array, "B 
     hann = np.hanning(WINDOW_LENGTH + 1)[:-1].astype(np.float32)  # periodic
     samples = samples.astype(jnp.float32)
     padded = jnp.pad(samples, ((0, 0), (WINDOW_LENGTH // 2,) * 2), mode="reflect")
-    starts = HOP_LENGTH * np.arange(n // HOP_LENGTH)
-    windows = padded[:, starts[:, None] + np.arange(WINDOW_LENGTH)] * hann  # [B, F, 400]
-    power = _power_spectrum(windows)  # [B, F, W]
+    power = _power_spectrum(_windows(padded, n // HOP_LENGTH) * hann)  # [B, F, W]
     filters = _mel_filters(num_mel_bins)
     mel = jnp.einsum("BFW,WM->BMF", power, filters, precision=jax.lax.Precision.HIGHEST)
     log = jnp.log10(jnp.maximum(mel, 1e-10))
@@ -123,11 +134,13 @@ def mask_time(
     counts = config.mask_time_prob * num_frames / length + jax.random.uniform(count_key, (b,))
     counts = jnp.maximum(counts.astype(int), config.mask_time_min_masks)
     most = max(int(config.mask_time_prob * f / length + 1), config.mask_time_min_masks)
-    # The positions of the largest random numbers are starts that all differ.
+    # The positions of the largest random numbers are starts that all differ. They are found by
+    # sorting: a TPU's `top_k` gathers the whole batch on every chip.
     is_start = jnp.arange(f) <= num_frames[:, None] - length  # [B, F]
     ranks = jnp.where(is_start, jax.random.uniform(start_key, (b, f), minval=1e-6), 0.0)
-    values, starts = jax.lax.top_k(ranks, most)  # [B, n]
-    is_drawn = (jnp.arange(most) < counts[:, None]) & (values > 0)
+    positions = jnp.broadcast_to(jnp.arange(f), (b, f))
+    ranks, starts = (x[:, :most] for x in jax.lax.sort_key_val(-ranks, positions))  # [B, n]
+    is_drawn = (jnp.arange(most) < counts[:, None]) & (ranks < 0)
     offsets = jnp.arange(f) - starts[..., None]  # [B, n, F]
     is_masked = (offsets >= 0) & (offsets < length) & is_drawn[..., None]
     return jnp.where(jnp.any(is_masked, axis=1)[:, None], 0.0, mel)
