@@ -17,9 +17,12 @@ from flax_projector.config import MeshConfig
 
 log = logging.getLogger(__name__)
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+LOGICAL_RULES: Rules = (
     ("batch", BATCH_AXES),
     ("embed", "fsdp"),
     ("heads", "tensor"),  # H*d and K*d columns of the attention projections
@@ -33,6 +36,15 @@ LOGICAL_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("conv_in", None),
     ("positions", None),
 )
+
+
+def _with(rules: Rules, **changes: str | tuple[str, ...] | None) -> Rules:
+    return tuple((name, changes.get(name, axes)) for name, axes in rules)
+
+
+# A frozen encoder is small, and most of its work is in the frames: all devices share the rows, and
+# none the products, whose partial sums would cross between the devices in every layer.
+ENCODER_RULES = _with(LOGICAL_RULES, batch=AXES, heads=None, mlp=None)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,11 +76,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{given} does not fit {found}: their product is {fixed}. "
             "With -1, one of them takes what the others leave"
         )
-    axis_names = ("data", "fsdp", "tensor")
     axis_types = (AxisType.Auto,) * 3  # linen's constraints need Auto; the default is Explicit
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(slices) == 1:
-        return jax.make_mesh(sizes, axis_names, axis_types=axis_types, devices=devices)
+        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
     data, fsdp, tensor = sizes
     if len(set(slices.values())) > 1:
         found = ", ".join(f"{size} in slice {index}" for index, size in sorted(slices.items()))
@@ -86,13 +97,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices,
         allow_split_physical_axes=True,
     )
-    return Mesh(hybrid, axis_names, axis_types=axis_types)
+    return Mesh(hybrid, AXES, axis_types=axis_types)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Maps the modules' logical axis names to axes of `mesh`; trace functions inside the block."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
+        yield
+
+
+@contextlib.contextmanager
+def encoder_rules(num_rows: int) -> Iterator[None]:
+    """Maps the logical axis names of an encoder, inside a block of `use_mesh`.
+
+    The rows are split over all devices, or like a batch if there are not enough of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows_divide = mesh.empty or num_rows % mesh.size == 0
+    rules = ENCODER_RULES if rows_divide else _with(ENCODER_RULES, batch=BATCH_AXES)
+    with nn.logical_axis_rules(rules):
         yield
 
 
@@ -148,21 +172,27 @@ def strip_axes(boxed: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.value, boxed, is_leaf=is_box)
 
 
-def abstract_params(module: nn.Module, inputs: jax.ShapeDtypeStruct, mesh: Mesh | None) -> Any:
+def abstract_params(
+    module: nn.Module,
+    inputs: jax.ShapeDtypeStruct,
+    mesh: Mesh | None,
+    rules: Rules = LOGICAL_RULES,
+) -> Any:
     """Shapes, dtypes and shardings of a module's parameters, without computing any.
 
     Args:
       module: a linen module whose parameters carry logical axis names.
       inputs: shape and dtype of a valid input.
       mesh: the mesh that the parameters will be on; None leaves out the shardings.
+      rules: the mesh axes of the logical names.
 
     Returns:
-      Nested dict of ShapeDtypeStructs, sharded by LOGICAL_RULES.
+      Nested dict of ShapeDtypeStructs, sharded by `rules`.
     """
     boxed = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), inputs)["params"]
     if mesh is None:
         return strip_axes(boxed)
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), LOGICAL_RULES)
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules)
 
     def place(path, leaf, spec):
         spec = spec_that_divides(spec, leaf.shape, mesh, jax.tree_util.keystr(path))
@@ -184,11 +214,33 @@ def on_each_device(attend: Any) -> Any:
         return attend
 
     def split(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        spec = PartitionSpec(BATCH_AXES, "tensor", None, None)
+        spec = nn.logical_to_mesh_axes(("batch", "heads", None, None))
         spec = spec_that_divides(spec, k.shape, mesh, "attention")
         return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
     return split
+
+
+def map_parts(function: Any, rows: jax.Array, most: int | None) -> jax.Array:
+    """Applies a function to parts of the rows, one after the other.
+
+    Args:
+      function: takes rows [b, ...], and returns as many.
+      rows: split over the devices as the "batch" of the current rules.
+      most: rows of a device in a part, at most; None for a single part. Every part has rows from
+        every device, so that no row moves.
+    """
+    if most is None:
+        return function(rows)
+    mesh = jax.sharding.get_abstract_mesh()
+    (axes,) = nn.logical_to_mesh_axes(("batch",)) if not mesh.empty else ((),)
+    num_local = len(rows) // math.prod(mesh.shape[axis] for axis in axes)
+    count = next(n for n in range(1, num_local + 1) if num_local % n == 0 and num_local <= n * most)
+    if count == 1:
+        return function(rows)
+    parts = rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)  # [count, B / count, ...]
+    results = jax.lax.map(function, parts).swapaxes(0, 1)
+    return results.reshape(-1, *results.shape[2:])
 
 
 def padded_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> int:

@@ -25,7 +25,7 @@ from flax_projector.models.llama import KVCache, LlamaDecoder, make_cache
 from flax_projector.models.plain_attention import causal_mask
 from flax_projector.models.projector import ResidualAudioProjector
 from flax_projector.models.whisper import WhisperEncoder, log_mel, mask_time
-from flax_projector.sharding import num_batch_shards, replicated
+from flax_projector.sharding import encoder_rules, map_parts, num_batch_shards, replicated
 
 Params = Any  # nested dict of arrays
 
@@ -76,10 +76,13 @@ class SpeechLLM:
             Only augmentation needs it.
           augment_key: random key for `augmentation`; None for evaluation.
         """
-        mel = log_mel(samples, self.encoder.config.num_mel_bins)
-        if augment_key is not None and self.augmentation is not None:
-            mel = mask_time(mel, num_samples, self.augmentation, augment_key)
-        return apply(self.encoder, encoder_params, mel)
+        with encoder_rules(len(samples)):
+            samples = nn.with_logical_constraint(samples, ("batch", None))
+            mel = log_mel(samples, self.encoder.config.num_mel_bins)
+            if augment_key is not None and self.augmentation is not None:
+                mel = mask_time(mel, num_samples, self.augmentation, augment_key)
+            encode = functools.partial(apply, self.encoder, encoder_params)
+            return map_parts(encode, mel, self.encoder.rows_at_once(mel.shape[-1]))
 
     def embed_audio(
         self,
@@ -127,6 +130,7 @@ class SpeechLLM:
             frames = self.encode(
                 encoder_params, batch.samples, batch.num_samples, augment_key=augment_key
             )[:, : batch.max_frames]
+            frames = nn.with_logical_constraint(frames, ("batch", None, None))
         return self.embed_audio(
             projector_params, frames, batch.frame_valid, dropout_key=dropout_key
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -15,7 +16,7 @@ from flax_projector.config import SpecAugmentConfig, WhisperConfig
 from flax_projector.lengths import HOP_LENGTH, SAMPLE_RATE
 from flax_projector.models.attention import attend, kernel_length
 from flax_projector.models.layers import HeadProjection, dense, exact_gelu
-from flax_projector.sharding import abstract_params
+from flax_projector.sharding import ENCODER_RULES, abstract_params
 
 WINDOW_LENGTH = 400  # samples of one STFT window: 25 ms
 
@@ -274,6 +275,18 @@ class WhisperEncoder(nn.Module):
         x, _ = scanned(c, self.dtype, self.param_dtype, name="layers")(x, s)
         return _layer_norm(self, "layer_norm")(x[:, :s])
 
+    def rows_at_once(self, num_mel_frames: int) -> int | None:
+        """How many rows of a device a TPU encodes fastest together; None if all of them.
+
+        What the layers pass on stays in the memory on the chip as long as it fits. The rule is that
+        the widest of it, in the MLP, takes half of that memory.
+        """
+        if not pltpu.is_tpu_device():
+            return None
+        length = kernel_length(num_mel_frames // 2)
+        row_bytes = length * self.config.encoder_ffn_dim * jnp.dtype(self.dtype).itemsize
+        return pltpu.get_tpu_info().vmem_capacity_bytes // 2 // row_bytes or None
+
     def _conv(self, *, stride: int, axes: tuple[str, str, str], name: str) -> nn.Conv:
         return nn.Conv(
             self.config.d_model,
@@ -294,4 +307,4 @@ def abstract_encoder(
     """Shapes, dtypes and shardings of the encoder's parameters."""
     module = WhisperEncoder(config, param_dtype=param_dtype)
     mel = jax.ShapeDtypeStruct((1, config.num_mel_bins, 2), param_dtype)
-    return abstract_params(module, mel, mesh)
+    return abstract_params(module, mel, mesh, ENCODER_RULES)
