@@ -16,7 +16,12 @@ from flax_projector.models.plain_attention import plain_attend
 from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
 from tests.parity import assert_close, assert_relative_l2, relative_l2
 
-jit_attend: Any = jax.jit(attend, static_argnames="is_causal")
+
+@functools.partial(jax.jit, static_argnames="is_causal")
+def jit_attend(q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+    """`attend`, which takes scaled queries."""
+    return attend(q * q.shape[-1] ** -0.5, k, v, **kwargs)
+
 
 BATCH, QUERIES, KEYS, HEAD_DIM = 2, 5, 7, 3
 
@@ -94,19 +99,24 @@ def test_masked_keys_get_no_gradient() -> None:
         assert grad[:, :, -1].any()
 
 
-@pytest.mark.parametrize("length", [1, QUERIES])
-def test_causal_is_the_lower_triangle(length) -> None:
-    q, k, v = (jnp.asarray(x[:, :, :length]) for x in make_qkv(6, 2))
-    causal = jit_attend(q, k, v, is_causal=True)
-    triangle = jnp.tril(jnp.ones((1, length, length), bool))
-    expected = jit_attend(q, k, v, key_valid=triangle)
-    np.testing.assert_allclose(causal, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parity("softmax in numpy, f64")
+@pytest.mark.parametrize("num_queries", [1, QUERIES, KEYS])
+def test_causal_queries_are_the_last_ones(num_queries) -> None:
+    """The last query sees all keys, and each one before it one less."""
+    q, k, v = make_qkv(6, 2)
+    q = np.concatenate([q, q[:, :, ::-1]], axis=2)[:, :, :num_queries]
+    mask = np.arange(KEYS) <= np.arange(KEYS - num_queries, KEYS)[:, None]
+    out = jit_attend(*map(jnp.asarray, (q, k, v)), is_causal=True)
+    assert_close(out, reference(q, k, v, mask[None]), 1e-5)
 
 
-def make_long_qkv(length: int, num_heads: int, num_kv_heads: int, head_dim: int) -> list[Any]:
-    rng = np.random.default_rng(length)
-    sizes = (num_heads, num_kv_heads, num_kv_heads)
-    q, k, v = (rng.normal(size=(8, n, length, head_dim)) for n in sizes)
+def make_long_qkv(
+    num_keys: int, num_heads: int, num_kv_heads: int, head_dim: int, num_queries: int | None = None
+) -> list[Any]:
+    rng = np.random.default_rng(num_keys)
+    num_queries = num_keys if num_queries is None else num_queries
+    sizes = ((num_heads, num_queries), (num_kv_heads, num_keys), (num_kv_heads, num_keys))
+    q, k, v = (rng.normal(size=(8, *size, head_dim)) for size in sizes)
     v *= (8 / head_dim) ** 0.5  # the gradient of a score is a difference of inner products of them
     return [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
 
@@ -115,23 +125,25 @@ def output_and_gradients(function: Any, qkv: list[Any]) -> Any:
     """Of sum(f(q, k, v) ** 2)."""
 
     def squares(q, k, v):
-        out = function(q, k, v)
+        out = function(q * q.shape[-1] ** -0.5, k, v)
         return jnp.sum(jnp.square(out)), out
 
     return jax.jit(jax.grad(squares, argnums=(0, 1, 2), has_aux=True))(*qkv)
 
 
 @functools.cache
-def plain_output_and_gradients(case: tuple[int, int, int, int], is_causal: bool) -> Any:
+def plain_output_and_gradients(case: tuple[int, ...], is_causal: bool) -> Any:
     plain = functools.partial(plain_attend, is_causal=is_causal)
     return output_and_gradients(plain, make_long_qkv(*case))
 
 
-KERNEL_CASES = {  # length, query heads, key heads, head dim
+KERNEL_CASES = {  # keys, query heads, key heads, head dim, queries if fewer
     "exact, heads as wide as the lanes": (128, 1, 1, 128),
     "one block, padded": (20, 6, 2, 10),
     "exact": (128, 2, 2, 16),
     "two blocks, padded": (150, 4, 1, 8),
+    "fewer queries": (150, 4, 2, 8, 131),
+    "fewer queries, wide heads": (150, 2, 1, 128, 21),
 }
 CASES = [
     pytest.param(case, id=name, marks=pytest.mark.xdist_group(f"attention, {name}"))
@@ -187,14 +199,14 @@ def test_padding_keys_are_not_seen(kernel, num_keys, mesh_config) -> None:
 def test_bf16_scores_and_softmax_are_f32() -> None:
     # Scores near 500 with differences near 1: rounding them to bf16 (spacing 2) picks other keys.
     q, k, v = make_qkv(6, 2)
-    q, k = (5 + q / 3) * 8, 5 + k / 50
+    q, k = (5 + q / 3) * 8 * HEAD_DIM**-0.5, 5 + k / 50
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
-    out = jit_attend(q, k, v)
+    out = jax.jit(attend)(q, k, v)
     assert out.dtype == jnp.bfloat16
-    expected = reference(q, k, v)
+    expected = reference(np.asarray(q, np.float64) * HEAD_DIM**0.5, k, v)
     assert_relative_l2(out, expected, 1e-2)
 
-    scores = jnp.einsum("BHTd,BHCd->BHTC", q, jnp.repeat(k, 3, axis=1)) * HEAD_DIM**-0.5
+    scores = jnp.einsum("BHTd,BHCd->BHTC", q, jnp.repeat(k, 3, axis=1))
     rounded = jnp.einsum("BHTC,BHCd->BHTd", jax.nn.softmax(scores), jnp.repeat(v, 3, axis=1))
     assert scores.dtype == jnp.bfloat16
     assert relative_l2(rounded, expected) > 1e-1  # this test would notice

@@ -17,10 +17,10 @@ from flax_projector.models.llama import (
     KVCache,
     LlamaDecoder,
     LlamaLayer,
-    _rotary,
     make_cache,
 )
 from flax_projector.models.plain_attention import causal_mask
+from flax_projector.models.rotary import rotary_angles
 from tests.models import DECODERS, NUM_LAYERS, VOCAB, make_decoder_pair, random_floats
 from tests.parity import assert_close, assert_relative_l2, relative_l2
 
@@ -55,7 +55,7 @@ def run(module: Any, params: dict, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-run_rotary: Any = jax.jit(_rotary, static_argnums=1)
+run_rotary: Any = jax.jit(rotary_angles, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -82,7 +82,7 @@ def run_cached(
     hidden, cache = apply(  # pyright: ignore[reportAssignmentType]
         apply(tokens, method="embed"),
         positions=positions,
-        key_valid=jnp.arange(cache.k.shape[2]) <= positions[..., None],
+        key_valid=jnp.arange(cache.k.shape[3]) <= positions[..., None],
         cache=cache,
         cache_index=start,
         method="blocks",
@@ -162,7 +162,7 @@ def test_rotary_angles_equal_transformers_at_every_position(pair) -> None:
     cos_sin = run_rotary(positions, pair.config)
     expected = pair.torch.model.rotary_emb(torch.zeros(1), torch.from_numpy(positions))
     for got, theirs in zip(cos_sin, expected, strict=True):
-        assert_close(got[:, :, 0], theirs, 1e-5)
+        assert_close(got[:, 0], theirs, 1e-5)
 
 
 @pytest.mark.consistency("ours without padding")
@@ -264,7 +264,7 @@ def test_cached_decoding_equals_the_full_forward(pair, chunks) -> None:
         assert_close(logits, expected[:, here], 1e-5, f"from position {start}")
         start += size
     assert start == LENGTH
-    assert not cache.k[:, :, LENGTH:].any()
+    assert not cache.k[:, :, :, LENGTH:].any()
 
 
 @pytest.mark.consistency("ours in f32")

@@ -170,7 +170,7 @@ def test_encoder_equals_transformers_with_the_kernel_of_a_tpu(pair, monkeypatch)
     """It pads the 19 frames to 128, which must not be heard."""
     kernel = functools.partial(attention.splash_attend, interpret=True)
     monkeypatch.setattr(attention, "splash_attend", kernel)
-    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "mesh_platform", lambda: "tpu")
     mel = random_mel(2)
     frames: Any = jax.jit(WhisperEncoder(pair.config).apply)({"params": pair.params}, mel)
     assert_close(frames, torch_encode(pair.torch, mel), 1e-4)

@@ -26,7 +26,7 @@ def kernel_length(length: int) -> int:
     Who pads once, before all layers, and tells `attend` the `num_keys` in front of the padding,
     saves a TPU four passes over its memory in each layer.
     """
-    return -(-length // _LANES) * _LANES if _platform() == "tpu" else length
+    return -(-length // _LANES) * _LANES if mesh_platform() == "tpu" else length
 
 
 def attend(
@@ -41,21 +41,21 @@ def attend(
     """Grouped-query softmax attention, with scores and softmax in at least f32.
 
     Args:
-      q: queries.
+      q: queries, multiplied by d ** -0.5.
       k: keys; each of the K heads serves G = H / K query heads.
       v: values.
-      is_causal: query i sees keys 0 to i; Q and C must be equal.
-      num_keys: the keys from here on are padding, which no query sees; None if there is none. Not
-        together with `is_causal`.
+      is_causal: the last query sees all keys, and each one before it one less.
+      num_keys: the keys from here on are padding, which no query sees; None if there is none.
       key_valid: any other mask, which no kernel supports: True where a query may see a key. Every
         query must see at least one key.
 
     Returns:
       [B, H, Q, d] in the dtype of `v`.
 
-    Source: the "eager" attention of transformers; scores are scaled by d ** -0.5.
+    Source: the "eager" attention of transformers, which scales the scores. Who scales the queries
+    where they are computed rounds them once, and saves a pass over them.
     """
-    platform = _platform()
+    platform = mesh_platform()
     if key_valid is None and platform == "tpu":
         return splash_attend(q, k, v, is_causal=is_causal, num_keys=num_keys)
     k, v = k[:, :, :num_keys], v[:, :, :num_keys]
@@ -66,7 +66,7 @@ def attend(
     return plain_attend(q, k, v, is_causal=is_causal, key_valid=key_valid)
 
 
-def _platform() -> str:
+def mesh_platform() -> str:
     """The mesh's platform, which differs from this process's when compiling ahead of time."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
@@ -78,38 +78,46 @@ def _cudnn_takes(q: Float[Array, "B Q H d"]) -> bool:
 
 def _cudnn_attend(
     q: Float[Array, "B H Q d"],
-    k: Float[Array, "B K Q d"],
-    v: Float[Array, "B K Q d"],
+    k: Float[Array, "B K C d"],
+    v: Float[Array, "B K C d"],
     *,
     is_causal: bool,
 ) -> Float[Array, "B H Q d"]:
-    """`attend` for Q = C with the GPU kernel, which needs an even length and has heads last."""
-    b, _, length, _ = q.shape
-    odd = length % 2
-    lengths = jnp.full(b, length, jnp.int32) if odd and not is_causal else None
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    """`attend` with the GPU kernel, which has heads last and needs an even number of keys.
+
+    Its causal mask needs as many queries: zeros stand in for those of the first keys.
+    """
+    b, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
+    odd = num_keys % 2
+    lengths = jnp.full(b, num_keys, jnp.int32) if odd and not is_causal else None
+
+    def heads_last(x: Float[Array, "B X Q d"]) -> Float[Array, "B C X d"]:
+        before = num_keys - x.shape[2]
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (before, odd), (0, 0), (0, 0)))
+
     out: Any = jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
+        heads_last(q),
+        heads_last(k),
+        heads_last(v),
+        scale=1.0,
         is_causal=is_causal,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    return out[:, :length].swapaxes(1, 2)
+    return out[:, num_keys - num_queries : num_keys].swapaxes(1, 2)
 
 
 def splash_attend(
     q: Float[Array, "B H Q d"],
-    k: Float[Array, "B K Q d"],
-    v: Float[Array, "B K Q d"],
+    k: Float[Array, "B K C d"],
+    v: Float[Array, "B K C d"],
     *,
     is_causal: bool,
     num_keys: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B H Q d"]:
-    """`attend` for Q = C with the TPU kernel: each device computes its own rows and heads.
+    """`attend` with the TPU kernel: each device computes its own rows and heads.
 
     Args:
       q: queries.
@@ -127,31 +135,38 @@ def splash_attend(
 
 def _splash_local(
     q: Float[Array, "B H Q d"],
-    k: Float[Array, "B K Q d"],
-    v: Float[Array, "B K Q d"],
+    k: Float[Array, "B K C d"],
+    v: Float[Array, "B K C d"],
     *,
     is_causal: bool,
     num_keys: int | None,
     interpret: bool,
 ) -> Float[Array, "B H Q d"]:
-    _, h, length, d = q.shape
-    padded = -(-length // _LANES) * _LANES
-    num_keys = length if num_keys is None else num_keys
-    block = next(block for block in _BLOCKS if padded % block == 0)
+    _, num_heads, num_queries, d = q.shape
+    num_keys = k.shape[2] if num_keys is None else num_keys
     # Narrow heads would leave lanes empty in memory and in the products: positions fill them.
     is_narrow = d % _LANES != 0
     layout = splash.QKVLayout.SEQ_MINOR if is_narrow else splash.QKVLayout.HEAD_DIM_MINOR
-    make_mask = splash.CausalMask if is_causal else splash.FullMask
+    padded_queries, padded_keys = (-(-x.shape[2] // _LANES) * _LANES for x in (q, k))
+    block_q, block_kv = (
+        next(block for block in _BLOCKS if length % block == 0)
+        for length in (padded_queries, padded_keys)
+    )
+    if is_causal and not is_narrow and num_queries <= _BLOCKS[0]:
+        block_q = padded_queries = num_queries  # a single block may have any size
+    shape = (padded_queries, padded_keys)
+    offset = num_keys - num_queries  # of the causal mask, which hides padding keys as well
+    mask = splash.CausalMask(shape, offset) if is_causal else splash.FullMask(shape)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([make_mask((padded, padded))] * h),
+        splash.MultiHeadMask([mask] * num_heads),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block if is_causal else padded,  # nothing to skip: few, long steps
-            block_kv_compute=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=block_q,
+            block_kv=block_kv if is_causal else padded_keys,  # nothing to skip: few, long steps
+            block_kv_compute=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
             q_layout=layout,
             k_layout=layout,
             v_layout=layout,
@@ -161,10 +176,13 @@ def _splash_local(
         interpret=interpret,
     )
     segments = None
-    if not is_causal and padded != num_keys:  # hides padding keys, as the causal mask does
-        is_padding = (jnp.arange(padded) >= num_keys).astype(jnp.int32)
-        segments = splash.SegmentIds(q=jnp.zeros(padded, jnp.int32), kv=is_padding)
-    padding = ((0, 0), (0, 0), (0, padded - length), (0, 0))
-    q, k, v = (jnp.pad(x, padding) for x in (q * d**-0.5, k, v))
+    if not is_causal and padded_keys != num_keys:
+        is_padding = (jnp.arange(padded_keys) >= num_keys).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros(padded_queries, jnp.int32), kv=is_padding)
+
+    def pad(x: Float[Array, "B X Q d"], length: int) -> Float[Array, "B X P d"]:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+
+    q, k, v = pad(q, padded_queries), pad(k, padded_keys), pad(v, padded_keys)
     out: Any = jax.vmap(functools.partial(kernel, segment_ids=segments))(q, k, v)
-    return out[:, :, :length]
+    return out[:, :, :num_queries]

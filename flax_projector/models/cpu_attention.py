@@ -32,7 +32,9 @@ def _local_attend_by_head(
     is_causal: bool,
 ) -> Float[Array, "B H Q d"]:
     num_groups = q.shape[1] // k.shape[1]
-    key_valid = jnp.tile(causal_mask(q.shape[2])[0], (num_groups, 1)) if is_causal else None
+    key_valid = None
+    if is_causal:
+        key_valid = jnp.tile(causal_mask(q.shape[2], k.shape[2])[0], (num_groups, 1))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # the backward pass recomputes the scores
     def attend_head(qkv: tuple[Array, Array, Array]) -> Float[Array, "GQ d"]:

@@ -5,7 +5,6 @@ and logits computed only where they are needed.
 """
 
 import functools
-import math
 
 import flax.struct
 import jax
@@ -17,9 +16,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_projector.config import Llama3RopeScaling, LlamaConfig, RematName
-from flax_projector.models.attention import attend
+from flax_projector.config import LlamaConfig, RematName
+from flax_projector.models.attention import attend, kernel_length
 from flax_projector.models.layers import RMSNorm, dense
+from flax_projector.models.rotary import Rotary, rotary_angles, rotate
 from flax_projector.sharding import abstract_params, replicated
 
 _PRODUCT = "product"  # name of the linear layers' outputs, for the policy that keeps them
@@ -39,12 +39,8 @@ class KVCache:
       v: values, likewise.
     """
 
-    k: Float[Array | np.ndarray, "*layers B C K d"]
-    v: Float[Array | np.ndarray, "*layers B C K d"]
-
-
-Rotary = tuple[Float[Array, "#B L 1 d"], Float[Array, "#B L 1 d"]]
-"""cos and sin of the rotary angles, f32, repeated for the two halves of a head."""
+    k: Float[Array | np.ndarray, "*layers B K C d"]
+    v: Float[Array | np.ndarray, "*layers B K C d"]
 
 
 def make_cache(
@@ -52,58 +48,21 @@ def make_cache(
 ) -> KVCache:
     """An empty cache for `length` positions."""
     c = config
-    shape = (c.num_hidden_layers, batch_size, length, c.num_key_value_heads, c.head_dim)
+    shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, length, c.head_dim)
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def _rotary(positions: Int[Array, "#B L"], config: LlamaConfig) -> Rotary:
-    """cos and sin of the rotary angles at these positions."""
-    halves = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
-    inv_freq = config.rope_theta ** (-halves / config.head_dim)  # [d/2], radians per position
-    if config.rope_scaling is not None:
-        inv_freq = _scale_frequencies(inv_freq, config.rope_scaling)
-    angles = positions[..., None].astype(jnp.float32) * inv_freq  # [B, L, d/2]
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]  # [B, L, 1, d]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _scale_frequencies(
-    inv_freq: Float[Array, "half"], scaling: Llama3RopeScaling
-) -> Float[Array, "half"]:
-    """Divides low frequencies by the factor, keeps high ones, and blends those in between.
-
-    Source: `_compute_llama3_parameters` (transformers).
-    """
-    waves = (
-        scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    )  # in the old context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((waves - low) / (high - low), 0, 1)
-    return inv_freq * (kept + (1 - kept) / scaling.factor)
-
-
-def _rotate(
-    x: Float[Array, "B L H d"], cos: Float[Array, "#B L 1 d"], sin: Float[Array, "#B L 1 d"]
-) -> Float[Array, "B L H d"]:
-    """Applies rotary embeddings in f32, to pairs across the two halves, as in HF's weights."""
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos + rotated * sin).astype(x.dtype)
-
-
 def _put_before(
-    prefix: KVCache, q: Float[Array, "B L H d"], k: Float[Array, "B L K d"], v: Array
-) -> tuple[Array, Array, Array]:
-    """Puts the prefix in front of every row of the queries, keys and values.
+    prefix: Float[Array | np.ndarray, "1 K p d"], x: Float[Array, "B K L d"]
+) -> Float[Array, "B K C d"]:
+    """Puts the keys or values of the prefix in front of every row's.
 
-    The prefix's queries are zeros, and their outputs are dropped: fused kernels need as many
-    queries as keys.
+    Zeros follow up to the kernel's next `kernel_length`, in the same pass over the memory.
     """
-    keys, values = (
-        jnp.concatenate([jnp.broadcast_to(before, (len(x), *before.shape[1:])), x], axis=1)
-        for before, x in ((prefix.k, k), (prefix.v, v))
-    )
-    return jnp.pad(q, ((0, 0), (prefix.k.shape[1], 0), (0, 0), (0, 0))), keys, values
+    b, num_heads, length, d = x.shape
+    length += prefix.shape[2]
+    after = jnp.zeros((b, num_heads, kernel_length(length) - length, d), x.dtype)
+    return jnp.concatenate([jnp.broadcast_to(prefix, (b, *prefix.shape[1:])), x, after], axis=2)
 
 
 class LlamaAttention(nn.Module):
@@ -124,29 +83,31 @@ class LlamaAttention(nn.Module):
         prefix: KVCache | None,
         cache_index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """As `LlamaDecoder.blocks`, for one layer of the caches, with the result of `_rotary`."""
+        """As `LlamaDecoder.blocks`, for one layer of the caches, given the rotary angles."""
         c = self.config
         b, length, _ = x.shape
         q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
-        def project(features: int, name: str) -> Array:
+        def project(features: int, name: str) -> Float[Array, "B X L d"]:
             y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
-            return checkpoint_name(y, _PRODUCT).reshape(b, length, -1, c.head_dim)
+            return checkpoint_name(y, _PRODUCT).reshape(b, length, -1, c.head_dim).swapaxes(1, 2)
 
         q, k, v = project(q_dim, "q_proj"), project(kv_dim, "k_proj"), project(kv_dim, "v_proj")
         if c.qk_norm:
             q = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="k_norm")(k)
-        q, k = (jnp.where(is_rotated, _rotate(heads, *rotary), heads) for heads in (q, k))
+        q = rotate(q, rotary, is_rotated, scale=c.head_dim**-0.5)
+        k = rotate(k, rotary, is_rotated)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=1)
+            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=2)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=2)
             cache = KVCache(k=k, v=v)
+        num_keys = k.shape[2]
         if prefix is not None:
-            q, k, v = _put_before(prefix, q, k, v)
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # heads first
-        out = attend(q, k, v, is_causal=key_valid is None, key_valid=key_valid)
-        out = out[:, :, -length:].swapaxes(1, 2).reshape(b, length, q_dim)
+            num_keys += prefix.k.shape[2]
+            k, v = _put_before(prefix.k, k), _put_before(prefix.v, v)
+        out = attend(q, k, v, is_causal=key_valid is None, num_keys=num_keys, key_valid=key_valid)
+        out = out.swapaxes(1, 2).reshape(b, length, q_dim)
         o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
         return checkpoint_name(o_proj(out), _PRODUCT), cache
 
@@ -190,7 +151,7 @@ class LlamaLayer(nn.Module):
         prefix: KVCache | None,
         cache_index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """As `LlamaDecoder.blocks`, for one layer of the caches, with the result of `_rotary`."""
+        """As `LlamaDecoder.blocks`, for one layer of the caches, given the rotary angles."""
         c = self.config
         args = (c, self.dtype, self.param_dtype)
         norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
@@ -289,7 +250,7 @@ class LlamaDecoder(nn.Module):
           Hidden states after the final norm, and the new cache (None without one).
         """
         c = self.config
-        rotary = _rotary(positions, c)
+        rotary = rotary_angles(positions, c)
         is_rotated = np.isin(np.arange(c.num_hidden_layers), c.no_rope_layers, invert=True)
         x, cache = self.layers(
             x, rotary, jnp.asarray(is_rotated), key_valid, cache, prefix, cache_index

@@ -9,9 +9,15 @@ from jaxtyping import Array, Bool, Float
 _KEY_BLOCK = 500  # keys whose weighted values are summed at once
 
 
-def causal_mask(length: int) -> Bool[Array, "1 L L"]:
-    """True where key position <= query position."""
-    return jnp.tril(jnp.ones((1, length, length), bool))
+def causal_mask(num_queries: int, num_keys: int | None = None) -> Bool[Array, "1 Q C"]:
+    """True where a query may see a key: the last query sees all, each one before it one less.
+
+    Args:
+      num_queries: Q.
+      num_keys: C; None stands for as many as there are queries.
+    """
+    num_keys = num_queries if num_keys is None else num_keys
+    return jnp.tril(jnp.ones((1, num_queries, num_keys), bool), num_keys - num_queries)
 
 
 def plain_attend(
@@ -24,7 +30,7 @@ def plain_attend(
 ) -> Float[Array, "B H Q d"]:
     """`attention.attend` for all heads at once; holds the scores [B, K, G*Q, C] in memory."""
     if is_causal:
-        key_valid = causal_mask(q.shape[2])
+        key_valid = causal_mask(q.shape[2], k.shape[2])
     if key_valid is not None:
         num_groups = q.shape[1] // k.shape[1]
         key_valid = jnp.tile(key_valid, (1, num_groups, 1))[:, None]  # [B, 1, G*Q, C]
@@ -49,7 +55,7 @@ def attend_matrices(
 
     def score(block: slice) -> Float[Array, "*batch GQ c"]:
         keys = k[..., block, :].swapaxes(-2, -1)  # [*batch, d, c]
-        products = jnp.matmul(q, keys, preferred_element_type=wide) * q.shape[-1] ** -0.5
+        products = jnp.matmul(q, keys, preferred_element_type=wide)
         if key_valid is None:
             return products
         return jnp.where(key_valid[..., block], products, jnp.finfo(wide).min)

@@ -57,7 +57,7 @@ class SpeechLLM:
     @property
     def prefix_len(self) -> int:
         """Number of tokens in the prefix."""
-        return 0 if self.prefix is None else self.prefix.k.shape[2]
+        return 0 if self.prefix is None else self.prefix.k.shape[3]
 
     def encode(
         self,
@@ -221,7 +221,7 @@ def encode_prefix(
       mesh: the mesh that the parameters are on.
 
     Returns:
-      NumPy arrays [layers, 1, tokens, K, d], the same on every process, which become constants of
+      NumPy arrays [layers, 1, K, tokens, d], the same on every process, which become constants of
       the compiled step; None if there are no tokens.
     """
     if not tokens:

@@ -184,6 +184,7 @@ class EncoderSelfAttention(nn.Module):
             )(x)
 
         q, k, v = project("q_proj"), project("k_proj", use_bias=False), project("v_proj")
+        q *= q.shape[-1] ** -0.5
         out = attend(q, k, v, num_keys=num_frames).swapaxes(1, 2).reshape(b, s, e)
         return dense(self, e, ("heads", "embed"), "out_proj")(out)
 
