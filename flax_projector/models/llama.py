@@ -65,6 +65,21 @@ def _put_before(
     return jnp.concatenate([jnp.broadcast_to(prefix, (b, *prefix.shape[1:])), x, after], axis=2)
 
 
+@jax.custom_vjp
+def _with_gradients_stored(gate: Array, up: Array) -> tuple[Array, Array]:
+    """Its arguments, whose gradients are computed once.
+
+    A TPU's compiler would compute SwiGLU's derivative within each product that reads it, and the
+    products wait for it.
+    """
+    return gate, up
+
+
+_with_gradients_stored.defvjp(
+    lambda gate, up: ((gate, up), None), lambda _, grads: jax.lax.optimization_barrier(grads)
+)
+
+
 class LlamaAttention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -128,7 +143,7 @@ class LlamaMLP(nn.Module):
             y = dense(self, c.intermediate_size, ("embed", "mlp"), name, use_bias=False)(x)
             return checkpoint_name(y, _PRODUCT)
 
-        gate, up = project("gate_proj"), project("up_proj")
+        gate, up = _with_gradients_stored(project("gate_proj"), project("up_proj"))
         down = dense(self, c.hidden_size, ("mlp", "embed"), "down_proj", use_bias=False)
         return down(nn.silu(gate) * up)
 
