@@ -16,7 +16,7 @@ from flax_projector.config.fields import (
 )
 
 DTypeName = Literal["float32", "bfloat16"]
-RematName = Literal["none", "products", "layers"]
+RematName = Literal["none", "products", "attention", "layers"]
 AudioTokensName = Literal["clip", "window"]
 TextCaseName = Literal["keep", "lower"]
 

@@ -315,8 +315,9 @@ class TrainConfig:
     """Compute dtype, also for storing the frozen towers; master weights are always float32."""
     remat: Annotated[RematName, MAY_CHANGE] = "products"
     """What the LLM's backward pass recomputes. "none" keeps everything in memory; "products" keeps
-    the outputs of the linear layers (a third of the memory, and no slower); "layers" keeps only the
-    layers' inputs (least memory, a third more compute)."""
+    the outputs of the linear layers (a third of the memory, and no slower); "attention" keeps those
+    around the attention, but not the MLP's, which are the widest (a quarter of the memory of
+    "products"); "layers" keeps only the layers' inputs (least memory, a third more compute)."""
     num_steps: PositiveInt = 20_000
     """Optimizer steps in the whole run."""
     accumulation_steps: Annotated[PositiveInt, MAY_CHANGE] = 1

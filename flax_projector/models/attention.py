@@ -16,6 +16,10 @@ from flax_projector.models.cpu_attention import attend_by_head
 from flax_projector.models.plain_attention import plain_attend
 from flax_projector.sharding import on_each_device
 
+ATTENTION = "attention"
+"""The name, for policies of `jax.checkpoint`, of a kernel's output and its log-sum-exp: all that
+the backward pass needs beside queries, keys and values."""
+
 _LANES = 128  # in a TPU's vector unit: lengths are padded to a multiple of this
 _BLOCKS = (512, 384, 256, _LANES)  # queries and keys per step of the kernel, best first
 
@@ -171,6 +175,7 @@ def _splash_local(
             k_layout=layout,
             v_layout=layout,
         ),
+        residual_checkpoint_name=ATTENTION,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

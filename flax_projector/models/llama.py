@@ -17,14 +17,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.config import LlamaConfig, RematName
-from flax_projector.models.attention import attend, kernel_length
+from flax_projector.models.attention import ATTENTION, attend, kernel_length
 from flax_projector.models.layers import RMSNorm, dense
 from flax_projector.models.rotary import Rotary, rotary_angles, rotate
 from flax_projector.sharding import abstract_params, replicated
 
-_PRODUCT = "product"  # name of the linear layers' outputs, for the policy that keeps them
+_MLP = "mlp"  # the name of what only the policy "products" keeps
 _POLICIES = {
-    "products": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    "products": jax.checkpoint_policies.save_only_these_names(ATTENTION, _MLP),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "layers": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -105,7 +106,7 @@ class LlamaAttention(nn.Module):
 
         def project(features: int, name: str) -> Float[Array, "B X L d"]:
             y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
-            return checkpoint_name(y, _PRODUCT).reshape(b, length, -1, c.head_dim).swapaxes(1, 2)
+            return checkpoint_name(y, ATTENTION).reshape(b, length, -1, c.head_dim).swapaxes(1, 2)
 
         q, k, v = project(q_dim, "q_proj"), project(kv_dim, "k_proj"), project(kv_dim, "v_proj")
         if c.qk_norm:
@@ -124,7 +125,7 @@ class LlamaAttention(nn.Module):
         out = attend(q, k, v, is_causal=key_valid is None, num_keys=num_keys, key_valid=key_valid)
         out = out.swapaxes(1, 2).reshape(b, length, q_dim)
         o_proj = dense(self, c.hidden_size, ("heads", "embed"), "o_proj", use_bias=c.o_bias)
-        return checkpoint_name(o_proj(out), _PRODUCT), cache
+        return checkpoint_name(o_proj(out), ATTENTION), cache
 
 
 class LlamaMLP(nn.Module):
@@ -141,7 +142,7 @@ class LlamaMLP(nn.Module):
 
         def project(name: str) -> Array:
             y = dense(self, c.intermediate_size, ("embed", "mlp"), name, use_bias=False)(x)
-            return checkpoint_name(y, _PRODUCT)
+            return checkpoint_name(y, _MLP)
 
         gate, up = _with_gradients_stored(project("gate_proj"), project("up_proj"))
         down = dense(self, c.hidden_size, ("mlp", "embed"), "down_proj", use_bias=False)
