@@ -169,8 +169,7 @@ def _splash_local(
             block_kv_compute=block_kv,
             block_q_dkv=block_q,
             block_kv_dkv=block_kv,
-            block_q_dq=block_q,
-            block_kv_dq=block_kv,
+            use_fused_bwd_kernel=True,  # computes the scores once for all three gradients
             q_layout=layout,
             k_layout=layout,
             v_layout=layout,
