@@ -1,5 +1,6 @@
 """Decoding against transformers' `generate`."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from flax_projector.batch import AUDIO_TOKEN, Batch
-from flax_projector.config import ProjectorConfig, WhisperConfig
+from flax_projector.config import MeshConfig, ProjectorConfig, WhisperConfig
 from flax_projector.models.decode import generate, greedy_decode
-from flax_projector.models.speech_llm import SpeechLLM, make_speech_llm
+from flax_projector.models.speech_llm import SpeechLLM, encode_prefix, make_speech_llm
+from flax_projector.sharding import make_mesh, use_mesh
 from tests.models import (
     DECODERS,
     VOCAB,
@@ -142,6 +144,28 @@ def test_what_follows_the_prompt_is_not_looked_at(pair, endless) -> None:
     inputs = np.where(follows[..., None], 7.0, pair.inputs)
     changed = SimpleNamespace(**{**vars(pair), "inputs": inputs})
     np.testing.assert_array_equal(run(changed, NO_TOKEN), endless)
+
+
+@pytest.mark.parametrize("prefix_len", [1, 4])
+def test_the_prefix_is_not_computed_again(pair, prefix_len) -> None:
+    """The tokens that every prompt begins with are known, so nobody looks at their embeddings."""
+    prefix, lengths = list(range(20, 20 + prefix_len)), (6, 9, 5, 0)
+    table = pair.params["embed_tokens"]["embedding"]
+    inputs = np.array(pair.inputs)
+    inputs[:, :prefix_len] = table[jnp.array(prefix)]
+    expected = run(SimpleNamespace(**{**vars(pair), "inputs": inputs}), NO_TOKEN, lengths)
+
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with use_mesh(mesh):
+        known = encode_prefix(pair.model, pair.params, prefix, mesh)
+    # Models are equal whatever their prefix is, so `jit_generate` would not compile another one.
+    model = dataclasses.replace(pair.model, prefix=known)
+    decode = functools.partial(
+        generate, model=model, max_new_tokens=MAX_NEW_TOKENS, end_of_turn=NO_TOKEN
+    )
+    inputs[:, :prefix_len] = 7.0
+    tokens = jax.jit(decode)(pair.params, jnp.asarray(inputs), jnp.asarray(lengths))
+    np.testing.assert_array_equal(tokens, expected)
 
 
 @oracle

@@ -129,7 +129,7 @@ def test_layer_equals_transformers(pair, layer) -> None:
     rotary = run_rotary(positions, pair.config)
     is_rotated = layer not in pair.config.no_rope_layers
     mask = causal_mask(LENGTH)
-    y, _ = run(module, params, x, rotary, is_rotated, mask, None, None, 0)
+    (y, _), _ = run(module, params, (x, None), rotary, is_rotated, 0, mask, None, 0)
 
     torch_x = torch.from_numpy(x)
     hidden = torch.from_numpy(np.array(mask))[:, None]
@@ -150,7 +150,8 @@ def test_scan_equals_the_layers_one_by_one(pair) -> None:
     for i in range(NUM_LAYERS):
         params = jax.tree.map(lambda leaf, i=i: leaf[i], pair.params["layers"])
         is_rotated = i not in pair.config.no_rope_layers
-        x, _ = run(layer, params, x, rotary, is_rotated, causal_mask(LENGTH), None, None, 0)
+        carry = (x, None)
+        (x, _), _ = run(layer, params, carry, rotary, is_rotated, i, causal_mask(LENGTH), None, 0)
     x = run(RMSNorm(pair.config.rms_norm_eps), pair.params["norm"], x)
     apply_logits = jax.jit(functools.partial(pair.module.apply, method="logits"))
     assert_close(scanned, apply_logits({"params": pair.params}, x), 1e-5)

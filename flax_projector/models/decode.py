@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from flax_projector.batch import Batch
 from flax_projector.models.llama import make_cache
-from flax_projector.models.plain_attention import causal_mask
 from flax_projector.models.speech_llm import Params, SpeechLLM, apply
 
 
@@ -61,6 +60,8 @@ def generate(
 ) -> Int[Array, "B T"]:
     """Continues prompts of different lengths, given as input embeddings padded on the right.
 
+    The prefix is not computed again, as in `SpeechLLM.label_logits`; every prompt is longer.
+
     Row b's new tokens have positions prompt_len[b], prompt_len[b] + 1, ...; all rows write to the
     same cache slots L, L + 1, ..., and the mask hides the padding in between.
     """
@@ -74,14 +75,16 @@ def generate(
         logits = llm(hidden, method="logits")
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+    start = model.prefix_len
     hidden, cache = llm(
-        inputs,
-        positions=jnp.arange(length)[None],
-        key_valid=jnp.pad(causal_mask(length), ((0, 0), (0, 0), (0, max_new_tokens))),
-        cache=make_cache(model.llm.config, b, capacity, model.llm.dtype),
+        inputs[:, start:],
+        positions=jnp.arange(start, length)[None],
+        cache=make_cache(model.llm.config, b, capacity, model.llm.dtype, prefix=model.prefix),
+        cache_index=start,
+        prefix=model.prefix,
         method="blocks",
     )
-    last = jnp.maximum(prompt_len - 1, 0)[:, None, None]
+    last = jnp.maximum(prompt_len - 1 - start, 0)[:, None, None]
     token = most_likely(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
     token = jnp.where(prompt_len == 0, end_of_turn, token)  # padding rows have no prompt
     out = jnp.full((b, max_new_tokens), end_of_turn, jnp.int32).at[:, 0].set(token)

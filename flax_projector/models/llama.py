@@ -35,22 +35,52 @@ class KVCache:
     """Keys and values of every layer, in a buffer of static length.
 
     Attributes:
-      k: rotated keys; a single layer sees only its own, without the first axis. NumPy arrays become
-        constants of the compiled function.
+      k: rotated keys. NumPy arrays become constants of the compiled function; of a prefix, a layer
+        sees only its own, without the first axis.
       v: values, likewise.
     """
 
     k: Float[Array | np.ndarray, "*layers B K C d"]
     v: Float[Array | np.ndarray, "*layers B K C d"]
 
+    def write(
+        self,
+        layer: Int[Array, ""] | int,
+        slot: Int[Array, ""] | int,
+        k: Float[Array, "B K L d"],
+        v: Float[Array, "B K L d"],
+    ) -> "KVCache":
+        """The cache with new keys and values of a layer, from a slot on.
+
+        In a loop that carries the cache, they are written in place: nothing else of it is moved.
+        """
+        start = (layer, 0, 0, slot, 0)
+        update = jax.lax.dynamic_update_slice
+        return KVCache(k=update(self.k, k[None], start), v=update(self.v, v[None], start))
+
+    def read(
+        self, layer: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B K C d"], Float[Array, "B K C d"]]:
+        """A layer's keys and values."""
+        index = jax.lax.dynamic_index_in_dim
+        return index(self.k, layer, keepdims=False), index(self.v, layer, keepdims=False)
+
 
 def make_cache(
-    config: LlamaConfig, batch_size: int, length: int, dtype: DTypeLike = jnp.float32
+    config: LlamaConfig,
+    batch_size: int,
+    length: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    prefix: KVCache | None = None,
 ) -> KVCache:
-    """An empty cache for `length` positions."""
+    """A cache for `length` positions, which holds nothing but the prefix in its first slots."""
     c = config
     shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, length, c.head_dim)
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    cache = KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    if prefix is None:
+        return cache
+    return jax.tree.map(lambda x, first: x.at[:, :, :, : first.shape[3]].set(first), cache, prefix)
 
 
 def _put_before(
@@ -98,14 +128,17 @@ class LlamaAttention(nn.Module):
         cache: KVCache | None,
         prefix: KVCache | None,
         cache_index: Int[Array, ""] | int,
+        layer: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """As `LlamaDecoder.blocks`, for one layer of the caches, given the rotary angles."""
+        """As `LlamaDecoder.blocks`, for the layer of this number, given the rotary angles."""
         c = self.config
         b, length, _ = x.shape
         q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
         def project(features: int, name: str) -> Float[Array, "B X L d"]:
             y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
+            if length == 1:  # or else a TPU transposes the kernel, to make heads within the product
+                y = jax.lax.optimization_barrier(y)
             return checkpoint_name(y, ATTENTION).reshape(b, length, -1, c.head_dim).swapaxes(1, 2)
 
         q, k, v = project(q_dim, "q_proj"), project(kv_dim, "k_proj"), project(kv_dim, "v_proj")
@@ -115,9 +148,9 @@ class LlamaAttention(nn.Module):
         q = rotate(q, rotary, is_rotated, scale=c.head_dim**-0.5)
         k = rotate(k, rotary, is_rotated)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k, cache_index, axis=2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v, cache_index, axis=2)
-            cache = KVCache(k=k, v=v)
+            cache = cache.write(layer, cache_index, k, v)
+            if key_valid is not None:
+                k, v = cache.read(layer)
         num_keys = k.shape[2]
         if prefix is not None:
             num_keys += prefix.k.shape[2]
@@ -150,7 +183,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """Pre-norm transformer layer, as `nn.scan` expects it: (carry, ...) -> (carry, output)."""
+    """Pre-norm transformer layer, as `nn.scan` expects it: (carry, ...) -> (carry, None)."""
 
     config: LlamaConfig
     dtype: DTypeLike
@@ -159,25 +192,26 @@ class LlamaLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B L D"],
+        carry: tuple[Float[Array, "B L D"], KVCache | None],
         rotary: Rotary,
         is_rotated: Bool[Array, ""],
+        layer: Int[Array, ""] | int,
         key_valid: Bool[Array, "#B L C"] | None,
-        cache: KVCache | None,
         prefix: KVCache | None,
         cache_index: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
-        """As `LlamaDecoder.blocks`, for one layer of the caches, given the rotary angles."""
+    ) -> tuple[tuple[Float[Array, "B L D"], KVCache | None], None]:
+        """As `LlamaDecoder.blocks`, for the layer of this number, given the rotary angles."""
         c = self.config
+        x, cache = carry
         args = (c, self.dtype, self.param_dtype)
         norm_args = (c.rms_norm_eps, self.dtype, self.param_dtype)
         attention = LlamaAttention(*args, name="self_attn")
         h = RMSNorm(*norm_args, name="input_layernorm")(x)
-        h, cache = attention(h, rotary, is_rotated, key_valid, cache, prefix, cache_index)
+        h, cache = attention(h, rotary, is_rotated, key_valid, cache, prefix, cache_index, layer)
         x = x + h
         h = RMSNorm(*norm_args, name="post_attention_layernorm")(x)
         x = x + LlamaMLP(*args, name="mlp")(h)
-        return nn.with_logical_constraint(x, ("batch", None, None)), cache
+        return (nn.with_logical_constraint(x, ("batch", None, None)), cache), None
 
 
 class LlamaDecoder(nn.Module):
@@ -218,7 +252,7 @@ class LlamaDecoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0, 0, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.dtype, self.param_dtype)
@@ -255,21 +289,29 @@ class LlamaDecoder(nn.Module):
         Args:
           x: input embeddings, text and audio merged.
           positions: rotary position of each input.
-          key_valid: True where a query may see a key; C is the length of the cache, or L without
-            one. None means the causal mask without a cache, and allows the platform's fused kernel.
+          key_valid: True where a query may see a key of the cache, whose length C is; without a
+            cache, one of x. None means the causal mask over the prefix and x, and allows the
+            platform's fused kernel: nothing is read from the cache.
           cache: keys and values so far; new ones are written from `cache_index` on.
           cache_index: first slot to write to.
           prefix: keys and values of tokens in front of every row: the cache returned for a batch of
-            one. The mask must then be the causal one, and `positions` must continue the prefix.
+            one. `key_valid` must then be None, and `positions` must continue the prefix.
 
         Returns:
           Hidden states after the final norm, and the new cache (None without one).
         """
         c = self.config
         rotary = rotary_angles(positions, c)
-        is_rotated = np.isin(np.arange(c.num_hidden_layers), c.no_rope_layers, invert=True)
-        x, cache = self.layers(
-            x, rotary, jnp.asarray(is_rotated), key_valid, cache, prefix, cache_index
+        layers = np.arange(c.num_hidden_layers)
+        is_rotated = np.isin(layers, c.no_rope_layers, invert=True)
+        (x, cache), _ = self.layers(
+            (x, cache),
+            rotary,
+            jnp.asarray(is_rotated),
+            jnp.asarray(layers),
+            key_valid,
+            prefix,
+            cache_index,
         )
         return self.norm(x), cache
 

@@ -22,7 +22,6 @@ from flax_projector.config import (
     WhisperConfig,
 )
 from flax_projector.models.llama import KVCache, LlamaDecoder, make_cache
-from flax_projector.models.plain_attention import causal_mask
 from flax_projector.models.projector import ResidualAudioProjector
 from flax_projector.models.whisper import WhisperEncoder, log_mel, mask_time
 from flax_projector.sharding import encoder_rules, map_parts, num_batch_shards, replicated
@@ -235,7 +234,6 @@ def encode_prefix(
             llm_params,
             llm(llm_params, rows, method="embed"),
             positions=jnp.arange(length)[None],
-            key_valid=causal_mask(length),
             cache=make_cache(model.llm.config, len(rows), length, model.llm.dtype),
             method="blocks",
         )
