@@ -214,7 +214,7 @@ def on_each_device(attend: Any) -> Any:
         return attend
 
     def split(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        spec = nn.logical_to_mesh_axes(("batch", "heads", None, None))
+        spec: Any = nn.logical_to_mesh_axes(("batch", "heads", None, None))
         spec = spec_that_divides(spec, k.shape, mesh, "attention")
         return jax.shard_map(attend, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
@@ -233,8 +233,9 @@ def map_parts(function: Any, rows: jax.Array, most: int | None) -> jax.Array:
     if most is None:
         return function(rows)
     mesh = jax.sharding.get_abstract_mesh()
-    (axes,) = nn.logical_to_mesh_axes(("batch",)) if not mesh.empty else ((),)
-    num_local = len(rows) // math.prod(mesh.shape[axis] for axis in axes)
+    spec: Any = nn.logical_to_mesh_axes(("batch",))
+    num_shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in spec[0])
+    num_local = len(rows) // num_shards
     count = next(n for n in range(1, num_local + 1) if num_local % n == 0 and num_local <= n * most)
     if count == 1:
         return function(rows)

@@ -269,7 +269,7 @@ class WhisperEncoder(nn.Module):
             EncoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.encoder_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
