@@ -1,12 +1,24 @@
 """Layers that the projector and the two towers share."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+
+def products_of(dtype: DTypeLike) -> AbstractContextManager[Any]:
+    """Traced inside, products are as precise as this compute dtype on every platform.
+
+    By default, a TPU multiplies f32 in bf16, and a GPU in TF32. A gradient must be taken inside as
+    well: what is traced for the backward pass alone would have the default.
+    """
+    is_wide = jnp.finfo(dtype).bits >= 32
+    return jax.default_matmul_precision("highest" if is_wide else None)
 
 
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
