@@ -1,13 +1,14 @@
 """The modules, and the speech LLM that they form.
 
-  projector                     the part that is trained
-  whisper, llama                the frozen towers
-  layers                        layers that they share
-  attention                     one function, which uses the platform's kernel if there is one
-  plain_attention               written out: the reference, and for masks that no kernel supports
-  cpu_attention, cpu_gradient   the same functions, faster on CPUs
-  speech_llm                    the whole model, with the audio spliced into the prompt
-  decode                        greedy decoding
+  projector         the part that is trained
+  trained           products with its parameters, whose gradients are summed in f32
+  whisper, llama    the frozen towers
+  layers            layers that they share
+  attention         one function, which uses the platform's kernel if there is one
+  plain_attention   written out: the reference, and for masks that no kernel supports
+  cpu_attention     the same function, faster on CPUs
+  speech_llm        the whole model, with the audio spliced into the prompt
+  decode            greedy decoding
 
 Imports `config`, `lengths`, `batch` and `sharding`; never `data`, `training` or `convert`.
 """

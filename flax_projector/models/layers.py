@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -9,6 +10,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+
+def products_of(dtype: DTypeLike) -> AbstractContextManager[Any]:
+    """Traced inside, products are as precise as this compute dtype on every platform.
+
+    By default, a TPU multiplies f32 in bf16, and a GPU in TF32. A gradient must be taken inside as
+    well: what is traced for the backward pass alone would have the default.
+    """
+    is_wide = jnp.finfo(dtype).bits >= 32
+    return jax.default_matmul_precision("highest" if is_wide else None)
 
 
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -22,11 +33,21 @@ def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
+def _multiply(x: Float[Array, "*B D"], scale: Float[Array, "D"]) -> Float[Array, "*B D"]:
+    return x * scale.astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with Llama's rounding order.
 
     Normalises in f32, rounds to the compute dtype, then multiplies by the scale.
     `flax.linen.RMSNorm` multiplies in f32 and rounds last, which gives other results in bf16.
+
+    Attributes:
+      eps: added to the mean square.
+      dtype: compute dtype.
+      param_dtype: storage dtype.
+      multiply: multiplies [..., D] by the scale [D]; `trained.scaled` for a scale that is trained.
 
     Source: `LlamaRMSNorm` (transformers). f64 inputs are normalised in f64.
     """
@@ -34,6 +55,7 @@ class RMSNorm(nn.Module):
     eps: float
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    multiply: Callable[[Array, Array], Array] = _multiply
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -43,7 +65,7 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        return jnp.asarray(scale, self.dtype) * normed.astype(self.dtype)
+        return self.multiply(normed.astype(self.dtype), jnp.asarray(scale))
 
 
 def dense(
@@ -54,7 +76,6 @@ def dense(
     *,
     use_bias: bool = True,
     std: float = 0.02,
-    dot_general: Callable[..., Any] = jax.lax.dot_general,
 ) -> nn.Dense:
     """A dense submodule [..., in] -> [..., features] with the dtypes of `module`.
 
@@ -68,7 +89,6 @@ def dense(
         param_dtype=module.param_dtype,
         kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        dot_general=dot_general,
         name=name,
     )
 

@@ -1,7 +1,5 @@
 """The audio projector: encoder frames in, LLM-sized audio tokens out."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,11 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_projector.config import ProjectorConfig
-from flax_projector.models.cpu_gradient import trained_dot_general
-from flax_projector.models.layers import RMSNorm, dense, exact_gelu
+from flax_projector.models.layers import RMSNorm, exact_gelu
+from flax_projector.models.trained import TrainedDense, scaled
 from flax_projector.sharding import abstract_params
-
-_trained = functools.partial(dense, dot_general=trained_dot_general)
 
 
 class ResidualMLP(nn.Module):
@@ -33,9 +29,10 @@ class ResidualMLP(nn.Module):
         c = self.config
         std = c.projector_init_std
         dropout = nn.Dropout(c.projector_dropout, deterministic=deterministic)
-        h = _trained(self, c.hidden_dim, ("embed", "mlp"), "fc1", std=std)(x)
+        dtypes = (self.dtype, self.param_dtype)
+        h = TrainedDense(c.hidden_dim, ("embed", "mlp"), std, *dtypes, name="fc1")(x)
         h = dropout(exact_gelu(h))
-        h = _trained(self, c.llm_dim, ("mlp", "embed"), "fc2", std=0.1 * std)(h)
+        h = TrainedDense(c.llm_dim, ("mlp", "embed"), 0.1 * std, *dtypes, name="fc2")(h)
         return x + dropout(h)
 
 
@@ -84,17 +81,18 @@ class ResidualAudioProjector(nn.Module):
         x = frames.astype(self.dtype)
         x = jnp.pad(x, ((0, 0), (0, -s % k), (0, 0)))
         x = x.reshape(b, -1, k * e)  # [B, A, k*E]
-        x = _trained(self, c.llm_dim, ("frames", "embed"), "input_proj", std=c.projector_init_std)(
-            x
-        )
+        dtypes = (self.dtype, self.param_dtype)
+        axes, std = ("frames", "embed"), c.projector_init_std
+        x = TrainedDense(c.llm_dim, axes, std, *dtypes, name="input_proj")(x)
         x = self._norm("ln_input")(x)
         for i in range(c.projector_num_layers):
-            block = ResidualMLP(c, self.dtype, self.param_dtype, name=f"layers_{i}")
+            block = ResidualMLP(c, *dtypes, name=f"layers_{i}")
             x = self._norm(f"layer_norms_{i}")(block(x, deterministic=deterministic))
         return nn.Dropout(c.projector_dropout, deterministic=deterministic)(x)
 
     def _norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+        dtypes = (self.dtype, self.param_dtype)
+        return RMSNorm(self.config.rms_norm_eps, *dtypes, multiply=scaled, name=name)
 
 
 def last_norm_name(config: ProjectorConfig) -> str:

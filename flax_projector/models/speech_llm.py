@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -21,17 +20,20 @@ from flax_projector.config import (
     SpecAugmentConfig,
     WhisperConfig,
 )
+from flax_projector.models.layers import products_of
 from flax_projector.models.llama import KVCache, LlamaDecoder, make_cache
 from flax_projector.models.projector import ResidualAudioProjector
 from flax_projector.models.whisper import WhisperEncoder, log_mel, mask_time
 from flax_projector.sharding import encoder_rules, map_parts, num_batch_shards, replicated
 
 Params = Any  # nested dict of arrays
+Module = WhisperEncoder | ResidualAudioProjector | LlamaDecoder
 
 
-def apply(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
-    """Calls a module on a bare parameter tree."""
-    return module.apply({"params": params}, *args, **kwargs)
+def apply(module: Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module on a bare parameter tree, with products as precise as its dtype."""
+    with products_of(module.dtype):
+        return module.apply({"params": params}, *args, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -45,10 +45,12 @@ def ctc(
 
     Source: Graves et al. 2006, computed by `optax.ctc_loss`.
     """
-    losses = optax.ctc_loss(
-        logits.astype(jnp.float32),
-        1.0 - audio_valid,
-        jnp.where(label_valid, labels, 0),
-        1.0 - label_valid,
-    )
+    # It picks log-probabilities by products with one-hot vectors, which a TPU would round to bf16.
+    with jax.default_matmul_precision("highest"):
+        losses = optax.ctc_loss(
+            logits.astype(jnp.float32),
+            1.0 - audio_valid,
+            jnp.where(label_valid, labels, 0),
+            1.0 - label_valid,
+        )
     return jnp.sum(jnp.where(can_spell(audio_valid, labels, label_valid), losses, 0))

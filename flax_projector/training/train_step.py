@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from flax_projector.batch import Batch, Bucket
 from flax_projector.config import TrainConfig
 from flax_projector.lengths import FRAME_SECS
+from flax_projector.models.layers import products_of
 from flax_projector.models.speech_llm import Params, SpeechLLM
 from flax_projector.sharding import replicated
 from flax_projector.training.objectives import LLMObjective, Metrics, Objective
@@ -74,7 +76,10 @@ def train_step(
         means = {name: value / accumulation_steps for name, value in metrics.items()}
         return mean, {objective.loss_name: mean} | means
 
-    gradient = jax.grad(mean_loss, has_aux=True)
+    def gradient(*args: Any) -> tuple[Params, Metrics]:
+        with products_of(model.llm.dtype):
+            return jax.grad(mean_loss, has_aux=True)(*args)
+
     if accumulation_steps == 1:
         grads, metrics = gradient(state.params, batch, jnp.int32(0))
     else:
