@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from flax_projector.lengths import SAMPLES_PER_FRAME
@@ -67,7 +68,7 @@ class Batch:
       labels: i32[B, T].
       label_valid: bool[B, T].
       samples: f32[B, N], 16 kHz waveforms in [-1, 1], zero-padded to the encoder's window; or None.
-      frames: f32[B, S, E], encoder output, zero-padded; or None.
+      frames: f32|bf16[B, S, E], encoder output, zero-padded; or None.
       max_frames: S; a static value.
       whole_window: True if a clip's audio tokens are those of the whole window, the silence after
         the clip included; a static value.
@@ -142,6 +143,7 @@ def empty_batch(
     *,
     fill: int,
     audio_shape: Mapping[str, tuple[int, ...]],
+    audio_dtype: DTypeLike = np.float32,
     whole_window: bool = False,
 ) -> Batch:
     """A batch of padding rows, as NumPy arrays.
@@ -151,6 +153,7 @@ def empty_batch(
       num_rows: B.
       fill: token id to pad with.
       audio_shape: {"samples": (N,)} or {"frames": (S, E)}, without the batch axis.
+      audio_dtype: of the audio.
       whole_window: see `Batch`.
     """
     labels = np.zeros((num_rows, bucket.text_len), np.int32)
@@ -163,7 +166,7 @@ def empty_batch(
         label_valid=labels.astype(bool),
         max_frames=bucket.num_frames,
         whole_window=whole_window,
-        **{name: np.zeros((num_rows, *shape), np.float32) for name, shape in audio_shape.items()},
+        **{name: np.zeros((num_rows, *shape), audio_dtype) for name, shape in audio_shape.items()},
     )
 
 

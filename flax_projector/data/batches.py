@@ -191,5 +191,6 @@ class Batches:
             len(self._rows),
             fill=self._prompt.end_of_turn,
             audio_shape={self._inputs.name: self._inputs.shape(bucket)},
+            audio_dtype=self._inputs.dtype,
             whole_window=self._whole_window,
         )

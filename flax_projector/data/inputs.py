@@ -33,9 +33,11 @@ class Inputs(Protocol):
 
     Attributes:
       name: name of the `Batch` field that it fills.
+      dtype: of what it reads.
     """
 
     name: str
+    dtype: np.dtype
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
         """Static shape of one utterance."""
@@ -54,6 +56,7 @@ class Waveforms:
     """Audio files, for an encoder that runs in the step."""
 
     name = "samples"
+    dtype = np.dtype(np.float32)
 
     def __init__(self, window_samples: int):
         self._window_samples = window_samples
