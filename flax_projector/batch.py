@@ -27,11 +27,13 @@ class Bucket:
       num_frames: S, the number of encoder frames.
       merged_len: L, the length of the sequence that the LLM reads.
       text_len: T, the number of labels.
+      multiple: how many times the run's batch size a batch holds.
     """
 
     num_frames: int
     merged_len: int
     text_len: int
+    multiple: int = 1
 
 
 class TokenLayout(NamedTuple):

@@ -10,6 +10,7 @@ from flax_projector.config import DataConfig
 from flax_projector.data.audio import Problem
 from flax_projector.data.batch_plan import (
     assign,
+    count_batches,
     epoch_members,
     epoch_plan,
     make_buckets,
@@ -21,19 +22,42 @@ from tests.clips import CONFIG, read_speech, tiny_prompt
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 1), (3, 5, 0), (8, 8, 8), (1, 0, 30), (17, 2, 3)])
+@pytest.mark.parametrize("counts", [(0, 0, 1), (3, 5, 0), (8, 8, 8), (1, 0, 30), (40, 9, 3)])
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (12, 8, 4), (8, 4, 4)])
 @pytest.mark.parametrize("seed", [None, 0])
-def test_plan_pads_only_one_batch_and_moves_leftovers_up(sizes, seed):
-    assigned = np.repeat(np.arange(3), sizes)
+def test_plan_pads_only_one_batch_and_moves_leftovers_up(counts, sizes, seed):
+    assigned = np.repeat(np.arange(3), counts)
     rng = None if seed is None else np.random.default_rng(seed)
-    plan = epoch_plan(np.arange(len(assigned)), assigned, 3, 4, rng)
-    members = plan.members.flatten()
-    assert sorted(members[members >= 0]) == list(range(sum(sizes)))
-    assert sum((batch < 0).any() for batch in plan.members) <= 1
-    assert all((batch >= 0).tolist() == sorted(batch >= 0, reverse=True) for batch in plan.members)
-    assert len(plan.buckets) == -(-sum(sizes) // 4)
-    for bucket, batch in zip(plan.buckets, plan.members, strict=True):
+    plan = epoch_plan(np.arange(len(assigned)), assigned, sizes, rng)
+    batches = [plan[number] for number in range(len(plan))]
+    members = np.concatenate([batch for _, batch in batches])
+    assert sorted(members[members >= 0]) == list(range(sum(counts)))
+    padded = [(bucket, batch) for bucket, batch in batches if (batch < 0).any()]
+    assert len(padded) <= 1
+    for bucket, batch in padded:
+        assert bucket == 2 and (batch >= 0).tolist() == sorted(batch >= 0, reverse=True)
+    for bucket, batch in batches:
+        assert len(batch) == sizes[bucket]
         assert all(assigned[i] <= bucket for i in batch if i >= 0)
+    full = [sum(bucket == i for bucket, _ in batches) for i in range(3)]
+    assert full[0] == counts[0] // sizes[0], "no batch is left unfilled for a longer bucket"
+    assert len(plan) == sum(full) == count_batches(np.array(counts), sizes)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "multiples"),
+    [
+        ((5.0, 10.0, 15.0), (3, 1, 1)),
+        ((2.1, 2.5, 4.0), (1, 1, 1)),
+        ((0.1, 0.3, 0.7, 2.1), (21, 7, 3, 1)),  # none of them is exact in binary
+        ((3.0, 7.0), (2, 1)),
+        ((30.0,), (1,)),
+    ],
+)
+def test_batches_of_short_clips_hold_whole_multiples_that_last_no_longer(bounds, multiples):
+    config = DataConfig(bucket_secs=bounds)
+    assert config.batch_multiples == multiples
+    assert dataclasses.replace(config, audio_tokens="window").batch_multiples == (1,)
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.7, 3.0])
