@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flax_projector.batch import Bucket
-from flax_projector.config import DataConfig
+from flax_projector.chat.prompt import make_prompt
+from flax_projector.config import DataConfig, PromptConfig
 from flax_projector.data.audio import Problem
 from flax_projector.data.batch_plan import (
     assign,
@@ -18,6 +19,7 @@ from flax_projector.data.batch_plan import (
 from flax_projector.data.rows import ManifestRow, Rows
 from flax_projector.data.utterances import prepare
 from tests.clips import CONFIG, read_speech, tiny_prompt
+from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
 
@@ -105,8 +107,30 @@ def test_clips_that_fill_the_window_have_one_bucket(tmp_path):
     assert {u.max_frames for u in utterances} == {100}
     assert not assign(utterances, config).any()
     longest = max(len(u.target) for u in utterances)
-    length = prompt.merged_length(25, longest)
-    assert make_buckets(utterances, prompt, config, 4) == [Bucket(100, length, longest)]
+    (bucket,) = make_buckets(utterances, prompt, config, 4)
+    assert bucket == Bucket(100, bucket.merged_len, longest)
+    assert 0 <= bucket.merged_len - prompt.merged_length(25, longest) < 8
+
+
+@pytest.mark.parametrize("pool_stride", [2, 3, 4])
+@pytest.mark.parametrize("system", ["", "as you were told", "listen well"])
+def test_the_llm_computes_multiples_of_eight_positions_and_no_more_than_needed(
+    tmp_path, pool_stride, system
+):
+    """Those before the audio are computed once, whatever their number."""
+    prompt = make_prompt(make_tokenizer(), PromptConfig(system=system))
+    utterances, _ = prepare([Rows.of(read_speech(tmp_path, 13))], prompt, CONFIG)
+    assigned = assign(utterances, CONFIG)
+    for number, bucket in enumerate(make_buckets(utterances, prompt, CONFIG, pool_stride)):
+        computed = bucket.merged_len - len(prompt.before_audio)
+        inside = [u for u, i in zip(utterances, assigned, strict=True) if i <= number]
+        needed = max(
+            prompt.merged_length(-(-u.max_frames // pool_stride), len(u.target)) for u in inside
+        )
+        assert computed % 8 == 0 and 0 <= bucket.merged_len - needed < 8
+        assert bucket.text_len == max(len(u.target) for u in inside)
+        frames = max(u.max_frames for u in inside)
+        assert frames <= bucket.num_frames < frames + pool_stride
 
 
 def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):

@@ -11,6 +11,10 @@ from flax_projector.config import DataConfig
 from flax_projector.data.utterances import Utterances
 from flax_projector.lengths import num_audio_tokens, num_encoder_frames
 
+_POSITIONS = 8
+"""The LLM computes a multiple of so many positions: the rows of a TPU's tile. Lengths in between
+cost more than the next multiple."""
+
 
 def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
     """i8[N], the index of the smallest bucket that holds each utterance's audio.
@@ -26,7 +30,10 @@ def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
 def make_buckets(
     utterances: Utterances, prompt: Prompt, config: DataConfig, pool_stride: int
 ) -> list[Bucket]:
-    """The tightest static lengths that hold the utterances of each bucket and of all before it."""
+    """The static lengths that hold the utterances of each bucket and of all before it.
+
+    They are the tightest ones, but for the positions that the LLM computes.
+    """
     assigned, num_labels = assign(utterances, config), utterances.num_labels
     audio_tokens = num_audio_tokens(utterances.max_frames, pool_stride)
     merged = prompt.merged_length(audio_tokens, num_labels)
@@ -34,6 +41,9 @@ def make_buckets(
     for column, values in enumerate((audio_tokens, merged, num_labels)):
         np.maximum.at(lengths[:, column], assigned, values)
     lengths = np.maximum.accumulate(lengths)
+    # Keys and values of what comes before the audio are constants of a run.
+    computed = lengths[:, 1] - len(prompt.before_audio)
+    lengths[:, 1] += np.where(computed > 0, -computed % _POSITIONS, 0)
     window_frames = num_encoder_frames(config.window_samples)
     return [
         Bucket(min(int(a) * pool_stride, window_frames), int(merged), int(text), multiple)
