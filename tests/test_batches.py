@@ -62,6 +62,7 @@ def test_batches_hold_the_clips_and_mark_what_is_real(rows):
     for index in range(len(batches)):
         batch, bad = batches[index]
         assert not bad
+        assert batch.samples.shape == (8, 320 * batches.bucket(index).num_frames)
         frame_valid = np.asarray(batch.frame_valid)
         for row, utterance in enumerate(batches.members(index)):
             if utterance is None:

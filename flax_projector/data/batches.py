@@ -106,6 +106,7 @@ class Batches:
         self._seed = shuffle_seed
         self._sizes = [batch_size * multiple for multiple in config.batch_multiples]
         self._whole_window, self._drop_doubtful = config.whole_window, drop_doubtful
+        self._window_samples = config.window_samples
         num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
         self._num_rows = [num_rows * multiple for multiple in config.batch_multiples]
         self._rows = [local_rows(mesh, number) for number in self._num_rows]
@@ -214,5 +215,6 @@ class Batches:
             fill=self._prompt.end_of_turn,
             audio_shape={self._inputs.name: self._inputs.shape(bucket)},
             audio_dtype=self._inputs.dtype,
+            window_samples=self._window_samples,
             whole_window=self._whole_window,
         )

@@ -10,7 +10,7 @@ from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio, Problem, check_samples, load_audio
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.utterances import Utterance
-from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
+from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME, num_encoder_frames
 
 
 class Clip(NamedTuple):
@@ -62,8 +62,8 @@ class Waveforms:
         self._window_samples = window_samples
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
-        """(N,): the samples of the whole window, whatever the bucket."""
-        return (self._window_samples,)
+        """(N,): as many samples as the bucket has frames; the rest of the window is silence."""
+        return (bucket.num_frames * SAMPLES_PER_FRAME,)
 
     def read(self, utterance: Utterance) -> Clip:
         """f32[N] samples at 16 kHz, at most a whole window."""

@@ -125,7 +125,7 @@ class SpeechLLM:
         frames = batch.frames
         if frames is None:
             frames = self.encode(
-                encoder_params, batch.samples, batch.num_samples, augment_key=augment_key
+                encoder_params, batch.windows, batch.num_samples, augment_key=augment_key
             )[:, : batch.max_frames]
         return self.embed_audio(
             projector_params, frames, batch.frame_valid, dropout_key=dropout_key
