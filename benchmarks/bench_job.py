@@ -76,6 +76,7 @@ class Noise:
           is_kept: gives encoder frames instead of waveforms.
         """
         self.name = "frames" if is_kept else "samples"
+        self.dtype = np.dtype(np.float32)
         rng = np.random.default_rng(0)
         num_samples = round(window_secs * SAMPLE_RATE)
         num_frames = num_samples // SAMPLES_PER_FRAME

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.lengths import SAMPLES_PER_FRAME
 
@@ -26,11 +27,13 @@ class Bucket:
       num_frames: S, the number of encoder frames.
       merged_len: L, the length of the sequence that the LLM reads.
       text_len: T, the number of labels.
+      multiple: how many times the run's batch size a batch holds.
     """
 
     num_frames: int
     merged_len: int
     text_len: int
+    multiple: int = 1
 
 
 class TokenLayout(NamedTuple):
@@ -66,9 +69,11 @@ class Batch:
       label_positions: i32[B, T].
       labels: i32[B, T].
       label_valid: bool[B, T].
-      samples: f32[B, N], 16 kHz waveforms in [-1, 1], zero-padded to the encoder's window; or None.
-      frames: f32[B, S, E], encoder output, zero-padded; or None.
+      samples: f32[B, N], 16 kHz waveforms in [-1, 1], zero-padded to the bucket; or None.
+      frames: f32|bf16[B, S, E], encoder output, zero-padded; or None.
       max_frames: S; a static value.
+      window_samples: number of samples in the encoder's window, if waveforms are shorter; a static
+        value.
       whole_window: True if a clip's audio tokens are those of the whole window, the silence after
         the clip included; a static value.
     """
@@ -82,6 +87,7 @@ class Batch:
     samples: Leaf = None
     frames: Leaf = None
     max_frames: int = flax.struct.field(pytree_node=False, kw_only=True)
+    window_samples: int = flax.struct.field(pytree_node=False, kw_only=True, default=0)
     whole_window: bool = flax.struct.field(pytree_node=False, kw_only=True, default=False)
 
     @property
@@ -90,6 +96,15 @@ class Batch:
         if self.whole_window:
             return jnp.tile(self.num_frames[:, None] > 0, (1, self.max_frames))
         return jnp.arange(self.max_frames) < self.num_frames[:, None]
+
+    @property
+    def windows(self) -> Float[Array, "B N"]:
+        """The waveforms, zero-padded to the encoder's window.
+
+        Neither the host's memory nor the way to the devices holds what is added here.
+        """
+        missing = max(0, self.window_samples - self.samples.shape[1])
+        return jnp.pad(self.samples, ((0, 0), (0, missing)))
 
     @property
     def num_samples(self) -> Int[Array, "B"]:
@@ -142,6 +157,8 @@ def empty_batch(
     *,
     fill: int,
     audio_shape: Mapping[str, tuple[int, ...]],
+    audio_dtype: DTypeLike = np.float32,
+    window_samples: int = 0,
     whole_window: bool = False,
 ) -> Batch:
     """A batch of padding rows, as NumPy arrays.
@@ -151,6 +168,8 @@ def empty_batch(
       num_rows: B.
       fill: token id to pad with.
       audio_shape: {"samples": (N,)} or {"frames": (S, E)}, without the batch axis.
+      audio_dtype: of the audio.
+      window_samples: see `Batch`.
       whole_window: see `Batch`.
     """
     labels = np.zeros((num_rows, bucket.text_len), np.int32)
@@ -162,8 +181,9 @@ def empty_batch(
         labels=labels,
         label_valid=labels.astype(bool),
         max_frames=bucket.num_frames,
+        window_samples=window_samples,
         whole_window=whole_window,
-        **{name: np.zeros((num_rows, *shape), np.float32) for name, shape in audio_shape.items()},
+        **{name: np.zeros((num_rows, *shape), audio_dtype) for name, shape in audio_shape.items()},
     )
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from flax_projector.batch import Bucket
-from flax_projector.config import DataConfig
+from flax_projector.chat.prompt import make_prompt
+from flax_projector.config import DataConfig, PromptConfig
 from flax_projector.data.audio import Problem
 from flax_projector.data.batch_plan import (
     assign,
+    count_batches,
     epoch_members,
     epoch_plan,
     make_buckets,
@@ -17,23 +19,47 @@ from flax_projector.data.batch_plan import (
 from flax_projector.data.rows import ManifestRow, Rows
 from flax_projector.data.utterances import prepare
 from tests.clips import CONFIG, read_speech, tiny_prompt
+from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 1), (3, 5, 0), (8, 8, 8), (1, 0, 30), (17, 2, 3)])
+@pytest.mark.parametrize("counts", [(0, 0, 1), (3, 5, 0), (8, 8, 8), (1, 0, 30), (40, 9, 3)])
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (12, 8, 4), (8, 4, 4)])
 @pytest.mark.parametrize("seed", [None, 0])
-def test_plan_pads_only_one_batch_and_moves_leftovers_up(sizes, seed):
-    assigned = np.repeat(np.arange(3), sizes)
+def test_plan_pads_only_one_batch_and_moves_leftovers_up(counts, sizes, seed):
+    assigned = np.repeat(np.arange(3), counts)
     rng = None if seed is None else np.random.default_rng(seed)
-    plan = epoch_plan(np.arange(len(assigned)), assigned, 3, 4, rng)
-    members = plan.members.flatten()
-    assert sorted(members[members >= 0]) == list(range(sum(sizes)))
-    assert sum((batch < 0).any() for batch in plan.members) <= 1
-    assert all((batch >= 0).tolist() == sorted(batch >= 0, reverse=True) for batch in plan.members)
-    assert len(plan.buckets) == -(-sum(sizes) // 4)
-    for bucket, batch in zip(plan.buckets, plan.members, strict=True):
+    plan = epoch_plan(np.arange(len(assigned)), assigned, sizes, rng)
+    batches = [plan[number] for number in range(len(plan))]
+    members = np.concatenate([batch for _, batch in batches])
+    assert sorted(members[members >= 0]) == list(range(sum(counts)))
+    padded = [(bucket, batch) for bucket, batch in batches if (batch < 0).any()]
+    assert len(padded) <= 1
+    for bucket, batch in padded:
+        assert bucket == 2 and (batch >= 0).tolist() == sorted(batch >= 0, reverse=True)
+    for bucket, batch in batches:
+        assert len(batch) == sizes[bucket]
         assert all(assigned[i] <= bucket for i in batch if i >= 0)
+    full = [sum(bucket == i for bucket, _ in batches) for i in range(3)]
+    assert full[0] == counts[0] // sizes[0], "no batch is left unfilled for a longer bucket"
+    assert len(plan) == sum(full) == count_batches(np.array(counts), sizes)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "multiples"),
+    [
+        ((5.0, 10.0, 15.0), (3, 1, 1)),
+        ((2.1, 2.5, 4.0), (1, 1, 1)),
+        ((0.1, 0.3, 0.7, 2.1), (21, 7, 3, 1)),  # none of them is exact in binary
+        ((3.0, 7.0), (2, 1)),
+        ((30.0,), (1,)),
+    ],
+)
+def test_batches_of_short_clips_hold_whole_multiples_that_last_no_longer(bounds, multiples):
+    config = DataConfig(bucket_secs=bounds)
+    assert config.batch_multiples == multiples
+    assert dataclasses.replace(config, audio_tokens="window").batch_multiples == (1,)
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.7, 3.0])
@@ -81,8 +107,30 @@ def test_clips_that_fill_the_window_have_one_bucket(tmp_path):
     assert {u.max_frames for u in utterances} == {100}
     assert not assign(utterances, config).any()
     longest = max(len(u.target) for u in utterances)
-    length = prompt.merged_length(25, longest)
-    assert make_buckets(utterances, prompt, config, 4) == [Bucket(100, length, longest)]
+    (bucket,) = make_buckets(utterances, prompt, config, 4)
+    assert bucket == Bucket(100, bucket.merged_len, longest)
+    assert 0 <= bucket.merged_len - prompt.merged_length(25, longest) < 8
+
+
+@pytest.mark.parametrize("pool_stride", [2, 3, 4])
+@pytest.mark.parametrize("system", ["", "as you were told", "listen well"])
+def test_the_llm_computes_multiples_of_eight_positions_and_no_more_than_needed(
+    tmp_path, pool_stride, system
+):
+    """Those before the audio are computed once, whatever their number."""
+    prompt = make_prompt(make_tokenizer(), PromptConfig(system=system))
+    utterances, _ = prepare([Rows.of(read_speech(tmp_path, 13))], prompt, CONFIG)
+    assigned = assign(utterances, CONFIG)
+    for number, bucket in enumerate(make_buckets(utterances, prompt, CONFIG, pool_stride)):
+        computed = bucket.merged_len - len(prompt.before_audio)
+        inside = [u for u, i in zip(utterances, assigned, strict=True) if i <= number]
+        needed = max(
+            prompt.merged_length(-(-u.max_frames // pool_stride), len(u.target)) for u in inside
+        )
+        assert computed % 8 == 0 and 0 <= bucket.merged_len - needed < 8
+        assert bucket.text_len == max(len(u.target) for u in inside)
+        frames = max(u.max_frames for u in inside)
+        assert frames <= bucket.num_frames < frames + pool_stride
 
 
 def test_what_no_bucket_holds_is_left_out_and_counted(tmp_path):

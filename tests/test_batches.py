@@ -62,6 +62,7 @@ def test_batches_hold_the_clips_and_mark_what_is_real(rows):
     for index in range(len(batches)):
         batch, bad = batches[index]
         assert not bad
+        assert batch.samples.shape == (8, 320 * batches.bucket(index).num_frames)
         frame_valid = np.asarray(batch.frame_valid)
         for row, utterance in enumerate(batches.members(index)):
             if utterance is None:
@@ -163,6 +164,68 @@ def test_mixtures_are_the_same_for_everyone_and_differ_between_epochs(mixture):
     assert seen(first) != seen(make_batches(mixture, shuffle_seed=5, **options))
     even = make_batches(mixture, shuffle_seed=4, weights=dict.fromkeys("abc", 1.0))
     assert seen(even) == seen(make_batches(mixture, shuffle_seed=4))
+
+
+SHORT_FIRST = dataclasses.replace(CONFIG, bucket_secs=(0.5, 1.0, 2.0))
+"""Batches of 4, 2 and 1 times the batch size."""
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_batches_of_short_clips_hold_more_of_them(mixture, batch_size):
+    batches = make_batches(mixture, shuffle_seed=2, config=SHORT_FIRST, batch_size=batch_size)
+    announced, full, padded = dict(batches.abstract_batches()), Counter(), []
+    for index in range(len(batches)):
+        bucket, batch = batches.bucket(index), batches[index].batch
+        utterances = [u for u in batches.members(index) if u]
+        if len(utterances) == batch_size * bucket.multiple:
+            full[bucket.multiple] += 1
+        else:
+            padded.append(bucket.multiple)
+        assert len(batches.members(index)) == len(batch.tokens) == 8 * bucket.multiple
+        assert all(u.row.duration <= 2.0 / bucket.multiple for u in utterances)
+        assert batches.to_global(batch).tokens.shape == announced[bucket].tokens.shape
+    assert full[2] and full[1] and padded in ([], [1])
+    assert sorted(seen(batches)) == sorted((row.source, row.id) for row in mixture)
+
+
+def test_buckets_of_the_same_lengths_are_not_mixed_up(rows):
+    """No clip is between 0.7 and 1.4 s long: the second bucket holds what the first leaves over."""
+    short = [row for row in rows if row.duration <= 0.7] * 4
+    short = [dataclasses.replace(row, id=f"{i}") for i, row in enumerate(short)]
+    config = dataclasses.replace(CONFIG, bucket_secs=(0.7, 1.4))
+    batches = make_batches(short, config=config, batch_size=5)
+    used = {batches.bucket(i) for i in range(len(batches))}
+    assert sorted(bucket.multiple for bucket in used) == [1, 2]
+    first, second = (dataclasses.replace(bucket, multiple=1) for bucket in used)
+    assert first == second
+    shapes = {bucket.multiple: len(batch.tokens) for bucket, batch in batches.abstract_batches()}
+    assert shapes == {1: 8, 2: 16}
+
+
+@pytest.mark.parametrize("config", [CONFIG, SHORT_FIRST], ids=["2, 1, 1", "4, 2, 1"])
+def test_epochs_of_a_mixture_hold_what_its_weights_say_however_many_batches_they_take(
+    mixture, config
+):
+    """With halves of sources, epochs differ in how many clips of each length they hold."""
+    weights = {"a": 0.5, "b": 1.5, "c": 1.0}
+    num_batches = 150
+    options = {"shuffle_seed": 6, "weights": weights, "num_batches": num_batches, "batch_size": 1}
+    batches = make_batches(mixture, config=config, **options)
+    lengths, epoch, drawn = [0], Counter(), Counter()
+    for index in range(num_batches):
+        epoch.update(seen(batches, index, index + 1))
+        lengths[-1] += 1
+        if epoch.total() == 6 + 9 + 3:  # round(0.5 * 13) of a
+            assert [sum(epoch[s, f"clip{i}"] for i in range(13)) for s in "abc"] == [6, 9, 3]
+            drawn += epoch
+            lengths, epoch = [*lengths, 0], Counter()
+        assert epoch.total() < 18, "a batch belongs to one epoch"
+    assert len(lengths) > 8 and len(set(lengths[:-1])) > 1
+    for source, count in {"a": 13, "b": 6, "c": 3}.items():
+        times = [drawn[source, f"clip{i}"] for i in range(count)]
+        assert max(times) - min(times) <= 1
+    again = make_batches(mixture, config=config, **options)  # from the middle, as a resumed run
+    assert seen(again, 97, num_batches) == seen(batches, 97, num_batches)
 
 
 def test_weights_without_a_shuffle_are_an_error(rows):

@@ -318,7 +318,8 @@ def test_the_projector_hears_kept_frames_as_those_of_an_encoder_in_the_step(tmp_
     encoding = dataclasses.replace(ENCODING, dtype=dtype, encoder_dim=dim)
     store = keep(root, utterances, watched, encoding)
     bucket, num_frames = Bucket(20, 30, 5), np.zeros(BATCH, int)
-    rows = empty_batch(bucket, BATCH, fill=0, audio_shape={"frames": store.shape(bucket)}).frames
+    audio = {"audio_shape": {"frames": store.shape(bucket)}, "audio_dtype": store.dtype}
+    rows = empty_batch(bucket, BATCH, fill=0, **audio).frames
     for row, utterance in enumerate(utterances):
         frames, num_frames[row], _ = store.read(utterance)
         rows[row, : len(frames)] = frames

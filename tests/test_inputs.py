@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -14,9 +15,10 @@ from flax_projector.data.audio import Problem, Slice
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.frames.keep import keep_frames
 from flax_projector.data.frames.shards import Encoding
-from flax_projector.data.inputs import Waveforms, find_unreadable
+from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
+from flax_projector.data.reader import BatchIterator
 from flax_projector.data.rows import ManifestRow, Rows
-from flax_projector.data.utterances import Utterance, settle_lengths
+from flax_projector.data.utterances import Utterance, Utterances, settle_lengths
 from flax_projector.sharding import make_mesh
 from tests.clips import CONFIG, assert_same_batch, break_clip, make_batches, read_speech
 
@@ -26,6 +28,38 @@ pytestmark = pytest.mark.torch  # tests.tiny makes towers with it
 def try_again(utterances: Sequence[Utterance]) -> list[BadRow]:
     inputs = Waveforms(CONFIG.window_samples)
     return find_unreadable(utterances, inputs, num_threads=2, drop_doubtful=False)
+
+
+def keep(folder: Path, utterances: Utterances, dtype: str = "float32") -> Inputs:
+    """Frames that hold three samples each."""
+    return keep_frames(
+        folder,
+        "train",
+        utterances,
+        lambda x: x.reshape(len(x), -1, 320)[..., :3].astype(dtype),  # pyright: ignore
+        Encoding("tiny", 3, dtype, CONFIG.window_samples),
+        mesh=make_mesh(MeshConfig()),
+        batch_size=4,
+        num_threads=2,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_carry_kept_frames_as_they_are_kept(tmp_path, dtype):
+    """From the disk to the devices, by way of worker processes, too."""
+    utterances = make_batches(rows := read_speech(tmp_path, 13)).utterances
+    inputs = keep(tmp_path / "frames", utterances, dtype)
+    batches = make_batches(rows, inputs=inputs)
+    iterator = BatchIterator(batches, num_threads=1, num_workers=1)
+    read = list(iterator)
+    iterator.close()
+    for index, (batch, _) in enumerate(read):
+        assert_same_batch(batch, batches[index].batch)
+        assert batch.frames.dtype == batches.to_global(batch).frames.dtype == jnp.dtype(dtype)
+        for row, utterance in enumerate(batches.members(index)):
+            if utterance is not None:
+                frames = inputs.read(utterance).audio
+                assert batch.frames[row, : len(frames)].tobytes() == frames.tobytes()
 
 
 def test_clips_that_can_be_read_again_are_no_longer_bad(tmp_path):
@@ -74,16 +108,7 @@ def test_a_doubtful_clip_can_be_dropped(tmp_path, problem, kept):
         soundfile.write(path, changed, rate, subtype="FLOAT")
         inputs = Waveforms(CONFIG.window_samples)
         if kept:
-            inputs = keep_frames(
-                tmp_path / "frames",
-                "train",
-                make_batches(rows).utterances,
-                lambda x: x.reshape(len(x), -1, 320)[..., :3],  # pyright: ignore
-                Encoding("tiny", 3, "float32", CONFIG.window_samples),
-                mesh=make_mesh(MeshConfig()),
-                batch_size=4,
-                num_threads=2,
-            )
+            inputs = keep(tmp_path / "frames", make_batches(rows).utterances)
         batches[name] = make_batches(rows, inputs=inputs, drop_doubtful=name == "doubtful")
     dropped = pickle.loads(pickle.dumps(batches["doubtful"]))  # as workers have it
     assert dropped.fingerprint == batches["nan"].fingerprint
@@ -169,5 +194,5 @@ def test_segments_are_batched_like_files(tmp_path):
         for i in range(16)
     ]
     batches = make_batches(rows)
-    read = np.concatenate([batches[i].batch.samples[:, :8000] for i in range(2)])
+    read = np.concatenate([batches[i].batch.samples[:, :8000] for i in range(len(batches))])
     np.testing.assert_array_equal(read.ravel(), samples[:128_000])

@@ -63,14 +63,36 @@ def test_padding_rows_change_nothing(loss_of):
         np.testing.assert_allclose(float(padded_metrics[name]), float(metrics[name]), rtol=1e-6)
 
 
-def test_padding_at_the_end_of_a_row_does_not_change_the_scale_ratio(loss_of):
+@pytest.mark.parametrize("count", [1, 7, 20])
+@pytest.mark.parametrize("what", ["tokens", "labels", "frames"])
+@pytest.mark.consistency("ours without the padding")
+def test_padding_at_the_end_of_a_row_changes_nothing(model, params, what, count):
+    """Neither the loss nor its gradient nor what is measured: buckets may have any lengths."""
     batch = make_batch(8)
-    tokens = np.pad(batch.tokens, ((0, 0), (0, 20)), constant_values=60)
-    ratios = [
-        float(loss_of(b)[1]["scale_ratio"])
-        for b in (batch, dataclasses.replace(batch, tokens=tokens))
-    ]
-    np.testing.assert_allclose(ratios[1], ratios[0], rtol=1e-6)
+    last = {name: getattr(batch, name)[:, -1:] for name in ("label_positions", "labels")}
+    longer = {
+        "tokens": {"tokens": (batch.tokens, 60)},
+        "labels": {
+            "label_valid": (batch.label_valid, False),
+            **{name: (getattr(batch, name), last[name].max()) for name in last},
+        },
+        "frames": {"frames": (batch.frames, 9.0)},
+    }[what]
+    padded: Any = {
+        name: np.pad(
+            array, [(0, 0), (0, count)] + [(0, 0)] * (array.ndim - 2), constant_values=fill
+        )
+        for name, (array, fill) in longer.items()
+    }
+    max_frames = batch.max_frames + count * (what == "frames")
+    padded = dataclasses.replace(batch, **padded, max_frames=max_frames)
+
+    def loss(projector_params, batch):
+        return LLMObjective().summed_loss(model, projector_params, *params[1:], batch=batch)
+
+    measure: Any = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    found, expected = (measure(params[0], b) for b in (padded, batch))
+    jax.tree.map(lambda x, y: assert_relative_l2(x, y, 1e-5), found, expected)
 
 
 def test_spec_augment_changes_with_the_step_and_never_in_evaluation(params, model, loss_of):

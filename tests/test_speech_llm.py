@@ -18,7 +18,16 @@ from flax_projector.sharding import make_mesh, use_mesh
 from flax_projector.training.objectives import LLMObjective
 from flax_projector.training.state import shardings_of
 from tests.parity import assert_relative_l2
-from tests.tiny_model import LLAMA, PREFIX, make_batch, make_model, make_params, rows_of
+from tests.tiny_model import (
+    FRAMES,
+    LLAMA,
+    PREFIX,
+    SAMPLES,
+    make_batch,
+    make_model,
+    make_params,
+    rows_of,
+)
 
 pytestmark = pytest.mark.xdist_group("test_speech_llm")
 
@@ -121,6 +130,16 @@ def test_sound_after_the_clip_does_not_reach_the_llm(loss_of):
     within = dataclasses.replace(batch, frames=np.where(is_clip, noise, batch.frames))
     assert loss_of(after) == loss_of(batch)
     assert loss_of(within) != loss_of(batch)
+
+
+def test_clips_are_heard_in_the_whole_window_however_short_their_arrays(loss_of):
+    batch, length = make_batch(8, audio="samples"), 320 * FRAMES
+    whole = dataclasses.replace(batch, samples=batch.samples.copy())
+    whole.samples[:, length:] = 0.0
+    cut = dataclasses.replace(batch, samples=batch.samples[:, :length])
+    in_window = dataclasses.replace(cut, window_samples=SAMPLES)
+    np.testing.assert_array_equal(in_window.windows, whole.samples)
+    assert loss_of(in_window) == loss_of(whole) != loss_of(cut)
 
 
 def test_each_row_hears_its_own_audio(loss_of):

@@ -160,9 +160,11 @@ class DataConfig:
     """Leave clips that are silent, too loud or clipped out of training. They are listed either way,
     count as no defects, and are always evaluated."""
     batch_size: PositiveInt = 8
-    """Utterances per optimizer step, over all devices."""
+    """Utterances per optimizer step, over all devices, of those as long as the last bucket. A batch
+    of a shorter bucket holds a multiple of it: as many as last no longer. With `bucket_secs` of 5,
+    10 and 15, a batch size of 8 means batches of 24, 8 and 8."""
     eval_batch_size: Annotated[PositiveInt, MAY_CHANGE] = 16
-    """Utterances per decoding batch, over all devices."""
+    """Utterances per decoding batch, likewise."""
     window_secs: PositiveFloat = 30.0
     """The encoder's audio window, in seconds. Whisper was trained on 30. A shorter window takes
     proportionally less time, but gives different frames: compared with a window of 30 s, those of
@@ -227,6 +229,16 @@ class DataConfig:
     def bucket_bounds(self) -> tuple[float, ...]:
         """`bucket_secs`, or only the last of them if all clips are as long as the window."""
         return self.bucket_secs[-1:] if self.whole_window else self.bucket_secs
+
+    @property
+    def batch_multiples(self) -> tuple[int, ...]:
+        """How many times the batch size a batch of each bucket holds.
+
+        Whole multiples, since whatever divides the batch size divides them: the devices' share of
+        a batch and the order of utterances do not depend on how many devices there are.
+        """
+        last = self.bucket_bounds[-1]
+        return tuple(int(last / bound + 1e-9) for bound in self.bucket_bounds)
 
 
 @dataclass(frozen=True)

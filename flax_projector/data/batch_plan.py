@@ -1,7 +1,7 @@
 """Plans which utterances share a batch, and its static lengths. Reads no audio."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,6 +10,10 @@ from flax_projector.chat.prompt import Prompt
 from flax_projector.config import DataConfig
 from flax_projector.data.utterances import Utterances
 from flax_projector.lengths import num_audio_tokens, num_encoder_frames
+
+_POSITIONS = 8
+"""The LLM computes a multiple of so many positions: the rows of a TPU's tile. Lengths in between
+cost more than the next multiple."""
 
 
 def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
@@ -26,7 +30,10 @@ def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
 def make_buckets(
     utterances: Utterances, prompt: Prompt, config: DataConfig, pool_stride: int
 ) -> list[Bucket]:
-    """The tightest static lengths that hold the utterances of each bucket and of all before it."""
+    """The static lengths that hold the utterances of each bucket and of all before it.
+
+    They are the tightest ones, but for the positions that the LLM computes.
+    """
     assigned, num_labels = assign(utterances, config), utterances.num_labels
     audio_tokens = num_audio_tokens(utterances.max_frames, pool_stride)
     merged = prompt.merged_length(audio_tokens, num_labels)
@@ -34,23 +41,39 @@ def make_buckets(
     for column, values in enumerate((audio_tokens, merged, num_labels)):
         np.maximum.at(lengths[:, column], assigned, values)
     lengths = np.maximum.accumulate(lengths)
+    # Keys and values of what comes before the audio are constants of a run.
+    computed = lengths[:, 1] - len(prompt.before_audio)
+    lengths[:, 1] += np.where(computed > 0, -computed % _POSITIONS, 0)
     window_frames = num_encoder_frames(config.window_samples)
     return [
-        Bucket(min(int(a) * pool_stride, window_frames), int(merged), int(text))
-        for a, merged, text in lengths
+        Bucket(min(int(a) * pool_stride, window_frames), int(merged), int(text), multiple)
+        for (a, merged, text), multiple in zip(lengths, config.batch_multiples, strict=True)
     ]
 
 
-class EpochPlan(NamedTuple):
-    """The batches of an epoch.
+@dataclass(frozen=True)
+class EpochPlan:
+    """The batches of an epoch, by number.
 
     Attributes:
+      sizes: how many utterances a batch of each bucket holds.
       buckets: i8[n], the bucket of each batch.
-      members: i32[n, B], the utterances in it; -1 for padding.
+      starts: i64[n], where its utterances begin in `members`.
+      members: i32, the utterances; -1 for padding.
     """
 
+    sizes: Sequence[int]
     buckets: np.ndarray
+    starts: np.ndarray
     members: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def __getitem__(self, number: int) -> tuple[int, np.ndarray]:
+        """The bucket of a batch, and its utterances."""
+        bucket, start = int(self.buckets[number]), self.starts[number]
+        return bucket, self.members[start : start + self.sizes[bucket]]
 
 
 def epoch_members(
@@ -82,11 +105,24 @@ def epoch_members(
     return np.sort(np.concatenate(drawn))
 
 
+def count_batches(counts: np.ndarray, sizes: Sequence[int]) -> int:
+    """Number of batches in an epoch, see `epoch_plan`.
+
+    Args:
+      counts: number of the epoch's utterances in each bucket.
+      sizes: how many utterances a batch of each bucket holds.
+    """
+    total = carried = 0
+    for count, size in zip(counts.tolist(), sizes, strict=True):
+        num_full, carried = divmod(carried + count, size)
+        total += num_full
+    return total + (carried > 0)
+
+
 def epoch_plan(
     members: np.ndarray,
     assigned: np.ndarray,
-    num_buckets: int,
-    batch_size: int,
+    sizes: Sequence[int],
     rng: np.random.Generator | None,
 ) -> EpochPlan:
     """Batches of one epoch; every member occurs exactly once.
@@ -97,25 +133,26 @@ def epoch_plan(
     Args:
       members: indices of the epoch's utterances.
       assigned: bucket of every utterance.
-      num_buckets: number of buckets.
-      batch_size: utterances per batch.
+      sizes: how many utterances a batch of each bucket holds.
       rng: shuffles utterances within buckets, then batches; None keeps the members' order.
     """
     batches, buckets = [], []
     carried, member_buckets = np.zeros(0, np.int32), assigned[members]
-    for bucket in range(num_buckets):
+    for bucket, size in enumerate(sizes):
         batched = np.concatenate([carried, members[member_buckets == bucket].astype(np.int32)])
         if rng is not None:
             batched = rng.permutation(batched)
-        is_last = bucket == num_buckets - 1
-        padding = -len(batched) % batch_size if is_last else 0
+        is_last = bucket == len(sizes) - 1
+        padding = -len(batched) % size if is_last else 0
         batched = np.pad(batched, (0, padding), constant_values=-1)
-        num_full = len(batched) // batch_size
-        batches.append(batched[: num_full * batch_size].reshape(num_full, batch_size))
+        num_full = len(batched) // size
+        batches.append(batched[: num_full * size])
         buckets.append(np.full(num_full, bucket, np.int8))
-        carried = batched[num_full * batch_size :]
-    plan = EpochPlan(np.concatenate(buckets), np.concatenate(batches))
+        carried = batched[num_full * size :]
+    buckets = np.concatenate(buckets)
+    lengths = np.array(sizes)[buckets]
+    starts = np.cumsum(lengths) - lengths
     if rng is not None:
-        order = rng.permutation(len(plan.buckets))
-        plan = EpochPlan(plan.buckets[order], plan.members[order])
-    return plan
+        order = rng.permutation(len(buckets))
+        buckets, starts = buckets[order], starts[order]
+    return EpochPlan(sizes, buckets, starts, np.concatenate(batches))

@@ -15,6 +15,7 @@ from flax_projector.data.bad_rows import BadRow, BadRows
 from flax_projector.data.batch_plan import (
     EpochPlan,
     assign,
+    count_batches,
     epoch_members,
     epoch_plan,
     make_buckets,
@@ -76,8 +77,9 @@ class Batches:
           config: gives the bucket lengths.
           pool_stride: k, the projector's pool stride.
           mesh: determines which rows this process provides.
-          batch_size: utterances per batch, over all devices. If the devices cannot share them
-            equally, the arrays have additional padding rows.
+          batch_size: utterances per batch of the last bucket, over all devices; see
+            `DataConfig.batch_multiples`. If the devices cannot share them equally, the arrays have
+            additional padding rows.
           name: the set's name, for the list of bad rows and for messages.
           accumulation_steps: number of micro-batches, which must share the rows equally too.
           shuffle_seed: seed for shuffling; None keeps the order.
@@ -96,31 +98,48 @@ class Batches:
         self.name = name
         self.buckets = make_buckets(utterances, prompt, config, pool_stride)
         self.mesh = mesh
-        self.num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
         self._inputs, self._prompt, self._pool_stride = inputs, prompt, pool_stride
         self._columns = SharedArrays(
             assigned=assign(utterances, config), sources=utterances.source_numbers
         )
         self._weights = [(weights or {}).get(source, 1.0) for source in utterances.sources]
         self._seed = shuffle_seed
-        self._batch_size, self._drop_doubtful = batch_size, drop_doubtful
-        self._whole_window = config.whole_window
-        self._rows = local_rows(mesh, self.num_rows)
-        self._epoch_len = len(self._epoch(0).buckets)
-        self._len = self._epoch_len if num_batches is None else num_batches
+        self._sizes = [batch_size * multiple for multiple in config.batch_multiples]
+        self._whole_window, self._drop_doubtful = config.whole_window, drop_doubtful
+        self._window_samples = config.window_samples
+        num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
+        self._num_rows = [num_rows * multiple for multiple in config.batch_multiples]
+        self._rows = [local_rows(mesh, number) for number in self._num_rows]
+        self._epochs = self._epoch_starts(num_batches or 0)
+        self._len = int(self._epochs[1]) if num_batches is None else num_batches
 
     def __getstate__(self) -> dict[str, Any]:
         # Devices belong to this process, and what is left out to the one that reports it.
         return {n: v for n, v in self.__dict__.items() if n not in ("mesh", "left_out")}
 
+    def _drawn(self, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(len(self.utterances))
+        return epoch_members(self._columns["sources"], self._weights, self._seed, epoch)
+
     @functools.lru_cache(maxsize=2)  # noqa: B019 - it lives as long as the run
     def _epoch(self, epoch: int) -> EpochPlan:
-        members, rng = np.arange(len(self.utterances)), None
-        if self._seed is not None:
-            members = epoch_members(self._columns["sources"], self._weights, self._seed, epoch)
-            rng = np.random.default_rng((self._seed, epoch))
-        assigned = self._columns["assigned"]
-        return epoch_plan(members, assigned, len(self.buckets), self._batch_size, rng)
+        rng = None if self._seed is None else np.random.default_rng((self._seed, epoch))
+        return epoch_plan(self._drawn(epoch), self._columns["assigned"], self._sizes, rng)
+
+    def _epoch_starts(self, num_batches: int) -> np.ndarray:
+        """i64, the number of the first batch of each epoch, until there are `num_batches`."""
+
+        def count(epoch: int) -> int:
+            assigned = self._columns["assigned"][self._drawn(epoch)]
+            return count_batches(np.bincount(assigned, minlength=len(self._sizes)), self._sizes)
+
+        starts = [0, first := len(self._epoch(0))]
+        # With fractions of sources, epochs differ in how many clips of each length they hold.
+        is_alike = all(float(w).is_integer() for w in self._weights) or len(set(self._sizes)) == 1
+        while starts[-1] < num_batches:
+            starts.append(starts[-1] + (first if is_alike else count(len(starts) - 1)))
+        return np.array(starts)
 
     def __len__(self) -> int:
         return self._len
@@ -128,15 +147,15 @@ class Batches:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash that differs between sets whose batches differ, wherever their clips are."""
-        digest = hashlib.sha256(repr((self._weights, self._seed, self._batch_size)).encode())
+        digest = hashlib.sha256(repr((self._weights, self._seed, self._sizes)).encode())
         digest.update(self._columns["assigned"].tobytes())
         self.utterances.update(digest)
         return digest.hexdigest()[:16]
 
     def _batch(self, index: int) -> tuple[int, np.ndarray]:
         """The bucket and utterance indices of a batch."""
-        plan, number = self._epoch(index // self._epoch_len), index % self._epoch_len
-        return int(plan.buckets[number]), plan.members[number]
+        epoch = int(np.searchsorted(self._epochs, index, side="right")) - 1
+        return self._epoch(epoch)[index - int(self._epochs[epoch])]
 
     def bucket(self, index: int) -> Bucket:
         """The static lengths of a batch."""
@@ -149,24 +168,27 @@ class Batches:
             numbers = {i for i, bucket in enumerate(self.buckets) if bucket.num_frames}
         sharding = batch_sharding(self.mesh)
         abstract = {}  # by lengths, which two buckets may share
-        for bucket in (self.buckets[number] for number in sorted(numbers)):
-            abstract[bucket] = abstract_batch(self._empty(bucket), self.num_rows, sharding)
+        for number in sorted(numbers):
+            batch, num_rows = self._empty(number), self._num_rows[number]
+            abstract[self.buckets[number]] = abstract_batch(batch, num_rows, sharding)
         return list(abstract.items())
 
     def to_global(self, batch: Batch) -> Batch:
         """The global batch on the devices, assembled from every process's part."""
-        return to_global(batch, self.num_rows, batch_sharding(self.mesh))
+        # This process has the same share of every batch.
+        num_rows = len(batch.num_frames) * self._num_rows[-1] // len(self._rows[-1])
+        return to_global(batch, num_rows, batch_sharding(self.mesh))
 
     def members(self, index: int) -> list[Utterance | None]:
         """The utterances in all rows of a batch, over all processes; None for padding."""
-        _, batch = self._batch(index)
-        padding = [None] * (self.num_rows - len(batch))
+        number, batch = self._batch(index)
+        padding = [None] * (self._num_rows[number] - len(batch))
         return [self.utterances[int(i)] if i >= 0 else None for i in batch] + padding
 
     def __getitem__(self, index: int) -> LocalBatch:
-        bucket, members = self.bucket(index), self.members(index)
-        batch, bad = self._empty(bucket), []
-        for row, utterance in enumerate(members[i] for i in self._rows):
+        (number, _), members = self._batch(index), self.members(index)
+        bucket, batch, bad = self.buckets[number], self._empty(number), []
+        for row, utterance in enumerate(members[i] for i in self._rows[number]):
             if utterance is None:
                 continue
             clip, wrong = read_clip(utterance, self._inputs, drop_doubtful=self._drop_doubtful)
@@ -184,12 +206,15 @@ class Batches:
             batch.set_row(row, clip.audio, clip.num_frames, layout)
         return LocalBatch(batch, tuple(bad))
 
-    def _empty(self, bucket: Bucket) -> Batch:
-        """This process's part of a batch without utterances."""
+    def _empty(self, number: int) -> Batch:
+        """This process's part of a batch of a bucket, without utterances."""
+        bucket = self.buckets[number]
         return empty_batch(
             bucket,
-            len(self._rows),
+            len(self._rows[number]),
             fill=self._prompt.end_of_turn,
             audio_shape={self._inputs.name: self._inputs.shape(bucket)},
+            audio_dtype=self._inputs.dtype,
+            window_samples=self._window_samples,
             whole_window=self._whole_window,
         )

@@ -10,7 +10,7 @@ from flax_projector.batch import Bucket
 from flax_projector.data.audio import BadAudio, Problem, check_samples, load_audio
 from flax_projector.data.bad_rows import BadRow
 from flax_projector.data.utterances import Utterance
-from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
+from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME, num_encoder_frames
 
 
 class Clip(NamedTuple):
@@ -33,9 +33,11 @@ class Inputs(Protocol):
 
     Attributes:
       name: name of the `Batch` field that it fills.
+      dtype: of what it reads.
     """
 
     name: str
+    dtype: np.dtype
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
         """Static shape of one utterance."""
@@ -54,13 +56,14 @@ class Waveforms:
     """Audio files, for an encoder that runs in the step."""
 
     name = "samples"
+    dtype = np.dtype(np.float32)
 
     def __init__(self, window_samples: int):
         self._window_samples = window_samples
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
-        """(N,): the samples of the whole window, whatever the bucket."""
-        return (self._window_samples,)
+        """(N,): as many samples as the bucket has frames; the rest of the window is silence."""
+        return (bucket.num_frames * SAMPLES_PER_FRAME,)
 
     def read(self, utterance: Utterance) -> Clip:
         """f32[N] samples at 16 kHz, at most a whole window."""

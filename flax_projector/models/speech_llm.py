@@ -129,7 +129,7 @@ class SpeechLLM:
         frames = batch.frames
         if frames is None:
             frames = self.encode(
-                encoder_params, batch.samples, batch.num_samples, augment_key=augment_key
+                encoder_params, batch.windows, batch.num_samples, augment_key=augment_key
             )[:, : batch.max_frames]
             frames = nn.with_logical_constraint(frames, ("batch", None, None))
         return self.embed_audio(
