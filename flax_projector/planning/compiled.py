@@ -264,9 +264,10 @@ def most_rows(run: AbstractRun, step: CompiledStep, batch: Batch, chip: Chip) ->
         return 0
     if (per_row := (step.peak - fixed) / step.rows) <= 0:
         return step.rows
-    # The other size lies between the first and where a line through the origin would end.
+    # The other size lies between the first and where a line through the origin would end, and not
+    # so far away that the program would be another one.
     guess = capacity / per_row
-    other = round((step.rows * guess) ** 0.5)
+    other = round(min((step.rows * guess) ** 0.5, 8 * step.rows))
     if other == step.rows:
         other = step.rows + 1 if guess > step.rows else max(1, step.rows - 1)
     if other == step.rows:
@@ -286,6 +287,6 @@ def shards_to_fit(run: AbstractRun, step: CompiledStep) -> Iterator[int]:
     of_slice, now = run.mesh.size // size, run.config.mesh.fsdp
     rest = step.peak - run.argument_bytes
     for ways in range(now + 1, of_slice + 1):
-        if of_slice % (ways * run.config.mesh.tensor) == 0:
-            if run.argument_bytes * now / ways + rest < step.capacity:
-                yield ways
+        divides = of_slice % (ways * run.config.mesh.tensor) == 0
+        if divides and run.argument_bytes * now / ways + rest < step.capacity:
+            yield ways

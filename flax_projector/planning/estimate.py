@@ -159,7 +159,9 @@ def estimate(
     """
     chip, num_chips, data = topology.chip, topology.num_chips, run.config.data
     window = 0 if data.cache_features else data.window_frames
-    count = make_flop_counter((run.state.params, *run.frozen), run.model.llm.config, window_frames=window)
+    count = make_flop_counter(
+        (run.state.params, *run.frozen), run.model.llm.config, window_frames=window
+    )
     model_flops = count(contents.counts)
     program_flops = needed_flops(run.model, count, step.bucket, step.num_rows, window)
     links, network, exposed = _traffic(program, topology)
@@ -218,9 +220,7 @@ def _host(topology: Topology, step: CompiledStep, contents: Contents, secs: floa
     }
 
 
-def mixture(
-    steps: Sequence[tuple[Estimate, Contents]], topology: Topology
-) -> Mapping[str, float]:
+def mixture(steps: Sequence[tuple[Estimate, Contents]], topology: Topology) -> Mapping[str, float]:
     """An epoch of all buckets.
 
     Returns:
@@ -236,5 +236,3 @@ def mixture(
         "mfu": flops / (secs * chips * topology.chip.peak_flops),
         "audio_hours_per_chip_hour": audio / secs / chips,
     }
-
-

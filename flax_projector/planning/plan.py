@@ -29,6 +29,7 @@ from flax_projector.planning.topology import Topology, absent_devices, parse_top
 from flax_projector.run import resolve_config
 from flax_projector.sharding import make_mesh, num_batch_shards
 
+_GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
 _NOISY = ("flax_projector.training.train_step", "flax_projector.sharding", "jax")
 
 
@@ -205,8 +206,8 @@ def _absent(topology: Topology) -> Iterator[None]:
     cached = values.jax_enable_compilation_cache
     values.update("jax_enable_compilation_cache", False)
     if not topology.is_tpu:  # to choose among kernels, XLA would run them
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+        flags = [os.environ.get("XLA_FLAGS", ""), *_GPU_FLAGS]
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     levels = {name: logging.getLogger(name).level for name in _NOISY}
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,7 +12,6 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 PARTS = (
@@ -267,7 +266,9 @@ class _Reader:
         condition = each.find(r"condition=%?([\w.\-]+)")
         names = [condition, *(i.called for i in self.computations.get(condition, []) if i.called)]
         lines = [i.line for name in names for i in self.computations.get(name, [])]
-        return max((int(n) for line in lines for n in re.findall(r" constant\((\d+)\)", line)), default=1)
+        return max(
+            (int(n) for line in lines for n in re.findall(r" constant\((\d+)\)", line)), default=1
+        )
 
     def _part(self, each: Instruction) -> str:
         if self._is_move(each):
@@ -322,9 +323,7 @@ class _Reader:
             if reads and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in reads):
                 found[number] = float(sum(a.nbytes for u in reads for a in u.results))
             elif len(reads) == 1 and reads[0].opcode == "dynamic-update-slice":
-                update = next(
-                    i for i in self.computations[name] if i.name == reads[0].operands[1]
-                )
+                update = next(i for i in self.computations[name] if i.name == reads[0].operands[1])
                 found[-1] = float(sum(a.nbytes for a in update.results))
         return found
 
@@ -360,7 +359,9 @@ class _Reader:
         for array in arrays:
             dtypes[array.dtype] += array.nbytes
         self.program.collectives.append(
-            Collective(kind, max(dtypes, key=lambda d: dtypes[d]), times, group, times * sent, is_hidden)
+            Collective(
+                kind, max(dtypes, key=lambda d: dtypes[d]), times, group, times * sent, is_hidden
+            )
         )
 
 

@@ -16,6 +16,7 @@ from flax_projector.storage.growing import growing
 
 log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class FlopCounter:
     """FLOPs that the model needs, excluding recomputation and padding.
