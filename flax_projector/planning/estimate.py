@@ -134,7 +134,7 @@ def contents_of(speech: Speech, model: SpeechLLM, config: DataConfig) -> dict[Bu
         secs = float(np.mean(utterances.durations[mine])) if mine.any() else 0.0
         labels = float(np.mean(utterances.num_labels[mine])) if mine.any() else 0.0
         audio = float(np.mean(num_audio_tokens(utterances.max_frames[mine], stride)))
-        tokens = speech.prompt.merged_length(audio, labels) - model.prefix_len
+        tokens = audio + labels + speech.prompt.merged_length(0, 0) - model.prefix_len
         counts = {
             "num_clips": float(rows),
             "num_audio_tokens": rows * audio,

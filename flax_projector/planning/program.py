@@ -266,9 +266,8 @@ class _Reader:
         condition = each.find(r"condition=%?([\w.\-]+)")
         names = [condition, *(i.called for i in self.computations.get(condition, []) if i.called)]
         lines = [i.line for name in names for i in self.computations.get(name, [])]
-        return max(
-            (int(n) for line in lines for n in re.findall(r" constant\((\d+)\)", line)), default=1
-        )
+        limits = re.findall(r" constant\((\d+)\)", "\n".join(lines))
+        return max(map(int, limits), default=1)
 
     def _part(self, each: Instruction) -> str:
         if self._is_move(each):
@@ -355,13 +354,9 @@ class _Reader:
             "all-to-all": share * nbytes,
             "collective-permute": nbytes,
         }[kind]
-        dtypes = Counter[str]()
-        for array in arrays:
-            dtypes[array.dtype] += array.nbytes
+        dtype = max(arrays, key=lambda array: array.nbytes).dtype
         self.program.collectives.append(
-            Collective(
-                kind, max(dtypes, key=lambda d: dtypes[d]), times, group, times * sent, is_hidden
-            )
+            Collective(kind, dtype, times, group, times * sent, is_hidden)
         )
 
 

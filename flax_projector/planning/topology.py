@@ -171,9 +171,7 @@ def absent_devices(topology: Topology) -> list[Any]:
                 topology=f"1x{topology.num_slices}x{topology.slice_size}",
             )
     except Exception as error:  # the compilers' own errors
-        raise ValueError(
-            f"--plan {topology.name}: the compiler does not know it: {error}"
-        ) from error
+        raise ValueError(f"--plan {topology.name} is refused by the compiler: {error}") from error
     return list(description.devices)
 
 
