@@ -11,7 +11,8 @@ so that a head of 64 takes the time of one of 128.
 import functools
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 PARTS = (
@@ -46,7 +47,15 @@ _FREE = {  # operations that touch no memory themselves
     "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "iota",
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
 }  # fmt: skip
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_SENT: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda group: 2 * (group - 1) / group,
+    "all-gather": lambda group: (group - 1) / group,
+    "reduce-scatter": lambda group: group - 1,
+    "all-to-all": lambda group: (group - 1) / group,
+    "collective-permute": lambda group: 1,
+    "send": lambda group: 1,
+}
+"""Bytes that leave a chip for each byte of the result, by the ring algorithm."""
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
@@ -290,73 +299,75 @@ class _Reader:
         """Bytes that an operation reads from HBM and writes there."""
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             return 0.0
-        sliced = self._sliced(each.called) if each.opcode == "fusion" else {}
-        if each.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * sum(array.hbm_bytes for array in each.results)
         read = 0.0
         for number, name in enumerate(each.operands):
             arrays = made[name].results if name in made else []
             whole = sum(array.hbm_bytes for array in arrays)
-            read += min(whole, sliced.get(number, math.inf))
-        if each.opcode == "dynamic-update-slice" or -1 in sliced:  # in place
-            part = sliced.get(-1, 0.0) or sum(
-                array.nbytes for array in made[each.operands[1]].results
-            )
-            return 2 * part
+            read += min(whole, self._read_bytes(each, number))
         results = each.results[1:] if each.opcode.endswith("-start") else each.results
-        return read + sum(array.hbm_bytes for array in results)
+        if each.opcode == "custom-call":  # without the scratch memory of a library
+            results = [a for a in results if (a.dtype, len(a.shape)) != ("s8", 1)]
+        return read + min(sum(array.hbm_bytes for array in results), self._written(each, made))
 
-    @functools.cache  # noqa: B019 - it lives as long as a program is read
-    def _sliced(self, name: str) -> dict[int, float]:
-        """Parameters of a fusion of which it reads only a part, with the bytes of that; -1: its
-        result is written into a part of a parameter."""
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for each in self.computations.get(name, []):
-            for operand in each.operands:
-                users[operand].append(each)
-        found = {}
-        for each in self.computations.get(name, []):
-            if each.opcode != "parameter":
-                continue
-            number, reads = int(each.find(r"parameter\((\d+)\)")), users[each.name]
-            if reads and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in reads):
-                found[number] = float(sum(a.nbytes for u in reads for a in u.results))
-            elif len(reads) == 1 and reads[0].opcode == "dynamic-update-slice":
-                update = next(i for i in self.computations[name] if i.name == reads[0].operands[1])
-                found[-1] = float(sum(a.nbytes for a in update.results))
-        return found
+    def _read_bytes(self, each: Instruction, number: int) -> float:
+        """How much of an operand an operation reads at most; infinite if all of it."""
+        if each.opcode in ("dynamic-slice", "slice", "gather") and number == 0:
+            return float(sum(array.nbytes for array in each.results))
+        if each.opcode == "dynamic-update-slice" and number == 0:
+            return 0.0
+        if each.opcode == "fusion":
+            return self._parameter_bytes(each.called, number)
+        return math.inf
+
+    @functools.cache  # noqa: B019 - it lives as long as the program is read
+    def _parameter_bytes(self, name: str, number: int) -> float:
+        """How much of a parameter the operations of a fusion read, each of them once."""
+        inside = self.computations.get(name, [])
+        aliases = {i.name for i in inside if i.find(r" parameter\((\d+)\)") == str(number)}
+        total = 0.0
+        for each in inside:
+            for position, operand in enumerate(each.operands):
+                if operand not in aliases:
+                    continue
+                if each.opcode == "bitcast":
+                    aliases.add(each.name)
+                else:
+                    total += self._read_bytes(each, position)
+        return total
+
+    def _written(self, each: Instruction, made: dict[str, Instruction]) -> float:
+        """How much an operation writes at most; infinite if all of its result."""
+        if each.opcode == "dynamic-update-slice":
+            update = made.get(each.operands[1])
+            return float(sum(a.nbytes for a in update.results)) if update else math.inf
+        inside = {i.name: i for i in self.computations.get(each.called, [])}
+        if each.opcode == "fusion" and inside:
+            return self._written(list(inside.values())[-1], inside)
+        if each.opcode == "bitcast" and each.operands[0] in made:
+            return self._written(made[each.operands[0]], made)
+        return math.inf
 
     def _add_collective(self, each: Instruction, times: int) -> None:
-        kind = each.opcode.removesuffix("-start")
-        if kind in ("send",) and "megascale" in each.line:
-            (array, *_) = each.results
-            self.program.collectives.append(
-                Collective("send", array.dtype, times, 2, times * array.nbytes, True, True)
-            )
-            return
+        """Adds what an instruction sends, if it is a collective or begins one."""
         if each.opcode == "fusion" and each.name.startswith("async-collective-start"):
             for inside in self.computations.get(each.called, []):
-                if inside.opcode in _COLLECTIVES:
-                    self._append(inside, inside.opcode, times, is_hidden=True)
-        elif kind in _COLLECTIVES:
-            self._append(each, kind, times, is_hidden=each.opcode.endswith("-start"))
+                if inside.opcode in _SENT:
+                    self._append(inside, times, is_hidden=True)
+        elif each.opcode.removesuffix("-start") in _SENT:
+            self._append(each, times, is_hidden=each.opcode.endswith("-start"))
 
-    def _append(self, each: Instruction, kind: str, times: int, *, is_hidden: bool) -> None:
+    def _append(self, each: Instruction, times: int, *, is_hidden: bool) -> None:
+        kind, crosses = each.opcode.removesuffix("-start"), "megascale" in each.line
+        if kind == "send" and not crosses:  # to the host, or within a slice by other means
+            return
         arrays, group = each.results, _group_size(each.line)
+        largest = max(arrays, key=lambda array: array.nbytes)
         nbytes = sum(array.nbytes for array in arrays)
-        if is_hidden and each.opcode.endswith("-start") and kind != "all-reduce":
-            nbytes = max((array.nbytes for array in arrays), default=0)  # operand and result
-        share = (group - 1) / group
-        sent = {
-            "all-reduce": 2 * share * nbytes,
-            "all-gather": share * nbytes,
-            "reduce-scatter": share * group * nbytes,
-            "all-to-all": share * nbytes,
-            "collective-permute": nbytes,
-        }[kind]
-        dtype = max(arrays, key=lambda array: array.nbytes).dtype
+        if kind == "send" or (each.opcode.endswith("-start") and kind != "all-reduce"):
+            nbytes = largest.nbytes  # what was read and flags are among the results
+        sent = float(times * nbytes * _SENT[kind](group))
         self.program.collectives.append(
-            Collective(kind, dtype, times, group, times * sent, is_hidden)
+            Collective(kind, largest.dtype, times, group, sent, is_hidden or crosses, crosses)
         )
 
 
