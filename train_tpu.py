@@ -7,11 +7,16 @@ Examples:
   python train_tpu.py whisper-base-smollm2-135m --data.train clips.jsonl --mesh.fsdp 4 \\
       --init-projector converted/   # continue a PyTorch run, see `python -m convert to-flax`
 
+  python train_tpu.py whisper-turbo-smollm3-3b --plan v5e:16x16   # [--json] trains nothing: says
+      # what the run would need of that pod and how fast it would be, on a machine without one
+
 Running the same command again continues the run. `python train_tpu.py demo --help` lists every
 option of a preset with its default.
 """
 
+import argparse
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +40,8 @@ from flax_projector.logs import (
     setup_logging,
     start_in_utf8,
 )
+from flax_projector.planning.plan import make_plan
+from flax_projector.planning.report import report
 from flax_projector.run import (
     LoadedModel,
     find_towers,
@@ -240,6 +247,30 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         best.report(step)
 
 
+def split_plan(args: Sequence[str]) -> tuple[str | None, bool, list[str]]:
+    """Takes `--plan TOPOLOGY` and `--json` out of a command line; the rest describes the config."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plan", metavar="TOPOLOGY")
+    parser.add_argument("--json", action="store_true")
+    found, others = parser.parse_known_args(args)
+    if found.json and found.plan is None:
+        parser.error("--json belongs to --plan TOPOLOGY")
+    return found.plan, found.json, others
+
+
+def plan(config: TrainConfig, topology: str, *, as_json: bool) -> None:
+    """Prints what a run would need and do on a pod.
+
+    Raises:
+      ValueError: if that is impossible, or does not fit; names the nearest that does.
+    """
+    found = make_plan(config, topology)
+    text = json.dumps(found.to_json(), indent=2) + "\n" if as_json else report(found)
+    sys.stdout.write(text)
+    if not found.fits:
+        raise ValueError(found.misfit())
+
+
 def read_config(args: Sequence[str] | None = None) -> TrainConfig:
     """The config that a command line describes: a preset with options that override it."""
     return tyro.extras.overridable_config_cli(PRESETS, description=__doc__, args=args)
@@ -249,10 +280,14 @@ def cli(args: Sequence[str] | None = None) -> None:
     """Runs what the command line says; invalid input ends with a one-line error."""
     start_in_utf8()
     setup_logging()
-    config = read_config(args)
+    topology, as_json, others = split_plan(sys.argv[1:] if args is None else args)
+    config = read_config(others)
     with lines_above_bars():
         try:
-            main(config)
+            if topology is None:
+                main(config)
+            else:
+                plan(config, topology, as_json=as_json)
         except hosts.USER_ERRORS as error:
             sys.exit(printable(f"error: {error}", keep="\n"))
 

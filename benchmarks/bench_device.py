@@ -25,9 +25,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from published import TOWERS
 
-from convert.models import LLAMA, WHISPER_ENCODER
+from convert.published import published_config
 from flax_projector.batch import AUDIO_TOKEN, Batch, Bucket, abstract_batch, empty_batch, to_global
 from flax_projector.config import PRESETS, MeshConfig, SpecAugmentConfig, TrainConfig
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, num_audio_tokens
@@ -86,8 +85,7 @@ def make_batch(config: TrainConfig, num_rows: int, secs: float, dim: int, prefix
 def measure(config: TrainConfig, num_rows: int, lengths: list[float], rounds: int) -> dict:
     """Times the steps of a config at each length of clips; see `main`."""
     mesh = make_mesh(config.mesh)
-    whisper = WHISPER_ENCODER.parse_config(TOWERS[config.encoder].to_dict(), config.encoder)
-    llama = LLAMA.parse_config(TOWERS[config.llm].to_dict(), config.llm)
+    whisper, llama = published_config(config.encoder), published_config(config.llm)
     dtype = jnp.dtype(config.dtype)
     model = make_speech_llm(
         whisper, config.projector, llama, dtype=dtype, remat=config.remat, augmentation=None
@@ -161,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    presets = [name for name, (_, config) in PRESETS.items() if config.encoder in TOWERS]
+    presets = [name for name, (_, config) in PRESETS.items() if published_config(config.encoder)]
     parser.add_argument("preset", choices=presets)
     parser.add_argument("--rows", type=int, default=16, help="clips in a batch, over all devices")
     parser.add_argument("--clip-secs", type=float, nargs="+", default=[15.0])

@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from published import SMOLLM2_135M, WHISPER_BASE
 from side_by_side import Pair, compare, flax_params
 
 from convert.models import LLAMA, WHISPER_ENCODER
+from convert.published import hf_config
 from flax_projector.models.llama import LlamaDecoder
 from flax_projector.models.whisper import WhisperEncoder
 
+WHISPER_BASE = hf_config("openai/whisper-base")
+SMOLLM2_135M = hf_config("HuggingFaceTB/SmolLM2-135M")
 BATCH, LENGTH, LABELS = 2, 415, 40
 
 

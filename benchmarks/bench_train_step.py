@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from published import SMOLLM2_135M, WHISPER_BASE
 from side_by_side import compare, flax_params
 
 from convert.models import LLAMA, PROJECTOR, WHISPER_ENCODER
+from convert.published import hf_config
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from flax_projector.batch import AUDIO_TOKEN, Batch
 from flax_projector.config import MeshConfig, OptimizerConfig, ProjectorConfig
@@ -37,6 +37,8 @@ from flax_projector.sharding import make_mesh
 from flax_projector.training.state import init_state, make_optimizer
 from flax_projector.training.train_step import train_step
 
+WHISPER_BASE = hf_config("openai/whisper-base")
+SMOLLM2_135M = hf_config("HuggingFaceTB/SmolLM2-135M")
 CONFIG = ProjectorConfig(encoder_dim=512, llm_dim=576)
 OPTIMIZER = OptimizerConfig()
 BATCH, WINDOW_SECS, FRAMES, AUDIO, TEXT, LABELS = 2, 30, 1500, 375, 40, 24

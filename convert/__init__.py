@@ -28,6 +28,7 @@ each of which imports only what stands above it:
   flax_files       reads and writes Orbax checkpoints
   stored           recognises and opens whatever is stored at a path
   models           the models that can be converted
+  published        the configs of published models, by hub id
   spread           divides the reading of a leaf among all devices
   load             loads weights into sharded device arrays, for training
   compare          decides whether two checkpoints hold the same model

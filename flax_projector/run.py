@@ -22,7 +22,14 @@ from convert.trees import flatten
 from flax_projector import hosts
 from flax_projector.chat.prompt import Prompt, make_prompt, remake_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
-from flax_projector.config import TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, TrainConfig, option
+from flax_projector.config import (
+    TINY_AUDIO_SYSTEM,
+    TINY_AUDIO_USER,
+    LlamaConfig,
+    TrainConfig,
+    WhisperConfig,
+    option,
+)
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
 from flax_projector.files import any_path
@@ -243,14 +250,7 @@ def load_model(config: TrainConfig, mesh: Mesh, towers: Towers | None = None) ->
     llama = LLAMA.read_config(towers.llm)
     prompt = load_prompt(config, towers.llm)  # before the towers, which take their time
     dtype = jnp.dtype(config.dtype)
-    model = make_speech_llm(
-        whisper,
-        config.projector,
-        llama,
-        dtype=dtype,
-        remat=config.remat,
-        augmentation=config.spec_augment if config.spec_augment.mask_time_prob else None,
-    )
+    model = make_model(config, whisper, llama)
     encoder_params = load_tower(
         WHISPER_ENCODER, towers.encoder, abstract_encoder(whisper, param_dtype=dtype, mesh=mesh)
     )
@@ -268,6 +268,27 @@ def load_model(config: TrainConfig, mesh: Mesh, towers: Towers | None = None) ->
         prompt=prompt,
         normalize=make_normalizer(towers.encoder),
         mesh=mesh,
+    )
+
+
+def make_model(config: TrainConfig, whisper: WhisperConfig, llama: LlamaConfig) -> SpeechLLM:
+    """The modules of a run, which still lack the keys and values of their prefix.
+
+    Args:
+      config: the run's config.
+      whisper: the encoder's shape.
+      llama: the LLM's shape.
+
+    Raises:
+      ValueError: if the projector does not fit the towers.
+    """
+    return make_speech_llm(
+        whisper,
+        config.projector,
+        llama,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        augmentation=config.spec_augment if config.spec_augment.mask_time_prob else None,
     )
 
 

@@ -22,11 +22,13 @@ LAYERS: dict[str, set[str]] = {
     "convert": {"base", "models"},
     "run": {"base", "models", "data", "training", "convert"},
     "inference": {"base", "models", "data", "training", "convert", "run"},
-    "programs": {"base", "data", "training", "convert", "run", "inference"},
+    "planning": {"base", "models", "data", "training", "convert", "run"},
+    "programs": {"base", "data", "training", "convert", "run", "inference", "planning"},
 }
 # Lowest first; each imports only those before it.
 BASE = [
     "lengths",
+    "chips",
     "storage",
     "files",
     "file_types",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from convert.published import published_config
 from flax_projector.batch import Bucket, abstract_batch, empty_batch
 from flax_projector.config import PRESETS, MeshConfig, ProjectorConfig
 from flax_projector.models.attention import attend
@@ -24,15 +25,13 @@ from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
 from flax_projector.training.objectives import CTCObjective, LLMObjective
 from flax_projector.training.state import abstract_state, make_optimizer, make_schedule
 from flax_projector.training.train_step import compile_steps
-from tests.published import published_config
 
 pytestmark = pytest.mark.slow
 
-WHISPER_BASE, SMOLLM2_135M = published_config("base"), published_config("SmolLM2-135M")
-WHISPER_LARGE_V3_TURBO, SMOLLM3_3B = (
-    published_config("large-v3-turbo"),
-    published_config("SmolLM3-3B"),
-)
+WHISPER_BASE = published_config("openai/whisper-base")
+SMOLLM2_135M = published_config("HuggingFaceTB/SmolLM2-135M")
+WHISPER_LARGE_V3_TURBO = published_config("openai/whisper-large-v3-turbo")
+SMOLLM3_3B = published_config("HuggingFaceTB/SmolLM3-3B")
 CHIP_BYTES = 16e9  # of a v5e
 H100 = """
 gpu_device_info {

@@ -6,21 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import WhisperForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 
 from convert import engine
 from convert.checkpoint import TensorInfo
 from convert.models import LLAMA, WHISPER_ENCODER
-from tests.published import LLMS, WHISPERS
+from convert.published import LLMS, WHISPERS, hf_config
 
 pytestmark = pytest.mark.torch
 
 
-def build(model_class: Any, num_parameters: int, values: dict[str, Any]) -> Any:
+def build(auto_class: Any, name: str) -> Any:
     """The model without memory for its weights."""
     with torch.device("meta"):
-        model = model_class(model_class.config_class(**values))
-    assert model.num_parameters() == num_parameters
+        model = auto_class.from_config(hf_config(name))
+    assert model.num_parameters() == (WHISPERS | LLMS)[name][0]
     return model
 
 
@@ -44,7 +44,7 @@ def shapes_of(module: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int,
 
 @pytest.mark.parametrize("name", WHISPERS)
 def test_every_whisper_encoder_converts(name) -> None:
-    model = build(WhisperForConditionalGeneration, *WHISPERS[name])
+    model = build(AutoModelForSpeechSeq2Seq, name)
     config, shapes, num_parameters = convert_there_and_back(WHISPER_ENCODER, model)
     encoder = model.get_encoder()
     assert shapes == shapes_of(encoder, "model.encoder.")
@@ -55,7 +55,7 @@ def test_every_whisper_encoder_converts(name) -> None:
 
 @pytest.mark.parametrize("name", LLMS)
 def test_every_llm_converts(name) -> None:
-    model = build(*LLMS[name])
+    model = build(AutoModelForCausalLM, name)
     config, shapes, num_parameters = convert_there_and_back(LLAMA, model)
     expected = shapes_of(model)
     if model.config.tie_word_embeddings:
@@ -80,8 +80,8 @@ def test_every_llm_converts(name) -> None:
 @pytest.mark.parametrize("name", LLMS)
 def test_config_as_it_was_published_means_the_same(name) -> None:
     """Files on the hub are of transformers 4: `rope_theta`, and `rope_scaling` or null."""
-    model_class, _, values = LLMS[name]
-    data = model_class.config_class(**values).to_dict()
+    config: Any = hf_config(name)
+    data = config.to_dict()
     expected = LLAMA.parse_config(data, "config.json")
     rope = data.pop("rope_parameters")
     data["rope_theta"] = rope.pop("rope_theta")

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from flax_projector.chips import peak_flops
 from flax_projector.config import LlamaConfig, ProjectorConfig, WhisperConfig
 from flax_projector.models.llama import abstract_decoder
 from flax_projector.models.projector import abstract_projector
@@ -15,7 +16,6 @@ from flax_projector.training.throughput import (
     check_profile,
     compilations,
     make_flop_counter,
-    peak_flops,
     profiled,
     summarize,
 )

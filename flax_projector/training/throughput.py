@@ -9,29 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_projector.chips import peak_flops
 from flax_projector.config import LlamaConfig
 from flax_projector.storage import AnyPath
 from flax_projector.storage.growing import growing
 
 log = logging.getLogger(__name__)
-
-PEAK_FLOPS = {  # dense bf16 FLOP/s of one device, by prefix of JAX's `device_kind`
-    "TPU v3": 61.5e12,  # one core
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device: Any) -> float | None:
-    """Peak bf16 FLOP/s of a device, or None if it is not in the table (a CPU)."""
-    kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 @dataclass(frozen=True)

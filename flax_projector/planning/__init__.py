@@ -1,0 +1,12 @@
+"""What a run needs and does on a pod, by the compilers of its chips; nobody needs to have one.
+
+  topology   pods by name, and their absent devices
+  speech     the utterances that a plan is made for
+  compiled   compiles the steps, and how many rows fit on a chip
+  program    reads a compiled program: where its time goes, and what chips exchange
+  estimate   how long a step takes, what limits it, and what it needs of a host
+  plan       all of it, as one object and as JSON
+  report     the same as text
+
+Only `train_tpu.py` and benchmarks import it.
+"""

@@ -1,0 +1,292 @@
+"""Compiles the steps of a run for chips that nobody needs to have, and what they need of one."""
+
+import functools
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from convert.models import LLAMA, WHISPER_ENCODER, ModelKind
+from convert.published import LLMS, WHISPERS, published_config
+from flax_projector.batch import Batch, Bucket, abstract_batch
+from flax_projector.chips import GIB, Chip
+from flax_projector.config import TrainConfig, option
+from flax_projector.files import any_path
+from flax_projector.logs import progress_bar
+from flax_projector.models.llama import KVCache, abstract_decoder, make_cache
+from flax_projector.models.speech_llm import Params, SpeechLLM
+from flax_projector.models.whisper import abstract_encoder
+from flax_projector.planning.program import Program, read_program
+from flax_projector.planning.speech import Speech
+from flax_projector.run import make_model
+from flax_projector.sharding import batch_sharding, num_batch_shards, use_mesh
+from flax_projector.training.objectives import LLMObjective
+from flax_projector.training.state import (
+    TrainState,
+    abstract_state,
+    make_optimizer,
+    make_schedule,
+)
+from flax_projector.training.train_step import compile_steps
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.98
+"""Of a chip's memory: the TPU's runtime keeps a quarter of a gigabyte of 16."""
+
+
+def tower_configs(config: TrainConfig) -> tuple[Any, Any]:
+    """The configs of the encoder and of the LLM, without their weights.
+
+    Raises:
+      ValueError: if one is neither a folder nor a published model that is known here.
+    """
+
+    def find(name: str, kind: ModelKind, known: Any) -> Any:
+        path = getattr(config, name)
+        if (found := published_config(path)) is not None:
+            return found
+        try:
+            folder = any_path(path)
+            if (folder / "config.json").is_file():
+                return kind.parse_text((folder / "config.json").read_text("utf-8"), path)
+        except ValueError as error:
+            raise ValueError(f"{option(name)}: {error}") from error
+        raise ValueError(
+            f"{option(name)} {path!r} is neither a folder with a config.json nor one of the models "
+            f"whose config is known without a network: {', '.join(known)}"
+        )
+
+    return find("encoder", WHISPER_ENCODER, WHISPERS), find("llm", LLAMA, LLMS)
+
+
+@dataclass(frozen=True)
+class AbstractRun:
+    """All that a step is compiled from, as shapes.
+
+    Attributes:
+      config: the run's config.
+      mesh: of absent devices.
+      model: the modules, with a prefix of the right size.
+      state: the trained state.
+      frozen: the parameters of the towers.
+      optimizer: the optimizer.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    model: SpeechLLM
+    state: TrainState
+    frozen: tuple[Params, Params]
+    optimizer: Any
+
+    @classmethod
+    def of(cls, config: TrainConfig, mesh: Mesh, speech: Speech) -> "AbstractRun":
+        """Lays out a run."""
+        whisper, llama = tower_configs(config)
+        dtype = jnp.dtype(config.dtype)
+        model = make_model(config, whisper, llama)
+        schedule = make_schedule(config.optimizer, config.num_steps, config.ctc)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        return cls(
+            config,
+            mesh,
+            replace(model, prefix=_some_prefix(llama, len(speech.prompt.before_audio), dtype)),
+            abstract_state(config.projector, optimizer, mesh),
+            (
+                abstract_encoder(whisper, param_dtype=dtype, mesh=mesh),
+                abstract_decoder(llama, param_dtype=dtype, mesh=mesh),
+            ),
+            optimizer,
+        )
+
+    @property
+    def argument_bytes(self) -> int:
+        """Bytes of the state and the towers on a chip."""
+        leaves = jax.tree.leaves((self.state, self.frozen))
+        return sum(_shard_bytes(leaf) for leaf in leaves)
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+
+def _some_prefix(llama: Any, length: int, dtype: Any) -> KVCache | None:
+    """Keys and values for the constants of a step. Zeros might be simplified away."""
+    if not length:
+        return None
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(make_cache, llama, 1, length, dtype))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A step that was compiled for some rows.
+
+    Attributes:
+      bucket: its static lengths.
+      num_rows: rows of the global batch.
+      rows: rows of a chip in a micro-batch.
+      batch_bytes: bytes of the batch on a chip.
+      arguments: bytes on a chip: state, towers and batch.
+      temporaries: bytes on a chip, by the compiler.
+      peak: bytes on a chip, all together.
+      capacity: bytes that a chip has for them.
+      program: what the step does; None if it does not fit.
+      compile_secs: how long the compiler took.
+    """
+
+    bucket: Bucket
+    num_rows: int
+    rows: int
+    batch_bytes: int
+    arguments: int
+    temporaries: int
+    peak: int
+    capacity: int
+    program: Program | None = field(repr=False)
+    compile_secs: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip has enough memory."""
+        return self.program is not None and self.peak <= self.capacity
+
+
+def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> CompiledStep:
+    """Compiles the step of a bucket, exactly as training does."""
+    num_rows = batch.tokens.shape[0]
+    shards = num_batch_shards(run.mesh) * run.config.accumulation_steps
+    batch_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(batch))
+    arguments = run.argument_bytes + batch_bytes
+    objective, start, program, aliased, results = LLMObjective(), time.monotonic(), None, 0, 0
+    try:
+        with use_mesh(run.mesh):
+            steps = compile_steps(
+                [objective],
+                [(bucket, batch)],
+                run.state,
+                run.frozen,
+                run.optimizer,
+                run.model,
+                run.config,
+            )
+    except jax.errors.JaxRuntimeError as error:
+        if (temporaries := _needed(str(error))) is None:
+            raise
+    else:
+        compiled = steps[objective, bucket]
+        memory: Any = compiled.memory_analysis()
+        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        results, aliased = memory.output_size_in_bytes, memory.alias_size_in_bytes
+        program = read_program(compiled.as_text() or "")
+    return CompiledStep(
+        bucket=bucket,
+        num_rows=num_rows,
+        rows=-(-num_rows // shards),
+        batch_bytes=batch_bytes,
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=arguments + temporaries + results - aliased,
+        capacity=int(USABLE * chip.hbm_bytes),
+        program=program,
+        compile_secs=time.monotonic() - start,
+    )
+
+
+def _needed(message: str) -> int | None:
+    """The bytes of temporaries that the compiler wanted, if it says that it had too few."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"\((\d+(?:\.\d+)?)([GM])\) exceeds available HBM", message)
+    return int(float(found[1]) * (GIB if found[2] == "G" else 2**20)) if found else None
+
+
+def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> tuple[list[CompiledStep], int]:
+    """Compiles the step of every bucket, and of the largest with other rows: see `most_rows`.
+
+    Two at a time: XLA does not hold Python's lock.
+
+    Returns:
+      The steps of the buckets, and how many rows of a micro-batch fit on a chip in the largest.
+    """
+    batches = speech.batches.abstract_batches()
+    largest = max(batches, key=lambda each: (each[0].merged_len, each[0].num_frames))
+    order = [largest, *(each for each in reversed(batches) if each is not largest)]
+    found: dict[Bucket, CompiledStep] = {}
+    most = 0
+    lock = threading.Lock()
+    label = f"compiling for {run.mesh.size} absent chips"
+    with progress_bar(log, label, total=len(order) + 1, unit="step") as progress:
+
+        def work(each: tuple[Bucket, Batch]) -> None:
+            nonlocal most
+            step = compile_step(run, *each, chip)
+            with lock:
+                found[each[0]] = step
+                progress.update(1)
+            if each is largest:
+                most = most_rows(run, step, each[1], chip)
+                with lock:
+                    progress.update(1)
+
+        with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+            list(pool.map(work, order))
+    return [found[bucket] for bucket, _ in batches], most
+
+
+def most_rows(run: AbstractRun, step: CompiledStep, batch: Batch, chip: Chip) -> int:
+    """How many rows of a micro-batch fit on a chip, by a line through two compiled sizes.
+
+    Temporaries and batches grow linearly with rows; what the compiler wants of a size that does not
+    fit is a point of the line, too.
+
+    Args:
+      run: the run.
+      step: a compiled step of the bucket.
+      batch: its batch.
+      chip: the chip.
+    """
+    fixed = run.argument_bytes
+    capacity = step.capacity - fixed
+    if capacity <= 0:
+        return 0
+    if (per_row := (step.peak - fixed) / step.rows) <= 0:
+        return step.rows
+    # The other size lies between the first and where a line through the origin would end, and not
+    # so far away that the program would be another one.
+    guess = capacity / per_row
+    other = round(min((step.rows * guess) ** 0.5, 8 * step.rows))
+    if other == step.rows:
+        other = step.rows + 1 if guess > step.rows else max(1, step.rows - 1)
+    if other == step.rows:
+        return step.rows if step.fits else 0
+    num_rows = other * num_batch_shards(run.mesh) * run.config.accumulation_steps
+    resized = abstract_batch(batch, num_rows, batch_sharding(run.mesh))
+    second = compile_step(run, step.bucket, resized, chip)
+    slope = (second.peak - step.peak) / (second.rows - step.rows)
+    if slope <= 0:
+        return max(each.rows for each in (step, second) if each.fits or each.rows == 1)
+    return max(0, int((step.capacity - step.peak) / slope + step.rows))
+
+
+def shards_to_fit(run: AbstractRun, step: CompiledStep) -> Iterator[int]:
+    """Values of `--mesh.fsdp` with which the parameters would leave room for a step, ascending."""
+    size = len({getattr(device, "slice_index", 0) for device in run.mesh.devices.flat})
+    of_slice, now = run.mesh.size // size, run.config.mesh.fsdp
+    rest = step.peak - run.argument_bytes
+    for ways in range(now + 1, of_slice + 1):
+        divides = of_slice % (ways * run.config.mesh.tensor) == 0
+        if divides and run.argument_bytes * now / ways + rest < step.capacity:
+            yield ways
