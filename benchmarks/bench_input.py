@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from made_up import prompt_of_ids
 
 from flax_projector.config import DataConfig, MeshConfig
 from flax_projector.data.audio import Audio
@@ -42,6 +41,7 @@ from flax_projector.data.rows import ManifestRow
 from flax_projector.data.shards.pack import pack
 from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
+from flax_projector.planning.speech import prompt_of_ids
 from flax_projector.sharding import make_mesh
 
 FORMATS = {  # suffix, sample rate, channels

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from bench_train_step import CONFIG, OPTIMIZER, JaxStep, TorchStep
-from made_up import prompt_of_ids
 
 from flax_projector.batch import Bucket
 from flax_projector.config import DataConfig, MeshConfig
@@ -40,6 +39,7 @@ from flax_projector.data.inputs import Clip
 from flax_projector.data.rows import ManifestRow
 from flax_projector.data.utterances import Utterance, Utterances
 from flax_projector.lengths import SAMPLE_RATE, SAMPLES_PER_FRAME
+from flax_projector.planning.speech import prompt_of_ids
 from flax_projector.sharding import make_mesh
 
 MANIFEST = Path(__file__).parents[1] / "examples/demo/speech/train.jsonl"

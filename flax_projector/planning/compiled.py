@@ -110,11 +110,34 @@ class AbstractRun:
             optimizer,
         )
 
+    def compile(self, bucket: Bucket, batch: Batch) -> jax.stages.Compiled:
+        """Compiles the step of a bucket, exactly as training does."""
+        objective = LLMObjective()
+        with use_mesh(self.mesh):
+            steps = compile_steps(
+                [objective],
+                [(bucket, batch)],
+                self.state,
+                self.frozen,
+                self.optimizer,
+                self.model,
+                self.config,
+            )
+        return steps[objective, bucket]
+
     @property
     def argument_bytes(self) -> int:
         """Bytes of the state and the towers on a chip."""
         leaves = jax.tree.leaves((self.state, self.frozen))
         return sum(_shard_bytes(leaf) for leaf in leaves)
+
+
+def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int, int]:
+    """Bytes on a chip, by the compiler: of arguments, of temporaries, and of all together."""
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arguments, temporaries, arguments + temporaries + results
 
 
 def _shard_bytes(leaf: Any) -> int:
@@ -165,31 +188,20 @@ class CompiledStep:
 
 
 def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> CompiledStep:
-    """Compiles the step of a bucket, exactly as training does."""
+    """Compiles the step of a bucket, and reads what the compiler has made of it."""
     num_rows = batch.tokens.shape[0]
     shards = num_batch_shards(run.mesh) * run.config.accumulation_steps
     batch_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(batch))
-    arguments = run.argument_bytes + batch_bytes
-    objective, start, program, aliased, results = LLMObjective(), time.monotonic(), None, 0, 0
+    start, program = time.monotonic(), None
     try:
-        with use_mesh(run.mesh):
-            steps = compile_steps(
-                [objective],
-                [(bucket, batch)],
-                run.state,
-                run.frozen,
-                run.optimizer,
-                run.model,
-                run.config,
-            )
+        compiled = run.compile(bucket, batch)
     except jax.errors.JaxRuntimeError as error:
         if (temporaries := _needed(str(error))) is None:
             raise
+        arguments = run.argument_bytes + batch_bytes
+        peak = arguments + temporaries
     else:
-        compiled = steps[objective, bucket]
-        memory: Any = compiled.memory_analysis()
-        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        results, aliased = memory.output_size_in_bytes, memory.alias_size_in_bytes
+        arguments, temporaries, peak = memory_of(compiled)
         program = read_program(compiled.as_text() or "")
     return CompiledStep(
         bucket=bucket,
@@ -198,7 +210,7 @@ def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> 
         batch_bytes=batch_bytes,
         arguments=arguments,
         temporaries=temporaries,
-        peak=arguments + temporaries + results - aliased,
+        peak=peak,
         capacity=int(USABLE * chip.hbm_bytes),
         program=program,
         compile_secs=time.monotonic() - start,

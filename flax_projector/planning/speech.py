@@ -4,14 +4,16 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from flax_projector.batch import Bucket
-from flax_projector.chat.prompt import Prompt, make_prompt
-from flax_projector.chat.tokenizer import load_tokenizer
+from flax_projector.chat.prompt import Prompt, TranscriptEncoder, make_prompt
+from flax_projector.chat.rendering import Rendering
+from flax_projector.chat.tokenizer import TextTokenizer, load_tokenizer
 from flax_projector.config import TrainConfig
 from flax_projector.data.audio import BadAudio, Problem
 from flax_projector.data.batches import Batches
@@ -65,14 +67,15 @@ class KeptFrames:
 
 def prompt_of_ids(before_audio: Iterable[int], after_audio: Iterable[int]) -> Prompt:
     """A prompt of token ids alone: it lays utterances out, but encodes no text."""
-    unused = cast(Any, None)
+    unused = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    end_of_turn = 2
     return Prompt(
         tokenizer=unused,
-        rendering=unused,
+        rendering=Rendering("", "", "", "", "", ""),
         before_audio=tuple(before_audio),
         after_audio=tuple(after_audio),
-        end_of_turn=2,
-        encode_target=unused,
+        end_of_turn=end_of_turn,
+        encode_target=TranscriptEncoder(TextTokenizer(unused, ()), "", (), "", end_of_turn),
     )
 
 

@@ -1,0 +1,223 @@
+"""What a run would need and do on a pod, planned without one."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import flax.core.axes_scan
+import jax
+import pytest
+
+import train_tpu
+from convert.published import published_config
+from flax_projector.config import (
+    PRESETS,
+    LlamaConfig,
+    WhisperConfig,
+)
+from flax_projector.models.plain_attention import plain_attend
+from flax_projector.planning import compiled
+from flax_projector.planning.estimate import needed_flops
+from flax_projector.planning.topology import parse_topology
+from flax_projector.sharding import use_mesh
+from flax_projector.training.objectives import LLMObjective
+from flax_projector.training.throughput import make_flop_counter
+from flax_projector.training.train_step import train_step
+
+ROOT = Path(train_tpu.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "chips", "hosts"),
+    [
+        ("v5e:16x16", "v5e:16x16", 256, 64),
+        ("v5e-256", "v5e:16x16", 256, 64),
+        ("v5litepod-8", "v5e:2x4", 8, 1),
+        ("V5E:16X16 x 2", "v5e:16x16 x 2", 512, 128),
+        ("v6e-64 x 4", "v6e:8x8 x 4", 256, 64),
+        ("v5p-128", "v5p:4x4x4", 64, 16),
+        ("v4-32", "v4:2x2x4", 16, 4),
+        ("v4:2x2", "v4:2x2x1", 4, 1),
+        ("h100:8", "h100:8", 8, 1),
+        ("h200:32", "h200:8 x 4", 32, 4),
+        ("a100:2", "a100:2", 2, 1),
+    ],
+)
+def test_names_of_topologies(text, name, chips, hosts):
+    topology = parse_topology(text)
+    assert (topology.name, topology.num_chips) == (name, chips)
+    assert topology.num_chips // topology.chips_per_host == hosts
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("v5e:3x3", "v5e:2x4"),
+        ("v5e:16x16x2", "v5e:16x16"),
+        ("v5e-12", r"v5e-16 \(v5e:4x4\)"),
+        ("v5p-100", r"v5p-128 \(v5p:4x4x4\)"),
+        ("v4:16x16x17", "v4:16x16x16"),
+        ("h100:12", "h100:16"),
+        ("h100:2x4", "h100:8"),
+        ("v9:2x2", "v4, v5e, v5p, v6e, a100, h100, h200"),
+        ("16x16", "v5e:4x4"),
+        ("v5e:0x4", "v5e:4x4"),
+        ("v5e:4x4 x 0", "v5e:4x4"),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_the_nearest_that_does(text, nearest):
+    with pytest.raises(SystemExit, match=rf"^error: --plan '{text}'.*{nearest}[^\n]*$"):
+        train_tpu.cli(["tiny", "--plan", text])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--llm", "no/such"], r"--llm 'no/such' is neither .* HuggingFaceTB/SmolLM3-3B"),
+        (["--encoder", "no/such"], r"--encoder 'no/such' is neither .* openai/whisper-large-v3"),
+        (["--mesh.fsdp", "3"], r".*--mesh.fsdp 3 .* does not fit 4 devices: 3, .* must divide it"),
+        (["--projector.llm-dim", "41"], r"--llm has width 576, .* --projector.llm-dim 576"),
+    ],
+)
+def test_what_a_run_cannot_be_is_one_line(args, message):
+    pytest.importorskip("libtpu", reason="the TPU's compiler: pip install 'flax-projector[test]'")
+    small = ["whisper-base-smollm2-135m", "--plan", "v5e:2x2"]
+    with pytest.raises(SystemExit, match=rf"^error: {message}[^\n]*$"):
+        train_tpu.cli([*small, *args])
+
+
+@pytest.mark.parametrize(
+    ("topology", "advice"),
+    [("v5e:2x2", "pip install libtpu"), ("h100:8", "pip install --no-deps .* jax-cuda12-plugin")],
+)
+def test_a_missing_compiler_says_what_to_install(monkeypatch, topology, advice):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=rf"^error: --plan {topology} needs .*{advice}"):
+        train_tpu.cli(["tiny", "--plan", topology])
+
+
+def test_json_needs_a_plan(capsys):
+    with pytest.raises(SystemExit) as error:
+        train_tpu.cli(["tiny", "--json"])
+    assert error.value.code == 2
+    assert "--json belongs to --plan TOPOLOGY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+def test_the_towers_of_every_preset_are_known_without_a_network(preset):
+    config = PRESETS[preset][1]
+    assert published_config(config.encoder).d_model == config.projector.encoder_dim
+    assert published_config(config.llm).hidden_size == config.projector.llm_dim
+
+
+@pytest.fixture
+def towers(monkeypatch):
+    """Lets a config have towers of any size."""
+
+    def use(whisper: WhisperConfig, llama: LlamaConfig) -> None:
+        monkeypatch.setattr(compiled, "tower_configs", lambda config: (whisper, llama))
+
+    return use
+
+
+@pytest.mark.parametrize("remat", ["none", "layers", "products"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_formula_counts_what_xla_counts_of_unrolled_layers(
+    towers, monkeypatch, remat, num_layers
+):
+    """XLA counts the body of a loop once, so the layers must not be in one, nor heads."""
+    scan = jax.lax.scan
+    unrolled = lambda *args, unroll=1, **kwargs: scan(*args, unroll=True, **kwargs)  # noqa: E731
+    monkeypatch.setattr(flax.core.axes_scan.lax, "scan", unrolled)
+    for module in ("whisper", "llama"):
+        monkeypatch.setattr(f"flax_projector.models.{module}.attend", plain_attend)
+    towers(
+        dataclasses.replace(WHISPER, encoder_layers=num_layers),
+        dataclasses.replace(LLAMA, num_hidden_layers=num_layers),
+    )
+    run, speech = lay_out(dataclasses.replace(CONFIG, remat=remat))
+    ((bucket, batch),) = speech.batches.abstract_batches()
+    step = lambda *args: train_step(  # noqa: E731
+        *args, model=run.model, optimizer=run.optimizer, seed=0, objective=LLMObjective()
+    )
+    with use_mesh(run.mesh):
+        lowered = jax.jit(step).lower(run.state, *run.frozen, batch)
+    counted = lowered.cost_analysis()["flops"]
+    count = make_flop_counter((run.state.params, *run.frozen), LLAMA, window_frames=200)
+    assert needed_flops(run.model, count, bucket, 8, 200) == pytest.approx(counted, rel=0.05)
+
+
+def test_the_predicted_peak_is_what_a_step_takes(report):
+    """On the CPU, whose memory can be measured; in a process of its own."""
+    found = run_python("-m", "tests.planned")
+    report(f"predicted {found['predicted'] / 1e6:.0f} MB, measured {found['measured'] / 1e6:.0f}")
+    assert found["temporaries"] > 0.5 * found["predicted"]
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
+
+
+def run_python(*args: str, **env: str) -> dict:
+    """What a program writes to standard output, as JSON."""
+    result = subprocess.run(
+        [sys.executable, *args],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", **env},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+PLAN = """
+import sys, train_tpu
+train_tpu.cli(sys.argv[1:])
+assert not {"torch", "tensorflow"} & set(sys.modules), "torch was imported"
+"""
+
+
+def plan_demo(topology: str, tiny_towers, folder: Path, *args: str) -> dict:
+    """The plan of the demo preset with tiny towers, made by the command line."""
+    sizes = {"encoder-dim": "24", "llm-dim": "40", "hidden-dim": "32"}
+    options = [word for name, size in sizes.items() for word in (f"--projector.{name}", size)]
+    towers = ["--encoder", tiny_towers["encoder"], "--llm", tiny_towers["llm"]]
+    where = ["--out", str(folder / "run"), "--data.eval"]
+    plan = ["--plan", topology, "--json"]
+    found = run_python("-c", PLAN, "demo", *towers, *options, *where, *plan, *args)
+    assert not (folder / "run").exists(), "a plan leaves nothing behind"
+    return found
+
+
+def test_the_demo_is_planned_for_four_v5e(tiny_towers, tmp_path):
+    pytest.importorskip("libtpu", reason="the TPU's compiler: pip install 'flax-projector[test]'")
+    manifest = make_speech(tmp_path / "speech", 13)
+    args = ("--data.train", manifest, "--data.bucket-secs", "2.0", "--data.max-text-tokens", "40")
+    plan = plan_demo("v5e-4", tiny_towers, tmp_path, *args)
+    assert (plan["topology"], plan["chips"], plan["fits"]) == ("v5e:2x2", 4, True)
+    (bucket,) = plan["buckets"]
+    assert bucket["num_rows"] == 4 and bucket["num_batches"] == 4, "13 clips in batches of 4"
+    parts = bucket["estimate"]["parts"]
+    assert {"encoder", "projector", "LLM forward", "LLM backward", "layout"} & set(parts)
+    assert "encoder" not in parts, "its frames are kept"
+    cycles = sum(bucket["cycles"].values())
+    kernels = sum(kernel["flops"] for kernel in bucket["kernels"]) / CHIPS["v5e"].peak_flops
+    assert bucket["kernels"]
+    assert bucket["estimate"]["secs"] == pytest.approx(
+        cycles / CHIPS["v5e"].clock + kernels + parts["collectives"]
+    )
+    assert {each["kind"] for each in bucket["collectives"]} == {"all-reduce"}
+    assert bucket["peak"] < bucket["capacity"] and plan["most_rows_per_chip"] > 1
+    assert not any("prompt:" in note or "speech:" in note for note in plan["notes"]), "all is known"
+
+
+@pytest.mark.slow
+def test_the_demo_is_planned_for_eight_h100(tiny_towers, tmp_path):
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("no GPU compiler: `make test-slow` installs it")
+    args = ("--data.train", "--data.bucket-secs", "2.0")
+    plan = plan_demo("h100:8", tiny_towers, tmp_path, *args)
+    (bucket,) = plan["buckets"]
+    assert plan["fits"] and plan["chips"] == 8
+    assert not bucket["cycles"] and bucket["hbm_bytes"] > 0
+    assert bucket["estimate"]["secs"] == max(bucket["estimate"]["roofline"].values())
+    assert any("the nearest that divides is 8" in note for note in plan["notes"])
+    assert any("instead of --data.train, which is not given" in note for note in plan["notes"])
