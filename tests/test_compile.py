@@ -261,7 +261,7 @@ def test_attention_is_fused_on_gpus(length, is_causal):
     """Gradients of 16 heads on 4 of keys, under a mesh that splits batch and heads."""
     mesh = make_mesh(MeshConfig(tensor=2), gpu_devices())
     q, k, v = (
-        jax.ShapeDtypeStruct((8, length, n, 64), jnp.bfloat16, sharding=batch_sharding(mesh))
+        jax.ShapeDtypeStruct((8, n, length, 64), jnp.bfloat16, sharding=batch_sharding(mesh))
         for n in (16, 4, 4)
     )
 

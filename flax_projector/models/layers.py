@@ -116,13 +116,13 @@ class HeadProjection(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B H L d"]:
         """[B, H, L, d] in `dtype`."""
-        e, h = x.shape[-1], self.num_heads
+        b, length, e = x.shape
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "heads"))
         kernel = self.param("kernel", init, (e, self.features), self.param_dtype)
-        kernel = jnp.asarray(kernel, self.dtype).reshape(e, h, -1)  # [E, H, d]
-        heads = jnp.einsum("BLE,EHd->BHLd", x.astype(self.dtype), kernel)
+        y = x.astype(self.dtype) @ jnp.asarray(kernel, self.dtype)  # [B, L, H*d]
+        heads = y.reshape(b, length, self.num_heads, -1).swapaxes(1, 2)
         if not self.use_bias:
             return heads
         init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
         bias = self.param("bias", init, (self.features,), self.param_dtype)
-        return heads + jnp.asarray(bias, self.dtype).reshape(h, 1, -1)
+        return heads + jnp.asarray(bias, self.dtype).reshape(self.num_heads, 1, -1)
