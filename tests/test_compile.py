@@ -255,14 +255,14 @@ def test_full_size_towers_compile_for_64_chips(towers, part, report):
     assert hlo is not None and "splash" in hlo, "attention is not fused"
 
 
-@pytest.mark.parametrize("length", [1500, 751, 415])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1500, 1500), (751, 751), (391, 415)])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-def test_attention_is_fused_on_gpus(length, is_causal):
+def test_attention_is_fused_on_gpus(num_queries, num_keys, is_causal):
     """Gradients of 16 heads on 4 of keys, under a mesh that splits batch and heads."""
     mesh = make_mesh(MeshConfig(tensor=2), gpu_devices())
     q, k, v = (
         jax.ShapeDtypeStruct((8, n, length, 64), jnp.bfloat16, sharding=batch_sharding(mesh))
-        for n in (16, 4, 4)
+        for n, length in ((16, num_queries), (4, num_keys), (4, num_keys))
     )
 
     def compile_gradient(attention):

@@ -87,29 +87,33 @@ def _cudnn_attend(
     *,
     is_causal: bool,
 ) -> Float[Array, "B H Q d"]:
-    """`attend` with the GPU kernel, which has heads last and needs an even number of keys.
+    """`attend` with the GPU kernel, which has heads last and needs even lengths.
 
     Its causal mask needs as many queries: zeros stand in for those of the first keys.
     """
     b, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
-    odd = num_keys % 2
-    lengths = jnp.full(b, num_keys, jnp.int32) if odd and not is_causal else None
+    before = num_keys - num_queries if is_causal else 0
+    query_lengths = key_lengths = None
+    if not is_causal and (num_queries % 2 or num_keys % 2):
+        query_lengths, key_lengths = (
+            jnp.full(b, length, jnp.int32) for length in (num_queries, num_keys)
+        )
 
-    def heads_last(x: Float[Array, "B X Q d"]) -> Float[Array, "B C X d"]:
-        before = num_keys - x.shape[2]
+    def heads_last(x: Float[Array, "B X Q d"], before: int = 0) -> Float[Array, "B C X d"]:
+        odd = (before + x.shape[2]) % 2
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (before, odd), (0, 0), (0, 0)))
 
     out: Any = jax.nn.dot_product_attention(
-        heads_last(q),
+        heads_last(q, before),
         heads_last(k),
         heads_last(v),
         scale=1.0,
         is_causal=is_causal,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
         implementation="cudnn",
     )
-    return out[:, num_keys - num_queries : num_keys].swapaxes(1, 2)
+    return out[:, before : before + num_queries].swapaxes(1, 2)
 
 
 def splash_attend(
