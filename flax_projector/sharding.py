@@ -42,9 +42,10 @@ def _with(rules: Rules, **changes: str | tuple[str, ...] | None) -> Rules:
     return tuple((name, changes.get(name, axes)) for name, axes in rules)
 
 
-# A frozen encoder is small, and most of its work is in the frames: all devices share the rows, and
-# none the products, whose partial sums would cross between the devices in every layer.
-ENCODER_RULES = _with(LOGICAL_RULES, batch=AXES, heads=None, mlp=None)
+# A frozen encoder is small, and most of its work is in the frames: every device has all of it, and
+# a share of the rows. Otherwise weights, or sums of products, would cross between the devices in
+# every layer, and once more for each part of the rows.
+ENCODER_RULES = _with(LOGICAL_RULES, batch=AXES, embed=None, heads=None, mlp=None)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from flax_projector.config import MeshConfig, SpecAugmentConfig
-from flax_projector.models.whisper import WhisperEncoder
-from flax_projector.sharding import batch_sharding, make_mesh, map_parts, replicated, use_mesh
+from flax_projector.models.whisper import WhisperEncoder, abstract_encoder
+from flax_projector.sharding import batch_sharding, make_mesh, map_parts, use_mesh
 from tests.parity import assert_close
 from tests.test_step_program import collectives
-from tests.tiny_model import SAMPLES, make_model, make_params
+from tests.tiny_model import SAMPLES, WHISPER, make_model, make_params
 
 pytestmark = pytest.mark.xdist_group("test_encoder_rows")
 
@@ -38,7 +38,8 @@ encode: Any = jax.jit(encode_augmented)
 def encode_on_mesh(num_rows: int) -> tuple[Any, str]:
     """The frames of that many rows of a batch, and the program of each device."""
     mesh = make_mesh(MESH_CONFIG)
-    params = jax.device_put(make_params()[1], replicated(mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_encoder(WHISPER, mesh=mesh))
+    params = jax.device_put(make_params()[1], shardings)
     samples = jax.device_put(make_samples(num_rows), batch_sharding(mesh))
     with use_mesh(mesh):
         compiled = encode.lower(params, samples).compile()
