@@ -196,7 +196,7 @@ def test_times_of_a_step(towers, topology, secs):
     found = estimate(run, parse_topology(topology), step, program, held)
     assert found.secs == pytest.approx(secs)
     assert found.audio_hours_per_chip_hour == pytest.approx(held.audio_secs / secs / 8)
-    peak = CHIPS[topology[:4].rstrip(":2")].peak_flops
+    peak = parse_topology(topology).chip.peak_flops
     assert found.mfu == pytest.approx(found.model_flops / (secs * 8 * peak))
     assert found.sent_bytes == 0.25 * 200e9 + 1e9 and found.network_bytes == 0
     host = found.host_audio_secs_per_sec
