@@ -54,7 +54,6 @@ lint: $(VENV)/.installed
 # minutes instead of seconds. The GPU compiler goes into a folder of its own, because JAX looks for
 # a GPU wherever it finds one.
 test-slow: models
-	$(INSTALL) --editable '.[slow]'
 	test -d .gpu-compiler || $(INSTALL) \
 	    --no-deps --target .gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12
 	PYTHONPATH=.gpu-compiler FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) \

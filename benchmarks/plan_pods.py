@@ -1,8 +1,8 @@
 """Writes docs/pods.md: the published pair of towers, planned for pods that nobody needs to have.
 
-Each pod is planned in a process of its own, like `python train_tpu.py PRESET --plan TOPOLOGY`. Needs
-the compilers for TPUs and GPUs: see docs/tpu.md. What was planned before is kept in a folder, so
-that a second call only plans what is missing.
+Each pod is planned by `python train_tpu.py PRESET --plan TOPOLOGY` in a process of its own. Needs
+the compilers for TPUs and GPUs, see docs/tpu.md. What was planned is kept in a folder, so that the
+next call only plans what is missing.
 
 Example:
 
@@ -136,8 +136,8 @@ def limits(plans: dict[str, dict[str, Any]]) -> str:
 
 HEAD = """# Pods, planned
 
-What `whisper-large-v3-turbo` with `SmolLM3-3B` would do on pods, by the compilers of their chips, on
-a machine that has none of them. **Nothing here was measured on an accelerator: all times are
+What `whisper-large-v3-turbo` with `SmolLM3-3B` would do on pods, by the compilers of their chips,
+on a machine that has none of them. **Nothing here was measured on an accelerator: all times are
 estimates.** This page is written by `python benchmarks/plan_pods.py`; the same for any preset, pod
 and option:
 
@@ -175,7 +175,7 @@ def main() -> None:
         plans = {name: make_plan(PODS[name], options, args.keep) for name in args.pods}
         text += [
             f"## With {way}\n",
-            f"{ROWS} clips a chip, bfloat16, parameters on every chip. The mixture of all buckets:\n",
+            f"{ROWS} clips a chip, bfloat16, parameters on every chip. All buckets together:\n",
             overview(plans) + "\n",
             "The bucket of the longest clips:\n",
             parts(plans) + "\n",

@@ -13,6 +13,7 @@ Folders are layers; each one's docstring says what is in it and what it may impo
   training     learning from them, evaluating, saving and logging
   run          from a config to the loaded model
   inference    using a run
+  planning     what a run needs and does on a pod that nobody needs to have
 
 Every letter in a shape stands for one thing, in annotations, docstrings and comments:
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import math
-import os
 import re
 import time
 
@@ -21,6 +20,8 @@ from flax_projector.models.plain_attention import plain_attend
 from flax_projector.models.projector import abstract_projector
 from flax_projector.models.speech_llm import make_speech_llm
 from flax_projector.models.whisper import abstract_encoder
+from flax_projector.planning.compiled import memory_of
+from flax_projector.planning.topology import absent_devices, parse_topology
 from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
 from flax_projector.training.objectives import CTCObjective, LLMObjective
 from flax_projector.training.state import abstract_state, make_optimizer, make_schedule
@@ -33,32 +34,6 @@ SMOLLM2_135M = published_config("HuggingFaceTB/SmolLM2-135M")
 WHISPER_LARGE_V3_TURBO = published_config("openai/whisper-large-v3-turbo")
 SMOLLM3_3B = published_config("HuggingFaceTB/SmolLM3-3B")
 CHIP_BYTES = 16e9  # of a v5e
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84978434048
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -76,34 +51,17 @@ def settings_of_a_run():
     compilation_cache.reset_cache()
 
 
-def tpu_devices(topology: str, num_slices: int = 1):
+def tpu_devices(topology: str):
     """v5e chips that nobody needs to have."""
-    pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'flax-projector[slow]'")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, num_slices=num_slices
-    ).devices
+    pytest.importorskip("libtpu", reason="the TPU compiler: pip install 'flax-projector[test]'")
+    return absent_devices(parse_topology(topology))
 
 
 def gpu_devices():
     """Eight H100 that nobody needs to have."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         pytest.skip("no GPU compiler: `make test-slow` installs it")
-    from jax.experimental import topologies
-
-    return topologies.get_topology_desc(
-        "h100", "cuda", target_config=H100, topology="1x1x8"
-    ).devices
-
-
-def peak_bytes(compiled) -> int:
-    """What a compiled function needs on one chip: arguments, temporaries and results."""
-    memory = compiled.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    return absent_devices(parse_topology("h100:8"))
 
 
 STAGES = {  # what is minimised, and micro-batches
@@ -147,7 +105,7 @@ def test_step_compiles_for_v5e_and_fits_its_memory(mesh_config, stage, report):
     compiled = compile_step(mesh, objective, config)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
-    peak = peak_bytes(compiled)
+    peak = memory_of(compiled)[2]
     report(f"v5e:2x2, {mesh_config}, {stage}: {peak / 1e9:.2f} GB per chip")
     assert memory.alias_size_in_bytes > 0, "the state is not donated"
     assert peak < CHIP_BYTES
@@ -160,7 +118,7 @@ def test_gradients_cross_slices_once_in_a_step(num_parts, report):
 
     The compiler makes one program for all slices. What leaves a slice is sent by its host.
     """
-    mesh = make_mesh(MeshConfig(fsdp=2), tpu_devices("v5e:2x2", num_slices=2))
+    mesh = make_mesh(MeshConfig(fsdp=2), tpu_devices("v5e:2x2 x 2"))
     assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     config = dataclasses.replace(
         PRESETS["whisper-base-smollm2-135m"][1], accumulation_steps=num_parts
@@ -249,7 +207,7 @@ def test_full_size_towers_compile_for_64_chips(towers, part, report):
     with use_mesh(mesh):
         jitted = jax.jit(function, out_shardings=batch_sharding(mesh))
         compiled = jitted.lower(*args).compile()
-    secs, peak, hlo = time.monotonic() - start, peak_bytes(compiled), compiled.as_text()
+    secs, peak, hlo = time.monotonic() - start, memory_of(compiled)[2], compiled.as_text()
     report(f"v5e:8x8, {part}: compiled in {secs:.0f} s, {peak / 1e9:.2f} GB per chip")
     assert peak < CHIP_BYTES
     assert hlo is not None and "splash" in hlo, "attention is not fused"
@@ -275,4 +233,4 @@ def test_attention_is_fused_on_gpus(num_queries, num_keys, is_causal):
     fused, plain = map(compile_gradient, (attend, plain_attend))
     assert "cudnn" in (fused.as_text() or "")
     assert "cudnn" not in (plain.as_text() or "")
-    assert peak_bytes(fused) < peak_bytes(plain)
+    assert memory_of(fused)[2] < memory_of(plain)[2]

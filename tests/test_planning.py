@@ -2,6 +2,11 @@
 
 import dataclasses
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import flax.core.axes_scan
@@ -10,19 +15,20 @@ import pytest
 
 import train_tpu
 from convert.published import published_config
-from flax_projector.config import (
-    PRESETS,
-    LlamaConfig,
-    WhisperConfig,
-)
+from flax_projector.chips import CHIPS
+from flax_projector.config import PRESETS, LlamaConfig, WhisperConfig
 from flax_projector.models.plain_attention import plain_attend
 from flax_projector.planning import compiled
-from flax_projector.planning.estimate import needed_flops
+from flax_projector.planning.compiled import AbstractRun
+from flax_projector.planning.estimate import contents_of, estimate, needed_flops
+from flax_projector.planning.program import Collective, Kernel, Program
 from flax_projector.planning.topology import parse_topology
 from flax_projector.sharding import use_mesh
 from flax_projector.training.objectives import LLMObjective
 from flax_projector.training.throughput import make_flop_counter
 from flax_projector.training.train_step import train_step
+from tests.planned import CONFIG, LLAMA, WHISPER, lay_out
+from tests.tiny import make_speech
 
 ROOT = Path(train_tpu.__file__).parent
 
@@ -145,6 +151,105 @@ def test_the_formula_counts_what_xla_counts_of_unrolled_layers(
     counted = lowered.cost_analysis()["flops"]
     count = make_flop_counter((run.state.params, *run.frozen), LLAMA, window_frames=200)
     assert needed_flops(run.model, count, bucket, 8, 200) == pytest.approx(counted, rel=0.05)
+
+
+LIMITED = {  # what a chip does in a second of a v5e's -> what limits the step
+    "compute": Program(),
+    "HBM": Program(hbm_bytes=819e9),
+    "links": Program(collectives=[Collective("all-reduce", "f32", 1, 8, 200e9, True)]),
+    "network": Program(collectives=[Collective("send", "f32", 1, 2, 3.1e9, True, True)]),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITED)
+def test_the_slowest_of_the_roofline_limits(towers, limit):
+    towers(WHISPER, LLAMA)
+    run, speech = lay_out(CONFIG)
+    ((bucket, held),) = contents_of(speech, run.model, run.config.data).items()
+    step = compiled.CompiledStep(bucket, 8, 8, 10**9, 1, 1, 2, 3, LIMITED[limit], 1.0)
+    found = estimate(run, parse_topology("v5e:2x4"), step, LIMITED[limit], held)
+    assert found.limit == limit
+    if limit != "compute":
+        assert found.roofline[limit] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("topology", "secs"),
+    [("v5e:2x4", 2.0 + 0.5 + 0.25), ("h100:8", 4.0 / 3352e9 * 819e9)],
+    ids=["TPU", "GPU"],
+)
+def test_times_of_a_step(towers, topology, secs):
+    """On TPUs cycles, kernels and what nothing hides; on GPUs the roofline."""
+    towers(WHISPER, LLAMA)
+    run, speech = lay_out(CONFIG)
+    ((bucket, held),) = contents_of(speech, run.model, run.config.data).items()
+    program = Program(
+        cycles=Counter({"encoder": 1.8e9, "layout": 1.2e9} if topology == "v5e:2x4" else {}),
+        kernels=[Kernel("splash", "encoder", 2, 0.5 * 197e12)],
+        collectives=[
+            Collective("all-reduce", "f32", 1, 8, 0.25 * 200e9, False),
+            Collective("all-gather", "bf16", 36, 4, 1e9, True),
+        ],
+        hbm_bytes=4.0 * 819e9,
+    )
+    step = compiled.CompiledStep(bucket, 8, 8, 10**9, 1, 1, 2, 3, program, 1.0)
+    found = estimate(run, parse_topology(topology), step, program, held)
+    assert found.secs == pytest.approx(secs)
+    assert found.audio_hours_per_chip_hour == pytest.approx(held.audio_secs / secs / 8)
+    peak = parse_topology(topology).chip.peak_flops
+    assert found.mfu == pytest.approx(found.model_flops / (secs * 8 * peak))
+    assert found.sent_bytes == 0.25 * 200e9 + 1e9 and found.network_bytes == 0
+    host = found.host_audio_secs_per_sec
+    assert host == pytest.approx(held.audio_secs / secs), "all chips are on one host"
+    assert found.host_cores["flac"] == pytest.approx(host / 3384)
+    assert found.host_to_chips_bytes_per_sec == pytest.approx(8e9 / secs)
+
+
+def test_assumed_speech_is_like_that_of_read_books(towers):
+    towers(WHISPER, LLAMA)
+    data = dataclasses.replace(CONFIG.data, window_secs=15.0, bucket_secs=(5.0, 10.0, 15.0))
+    run, speech = lay_out(dataclasses.replace(CONFIG, data=data))
+    secs, labels = speech.utterances.durations, speech.utterances.num_labels
+    assert secs.mean() == pytest.approx(12.0, rel=0.01) and secs.max() < 15
+    assert (labels / secs).mean() == pytest.approx(3.5, rel=0.05)
+    held = contents_of(speech, run.model, run.config.data)
+    assert len(held) == 3, "every bucket has batches of its own"
+    shares = [each.num_batches for each in held.values()]
+    total = sum(shares)
+    assert [n / total for n in shares] == pytest.approx([1 / 81, 15 / 81, 65 / 81], abs=0.01)
+    assert any("lengths like those of read books" in text for text in speech.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bytes_of", "expected"),
+    [
+        (16, lambda rows: 100 + 10 * rows, 80),  # both sizes fit
+        (500, lambda rows: 100 + 10 * rows, 80),  # the first does not
+        (1, lambda rows: 100 + 900 * rows, 0),  # none does
+        (8, lambda rows: 500 + rows, 400),  # far beyond both
+    ],
+)
+def test_the_most_rows_lie_on_a_line_through_two_sizes(
+    towers, monkeypatch, rows, bytes_of, expected
+):
+    towers(WHISPER, LLAMA)
+    run, speech = lay_out(CONFIG)
+    ((bucket, batch),) = speech.batches.abstract_batches()
+    capacity = 900
+
+    def compile_step(run, bucket, batch, chip):
+        count = batch.tokens.shape[0]
+        needed = bytes_of(count)
+        program = Program() if needed <= capacity else None
+        return compiled.CompiledStep(
+            bucket, count, count, 1, 100, needed - 100, needed, capacity, program, 1.0
+        )
+
+    monkeypatch.setattr(AbstractRun, "argument_bytes", 100)
+    monkeypatch.setattr(compiled, "compile_step", compile_step)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    first = compile_step(run, bucket, batch, CHIPS["v5e"])
+    assert compiled.most_rows(run, first, batch, CHIPS["v5e"]) == expected
 
 
 def test_the_predicted_peak_is_what_a_step_takes(report):

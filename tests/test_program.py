@@ -5,7 +5,8 @@ import textwrap
 
 import pytest
 
-from flax_projector.planning.program import Array, arrays_of, read_program
+from flax_projector.planning.hlo import Array, arrays_of
+from flax_projector.planning.program import read_program
 
 # A step of 3 layers on 8 chips: a loop that computes, copies and runs a kernel, and what follows.
 # The metadata of the kernel spreads its instruction over several lines, as the compiler writes it.
@@ -73,13 +74,15 @@ def test_cycles_are_added_up_by_part_with_loops_multiplied():
         "LLM backward": 20,
         "optimizer": 3,
     }
-    assert program.loops == {"body.1": (3, 1100)}
+    (loop,) = program.loops.values()
+    assert (loop.count, loop.cycles) == (3, 1100)
 
 
 def test_a_trip_count_that_the_compiler_knows_counts():
     """GPUs' programs carry it; there, constants in conditions may stand for other things."""
     known = 'body=%body.1, backend_config={"known_trip_count":{"n":"5"}}'
-    assert read_program(TEXT.replace("body=%body.1", known)).loops == {"body.1": (5, 1100)}
+    (loop,) = read_program(TEXT.replace("body=%body.1", known)).loops.values()
+    assert (loop.count, loop.cycles) == (5, 1100)
 
 
 def test_a_kernel_counts_by_formula_with_heads_padded_to_lanes():

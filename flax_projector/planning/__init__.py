@@ -3,7 +3,8 @@
   topology   pods by name, and their absent devices
   speech     the utterances that a plan is made for
   compiled   compiles the steps, and how many rows fit on a chip
-  program    reads a compiled program: where its time goes, and what chips exchange
+  hlo        the text of a compiled program, as computations of instructions
+  program    where a program's time goes, what it moves, and what chips exchange
   estimate   how long a step takes, what limits it, and what it needs of a host
   plan       all of it, as one object and as JSON
   report     the same as text

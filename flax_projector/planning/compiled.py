@@ -6,8 +6,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,13 +23,14 @@ from flax_projector.chips import GIB, Chip
 from flax_projector.config import TrainConfig, option
 from flax_projector.files import any_path
 from flax_projector.logs import progress_bar
+from flax_projector.models.decode import generate
 from flax_projector.models.llama import KVCache, abstract_decoder, make_cache
 from flax_projector.models.speech_llm import Params, SpeechLLM
 from flax_projector.models.whisper import abstract_encoder
 from flax_projector.planning.program import Program, read_program
 from flax_projector.planning.speech import Speech
 from flax_projector.run import make_model
-from flax_projector.sharding import batch_sharding, num_batch_shards, use_mesh
+from flax_projector.sharding import batch_sharding, num_batch_shards, replicated, use_mesh
 from flax_projector.training.objectives import LLMObjective
 from flax_projector.training.state import (
     TrainState,
@@ -217,6 +218,40 @@ def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> 
     )
 
 
+def compile_decoding(run: AbstractRun, bucket: Bucket) -> tuple[int, Program]:
+    """Compiles what evaluation does once the audio is heard: prompts are read and continued.
+
+    Args:
+      run: the run.
+      bucket: of the clips.
+
+    Returns:
+      Rows of a chip, and what the program does: nothing if it does not fit.
+    """
+    config, mesh = run.config, run.mesh
+    ways = num_batch_shards(mesh)
+    rows = -(-config.data.eval_batch_size // ways)
+    sharding = batch_sharding(mesh)
+    prompts = jax.ShapeDtypeStruct(
+        (rows * ways, bucket.merged_len, run.model.llm.config.hidden_size),
+        jnp.dtype(config.dtype),
+        sharding=sharding,
+    )
+    lengths = jax.ShapeDtypeStruct((rows * ways,), jnp.int32, sharding=sharding)
+    decode = functools.partial(
+        generate, model=run.model, max_new_tokens=config.max_new_tokens, end_of_turn=2
+    )
+    try:
+        with use_mesh(mesh):
+            jitted = jax.jit(decode, out_shardings=replicated(mesh))
+            compiled = jitted.lower(run.frozen[1], prompts, lengths).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if _needed(str(error)) is None:
+            raise
+        return rows, Program()
+    return rows, read_program(compiled.as_text() or "")
+
+
 def _needed(message: str) -> int | None:
     """The bytes of temporaries that the compiler wanted, if it says that it had too few."""
     if "RESOURCE_EXHAUSTED" not in message:
@@ -225,37 +260,50 @@ def _needed(message: str) -> int | None:
     return int(float(found[1]) * (GIB if found[2] == "G" else 2**20)) if found else None
 
 
-def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> tuple[list[CompiledStep], int]:
-    """Compiles the step of every bucket, and of the largest with other rows: see `most_rows`.
+@dataclass(frozen=True)
+class Compiled:
+    """All that is compiled for a plan.
 
-    Two at a time: XLA does not hold Python's lock.
+    Attributes:
+      steps: of the buckets.
+      most_rows: how many rows of a micro-batch fit on a chip in the largest: see `most_rows`.
+      decoding: rows of a chip, and the program; see `compile_decoding`.
+    """
 
-    Returns:
-      The steps of the buckets, and how many rows of a micro-batch fit on a chip in the largest.
+    steps: list[CompiledStep]
+    most_rows: int
+    decoding: tuple[int, Program]
+
+
+def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
+    """Compiles the step of every bucket, of the largest also with other rows, and decoding.
+
+    As many at a time as there are cores: XLA does not hold Python's lock.
     """
     batches = speech.batches.abstract_batches()
     largest = max(batches, key=lambda each: (each[0].merged_len, each[0].num_frames))
     order = [largest, *(each for each in reversed(batches) if each is not largest)]
-    found: dict[Bucket, CompiledStep] = {}
-    most = 0
-    lock = threading.Lock()
-    label = f"compiling for {run.mesh.size} absent chips"
-    with progress_bar(log, label, total=len(order) + 1, unit="step") as progress:
+    lock, label = threading.Lock(), f"compiling for {run.mesh.size} absent chips"
+    with (
+        progress_bar(log, label, total=len(order) + 2, unit="program") as progress,
+        ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool,
+    ):
 
-        def work(each: tuple[Bucket, Batch]) -> None:
-            nonlocal most
-            step = compile_step(run, *each, chip)
-            with lock:
-                found[each[0]] = step
-                progress.update(1)
-            if each is largest:
-                most = most_rows(run, step, each[1], chip)
+        def begin(function: Callable[..., Any], *args: Any) -> Future[Any]:
+            def counted() -> Any:
+                result = function(*args)
                 with lock:
                     progress.update(1)
+                return result
 
-        with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
-            list(pool.map(work, order))
-    return [found[bucket] for bucket, _ in batches], most
+            return pool.submit(counted)
+
+        steps = {each[0]: begin(compile_step, run, *each, chip) for each in order}
+        decoding = begin(compile_decoding, run, largest[0])
+        most = begin(most_rows, run, steps[largest[0]].result(), largest[1], chip)
+        return Compiled(
+            [steps[bucket].result() for bucket, _ in batches], most.result(), decoding.result()
+        )
 
 
 def most_rows(run: AbstractRun, step: CompiledStep, batch: Batch, chip: Chip) -> int:

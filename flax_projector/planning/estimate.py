@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flax_projector.batch import Bucket
+from flax_projector.chips import Chip
 from flax_projector.config import DataConfig
 from flax_projector.data.batch_plan import assign
 from flax_projector.lengths import SAMPLE_RATE, num_audio_tokens
@@ -235,4 +236,33 @@ def mixture(steps: Sequence[tuple[Estimate, Contents]], topology: Topology) -> M
         "step_secs": secs / total,
         "mfu": flops / (secs * chips * topology.chip.peak_flops),
         "audio_hours_per_chip_hour": audio / secs / chips,
+    }
+
+
+def decoding_of(found: tuple[int, Program], max_new_tokens: int, chip: Chip) -> dict[str, float]:
+    """How fast an evaluation decodes.
+
+    The time of a token is that of the loop over tokens: on TPUs the compiler's estimate, on GPUs
+    what reading and writing its bytes takes at least.
+
+    Args:
+      found: rows of a chip, and the program.
+      max_new_tokens: the most tokens of a row; the first is decoded before the loop.
+      chip: the chip.
+
+    Returns:
+      "rows", of a chip; "token_secs"; "tokens_per_sec", of a chip; and "hbm_secs", the least that
+      the bytes of a token take.
+    """
+    rows, program = found
+    loops = [loop for loop in program.loops.values() if loop.count == max_new_tokens]
+    hbm_secs = sum(loop.hbm_bytes for loop in loops) / chip.hbm_bandwidth
+    secs = hbm_secs
+    if chip.clock is not None:
+        secs = sum(loop.cycles for loop in loops) / chip.clock
+    return {
+        "rows": rows,
+        "token_secs": secs,
+        "tokens_per_sec": rows / secs if secs else 0.0,
+        "hbm_secs": hbm_secs,
     }

@@ -21,6 +21,7 @@ from flax_projector.planning.estimate import (
     Contents,
     Estimate,
     contents_of,
+    decoding_of,
     estimate,
     mixture,
 )
@@ -45,6 +46,7 @@ class Plan:
       contents: what the batches of each hold, in the same order.
       estimates: of each; None if it does not fit.
       mixture: of an epoch; empty if a step does not fit.
+      decoding: see `decoding_of`.
       most_rows: rows of a micro-batch that fit on a chip, in the largest bucket.
       shards: the least `--mesh.fsdp` with which all fits, if it does not; 0 if there is none.
       notes: what was assumed, and what the user should know.
@@ -57,6 +59,7 @@ class Plan:
     contents: list[Contents]
     estimates: list[Estimate | None]
     mixture: dict[str, float]
+    decoding: dict[str, float]
     most_rows: int
     shards: int
     notes: list[str]
@@ -111,6 +114,7 @@ class Plan:
                 for each in zip(self.steps, self.contents, self.estimates, strict=True)
             ],
             "mixture": self.mixture,
+            "decoding": self.decoding,
             "most_rows_per_chip": self.most_rows,
             "most_clips": self.most_clips,
             "jax": jax.__version__,
@@ -133,7 +137,7 @@ def _bucket_json(step: CompiledStep, contents: Contents, found: Estimate | None)
         **data,
         "estimate": dataclasses.asdict(found),
         "cycles": dict(program.cycles),
-        "loops": {name: list(each) for name, each in program.loops.items()},
+        "loops": {name: dataclasses.asdict(each) for name, each in program.loops.items()},
         "kernels": [dataclasses.asdict(each) for each in program.kernels],
         "collectives": [dataclasses.asdict(each) for each in program.collectives],
         "hbm_bytes": program.hbm_bytes,
@@ -157,8 +161,9 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
         mesh = make_mesh(config.mesh, devices)
         speech = read_speech(config, mesh)
         run = AbstractRun.of(config, mesh, speech)
-        steps, most = compile_all(run, speech, topology.chip)
+        found = compile_all(run, speech, topology.chip)
         held = contents_of(speech, run.model, config.data)
+    steps = found.steps
     contents = [held[step.bucket] for step in steps]
     estimates = [
         estimate(run, topology, step, step.program, each) if step.program is not None else None
@@ -175,7 +180,8 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
         contents=contents,
         estimates=estimates,
         mixture=dict(mixture(known, topology)) if len(known) == len(steps) else {},  # type: ignore
-        most_rows=most,
+        most_rows=found.most_rows,
+        decoding=decoding_of(found.decoding, config.max_new_tokens, topology.chip),
         shards=0 if largest.fits else next(shards_to_fit(run, largest), 0),
         notes=notes,
     )

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flax_projector.planning.hlo import Instruction, arrays_of, read_hlo
+
 PARTS = (
     "encoder",
     "projector",
@@ -56,104 +58,7 @@ _SENT: dict[str, Callable[[int], float]] = {
     "send": lambda group: 1,
 }
 """Bytes that leave a chip for each byte of the result, by the ring algorithm."""
-_BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
-}  # fmt: skip
 LANES = 128
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array of a program.
-
-    Attributes:
-      dtype: as HLO writes it.
-      shape: its dimensions.
-      is_on_chip: whether it is in the chip's own memory instead of HBM.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    is_on_chip: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return _BYTES.get(self.dtype, 1) * math.prod(self.shape)
-
-    @property
-    def hbm_bytes(self) -> int:
-        """Bytes of its elements in HBM."""
-        return 0 if self.is_on_chip else self.nbytes
-
-
-def arrays_of(text: str) -> list[Array]:
-    """The arrays in the text of a type, such as `(f32[2]{0}, bf16[3,4]{1,0:T(8,128)S(1)})`."""
-    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?", text)
-    return [
-        Array(dtype, tuple(int(n) for n in dims.split(",") if n), "S(1)" in layout)
-        for dtype, dims, layout in found
-        if dtype in _BYTES
-    ]
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A line of a computation.
-
-    Attributes:
-      name: its name.
-      opcode: what it does.
-      results: what it makes.
-      operands: names of what it reads.
-      line: the whole line.
-    """
-
-    name: str
-    opcode: str
-    results: list[Array]
-    operands: list[str]
-    line: str
-
-    def find(self, pattern: str) -> str:
-        """What a group matches in the line, or nothing."""
-        found = re.search(pattern, self.line)
-        return found[1] if found else ""
-
-    @property
-    def cycles(self) -> int:
-        """The compiler's estimate, or 0 if there is none."""
-        return int(self.find(r'"estimated_cycles":"(\d+)"') or 0)
-
-    @property
-    def op_name(self) -> str:
-        """Where it comes from."""
-        return self.find(r'op_name="((?:[^"\\]|\\.)*)"')
-
-    @property
-    def called(self) -> str:
-        """The computation of a fusion, or of an asynchronous operation."""
-        return self.find(r"calls=%?([\w.\-]+)")
-
-
-_LINE = re.compile(
-    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\((?:[^()]|\([^()]*\))*\)|\S+) "
-    r"(?P<opcode>[\w\-]+)\((?P<operands>[^)]*)\)"
-)
-
-
-def _parse(line: str) -> Instruction | None:
-    line_without_index = re.sub(r"/\*index=\d+\*/", "", line)
-    if (found := _LINE.match(line_without_index)) is None:
-        return None
-    return Instruction(
-        found["name"],
-        found["opcode"],
-        arrays_of(found["type"]),
-        re.findall(r"%([\w.\-]+)", found["operands"]),
-        line_without_index,
-    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +101,21 @@ class Collective:
     crosses_slices: bool = False
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A loop of a program.
+
+    Attributes:
+      count: how often its body runs in one run of the program.
+      cycles: of its body each time, with the loops inside.
+      hbm_bytes: likewise.
+    """
+
+    count: int
+    cycles: float
+    hbm_bytes: float
+
+
 @dataclass
 class Program:
     """What a chip does in one run of a program, loops multiplied.
@@ -205,14 +125,14 @@ class Program:
       kernels: what has no estimate.
       collectives: what chips exchange.
       hbm_bytes: read and written, estimated from the shapes of all operations.
-      loops: by the name of its body: how often a loop runs, and its cycles each time.
+      loops: by the names of their bodies.
     """
 
     cycles: Counter[str] = field(default_factory=Counter)
     kernels: list[Kernel] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     hbm_bytes: float = 0.0
-    loops: dict[str, tuple[int, float]] = field(default_factory=dict)
+    loops: dict[str, Loop] = field(default_factory=dict)
 
 
 def read_program(text: str) -> Program:
@@ -222,17 +142,7 @@ def read_program(text: str) -> Program:
 
 class _Reader:
     def __init__(self, text: str):
-        self.computations: dict[str, list[Instruction]] = {}
-        self.entry = ""
-        current: list[Instruction] = []
-        # The metadata of a kernel spreads its instruction over several lines.
-        for line in re.split(r"\n(?=  \S|%|ENTRY|\}\n)", text):
-            if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line):
-                current = self.computations.setdefault(head[2], [])
-                if head[1]:
-                    self.entry = head[2]
-            elif (instruction := _parse(line)) is not None:
-                current.append(instruction)
+        self.computations, self.entry = read_hlo(text)
         self.program = Program()
 
     def read(self) -> Program:
@@ -250,8 +160,10 @@ class _Reader:
             self.program.hbm_bytes += times * self._hbm_bytes(each, made)
             if each.opcode == "while":
                 body, count = each.find(r"body=%?([\w.\-]+)"), self._trips(each)
-                inside = self._walk(body, times * count)
-                self.program.loops[body] = (times * count, inside)
+                before = self.program.hbm_bytes
+                inside, runs = self._walk(body, times * count), times * count
+                touched = (self.program.hbm_bytes - before) / max(runs, 1)
+                self.program.loops[body] = Loop(runs, inside, touched)
                 cycles += count * inside
             elif each.opcode in ("call", "conditional", "async-start"):
                 for called in self._called(each):

@@ -15,6 +15,14 @@ def report(plan: Plan) -> str:
         if plan.topology.chip.clock is not None:
             parts.append(_times(plan))
         parts += [_speed(plan), _host(plan)]
+    parts.append(
+        [
+            f"decoding {plan.decoding['rows']:g} rows a chip, estimated: "
+            f"{_ms(plan.decoding['token_secs'])} ms a token, "
+            f"{plan.decoding['tokens_per_sec']:.0f} tokens a second and chip; its bytes take "
+            f"{_ms(plan.decoding['hbm_secs'])} ms at least"
+        ]
+    )
     parts.append([f"note: {note}" for note in [*_sources(plan), *plan.notes]])
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 

@@ -147,9 +147,8 @@ def absent_devices(topology: Topology) -> list[Any]:
       ValueError: if the compiler is not installed.
     """
     _require_compiler(topology)
-    # The instance of a cloud is not asked, and another program may use the compiler too.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:
@@ -173,6 +172,14 @@ def absent_devices(topology: Topology) -> list[Any]:
     except Exception as error:  # the compilers' own errors
         raise ValueError(f"--plan {topology.name} is refused by the compiler: {error}") from error
     return list(description.devices)
+
+
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # the cloud is not asked for the machine's TPUs
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another program may use the compiler too
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of no effect, but it complains without these two
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def _require_compiler(topology: Topology) -> None:
