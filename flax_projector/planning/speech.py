@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -52,9 +54,9 @@ class KeptFrames:
 
     name = "frames"
 
-    def __init__(self, dim: int):
-        """Takes the width of the encoder."""
-        self._dim = dim
+    def __init__(self, dim: int, dtype: DTypeLike):
+        """Takes the width of the encoder and the dtype that it computes in."""
+        self._dim, self.dtype = dim, jnp.dtype(dtype)
 
     def shape(self, bucket: Bucket) -> tuple[int, ...]:
         """(S, E)."""
@@ -117,7 +119,7 @@ def read_speech(config: TrainConfig, mesh: Mesh) -> Speech:
             f"most --data.max-text-tokens {data.max_text_tokens}; instead of --data.train, {why}"
         )
     inputs = (
-        KeptFrames(config.projector.encoder_dim)
+        KeptFrames(config.projector.encoder_dim, config.dtype)
         if data.cache_features
         else Waveforms(data.window_samples)
     )
