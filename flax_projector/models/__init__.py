@@ -3,6 +3,7 @@
   projector                     the part that is trained
   whisper, llama                the frozen towers
   layers                        layers that they share
+  rotary                        positions of the LLM's queries and keys
   attention                     one function, which uses the platform's kernel if there is one
   plain_attention               written out: the reference, and for masks that no kernel supports
   cpu_attention, cpu_gradient   the same functions, faster on CPUs
