@@ -27,7 +27,7 @@ Every letter in a shape stands for one thing, in annotations, docstrings and com
   P   padded length            Z   CTC classes              W   frequencies
   j   samples of half an STFT window
   GQ  queries of the G heads of a kv head
-  n   masks of a clip
+  n   masks of a clip          p   tokens of the prefix
 
 Masks are True where VALID and named for it (`frame_valid`, `label_valid`).
 """

@@ -4,6 +4,7 @@
   trained           products with its parameters, whose gradients are summed in f32
   whisper, llama    the frozen towers
   layers            layers that they share
+  rotary            positions of the LLM's queries and keys
   attention         one function, which uses the platform's kernel if there is one
   plain_attention   written out: the reference, and for masks that no kernel supports
   cpu_attention     the same function, faster on CPUs
