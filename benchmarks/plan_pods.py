@@ -167,11 +167,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/pods.md")
     parser.add_argument("--keep", type=Path, default=ROOT / "runs/plans")
-    parser.add_argument("--pods", nargs="+", default=list(PODS), choices=list(PODS))
+    parser.add_argument("--pods", nargs="*", default=list(PODS), choices=list(PODS))
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
     text = [HEAD]
-    for way, options in WAYS.items():
+    for way, options in WAYS.items() if args.pods else ():
         plans = {name: make_plan(PODS[name], options, args.keep) for name in args.pods}
         text += [
             f"## With {way}\n",

@@ -102,6 +102,13 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, topology, advice):
         train_tpu.cli(["tiny", "--plan", topology])
 
 
+def test_a_plan_leaves_the_rest_of_a_command_line_as_it_is():
+    options = ["--mesh.data", "-1", "--data.train", "a.jsonl", "b.jsonl", "--no-resume"]
+    assert train_tpu.split_plan(["demo", *options]) == (None, False, ["demo", *options])
+    words = ["demo", *options[:2], "--plan", "v5e:2x2", *options[2:], "--json"]
+    assert train_tpu.split_plan(words) == ("v5e:2x2", True, ["demo", *options])
+
+
 def test_json_needs_a_plan(capsys):
     with pytest.raises(SystemExit) as error:
         train_tpu.cli(["tiny", "--json"])
