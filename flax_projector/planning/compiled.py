@@ -150,8 +150,8 @@ def _some_prefix(llama: Any, length: int, dtype: Any) -> KVCache | None:
     if not length:
         return None
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(make_cache, llama, 1, length, dtype))
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+    zeros = jax.device_get(make_cache(llama, 1, length, dtype))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), zeros)
 
 
 @dataclass(frozen=True)
