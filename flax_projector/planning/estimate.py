@@ -47,14 +47,13 @@ def needed_flops(
     encoder, llama = model.encoder.config, model.llm.config
     length, prefix = bucket.merged_len - model.prefix_len, model.prefix_len
     audio = num_audio_tokens(bucket.num_frames, model.projector.config.projector_pool_stride)
-    flops = count(
-        {
-            "num_clips": rows,
-            "num_audio_tokens": rows * audio,
-            "num_tokens": rows * length,
-            "num_labels": rows * bucket.text_len,
-        }
-    )
+    counts = {
+        "num_clips": rows,
+        "num_audio_tokens": rows * audio,
+        "num_tokens": rows * length,
+        "num_labels": rows * bucket.text_len,
+    }
+    flops = count({name: float(number) for name, number in counts.items()})
     flops += 4 * rows * window_frames**2 * encoder.d_model * encoder.encoder_layers
     heads = llama.num_attention_heads * llama.head_dim * llama.num_hidden_layers
     products = 14 if model.llm.remat == "none" else 18
