@@ -3,7 +3,7 @@
 It needs neither the towers' weights nor data, and no PyTorch. Every row of a batch is a clip of the
 given length with 64 labels, 8 tokens before the audio and 24 in the prefix that rows share. Prints
 JSON: for each length of clips the median of the steps, speech per second, MFU by the formula of
-`FlopCounter`, and what the compiler reserves on a device.
+`FlopCounter`, what the compiler reserves on a device, and the most that was in use so far.
 
 Example:
 
@@ -142,6 +142,7 @@ def measure(config: TrainConfig, num_rows: int, lengths: list[float], rounds: in
             devices=mesh.devices.flatten().tolist(),
         )
         memory: Any = step.memory_analysis()
+        used = mesh.devices.flat[0].memory_stats() or {}  # a CPU has none
         results[f"{secs:g} s"] = {
             "step_secs": round(step_secs, 4),
             "audio_secs_per_sec": round(summary["audio_secs_per_sec"], 1),
@@ -150,6 +151,7 @@ def measure(config: TrainConfig, num_rows: int, lengths: list[float], rounds: in
             "compile_secs": round(compile_secs, 1),
             "argument_gb": round(memory.argument_size_in_bytes / 1e9, 2),
             "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
+            "most_used_gb": round(used.get("peak_bytes_in_use", 0) / 1e9, 2) or None,
             "slowest_round": round(max(times[2:]), 4),
         }
     return results

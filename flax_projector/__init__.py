@@ -5,7 +5,7 @@
 Folders are layers; each one's docstring says what is in it and what it may import:
 
   config       every setting and its default
-  lengths, storage, files, file_types, logs, run_folder, hosts, batch, sharding
+  lengths, chips, storage, files, file_types, logs, run_folder, hosts, batch, sharding
                shared by several layers
   chat         what the LLM reads around the audio
   models       the modules

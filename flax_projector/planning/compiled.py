@@ -150,8 +150,8 @@ def _some_prefix(llama: Any, length: int, dtype: Any) -> KVCache | None:
     if not length:
         return None
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(make_cache, llama, 1, length, dtype))
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+    zeros = jax.device_get(make_cache(llama, 1, length, dtype))
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), zeros)
 
 
 @dataclass(frozen=True)
@@ -343,10 +343,10 @@ def most_rows(run: AbstractRun, step: CompiledStep, batch: Batch, chip: Chip) ->
 
 def shards_to_fit(run: AbstractRun, step: CompiledStep) -> Iterator[int]:
     """Values of `--mesh.fsdp` with which the parameters would leave room for a step, ascending."""
-    size = len({getattr(device, "slice_index", 0) for device in run.mesh.devices.flat})
-    of_slice, now = run.mesh.size // size, run.config.mesh.fsdp
+    num_slices = len({getattr(device, "slice_index", 0) for device in run.mesh.devices.flat})
+    slice_size, now = run.mesh.size // num_slices, run.mesh.shape["fsdp"]
     rest = step.peak - run.argument_bytes
-    for ways in range(now + 1, of_slice + 1):
-        divides = of_slice % (ways * run.config.mesh.tensor) == 0
+    for ways in range(now + 1, slice_size + 1):
+        divides = slice_size % (ways * run.mesh.shape["tensor"]) == 0
         if divides and run.argument_bytes * now / ways + rest < step.capacity:
             yield ways

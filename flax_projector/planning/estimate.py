@@ -34,8 +34,10 @@ def needed_flops(
       4 S^2 E per clip and encoder layer     scores and weighted sums of attention
       14 L (P + L) H d / 2 per LLM layer     likewise: 4 forward, 10 backward, the causal half; P is
                                              the length of the prefix
-      2 N_layers per token                   with remat "layers": what the backward pass recomputes,
-                                             and attention's 4 once more; "products": only these
+      2 (N_layers - F D) per token           with remat "layers": what the backward pass recomputes,
+                                             all but the last product of a layer, F wide; and
+                                             attention's 4 once more; "products": only these
+      402 (800 + M) per mel frame            the log-mel: Fourier transform and M filters
 
     Args:
       model: the modules.
@@ -47,20 +49,22 @@ def needed_flops(
     encoder, llama = model.encoder.config, model.llm.config
     length, prefix = bucket.merged_len - model.prefix_len, model.prefix_len
     audio = num_audio_tokens(bucket.num_frames, model.projector.config.projector_pool_stride)
-    flops = count(
-        {
-            "num_clips": rows,
-            "num_audio_tokens": rows * audio,
-            "num_tokens": rows * length,
-            "num_labels": rows * bucket.text_len,
-        }
-    )
+    counts = {
+        "num_clips": rows,
+        "num_audio_tokens": rows * audio,
+        "num_tokens": rows * length,
+        "num_labels": rows * bucket.text_len,
+    }
+    flops = count({name: float(number) for name, number in counts.items()})
     flops += 4 * rows * window_frames**2 * encoder.d_model * encoder.encoder_layers
     heads = llama.num_attention_heads * llama.head_dim * llama.num_hidden_layers
     products = 14 if model.llm.remat == "none" else 18
     flops += products * rows * length * (prefix + length) * heads / 2
     if model.llm.remat == "layers":
-        flops += 2 * count.layers * rows * length
+        last = llama.hidden_size * llama.intermediate_size * llama.num_hidden_layers
+        flops += 2 * (count.layers - last) * rows * length
+    if window_frames:
+        flops += rows * 2 * window_frames * 2 * 201 * (2 * 400 + encoder.num_mel_bins)
     return flops
 
 

@@ -101,7 +101,8 @@ def _speed(plan: Plan) -> list[str]:
             hours,
         ),
     ]
-    return table(["estimated", *_buckets(plan), "mixture"], rows)
+    header = "at best" if plan.topology.chip.clock is None else "estimated"
+    return table([header, *_buckets(plan), "mixture"], rows)
 
 
 def _host(plan: Plan) -> list[str]:
