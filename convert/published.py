@@ -6,7 +6,7 @@ config as those without.
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config, SmolLM3Config, WhisperConfig
 
 from convert.models import KINDS
 
@@ -119,13 +119,23 @@ LLMS = {
 """Likewise."""
 
 
+# Not transformers' own mapping, which imports torch.
+_CLASSES: dict[str, Any] = {
+    "whisper": WhisperConfig,
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
+}
+
+
 def hf_config(hub_id: str) -> Any:
     """transformers' config of a published model; None if it is not known here."""
     found = (WHISPERS | LLMS).get(hub_id.removesuffix("-Instruct"))
     if found is None:
         return None
     values = dict(found[1])
-    return CONFIG_MAPPING[values.pop("model_type")](**values)
+    return _CLASSES[values.pop("model_type")](**values)
 
 
 def published_config(hub_id: str) -> Any:
