@@ -6,14 +6,14 @@ config as those without.
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from convert.models import KINDS
 
 
 def _whisper(d_model: int, layers: int, **others: Any) -> dict[str, Any]:
     return {
         "model_type": "whisper",
+        "max_source_positions": 1500,
+        "num_mel_bins": 80,
         "d_model": d_model,
         "encoder_layers": layers,
         "decoder_layers": layers,
@@ -61,7 +61,12 @@ _LLAMA3_2 = {
     "rope_parameters": _llama3(32.0),
     "tie_word_embeddings": True,
 }
-_QWEN = {"vocab_size": 151_936, "tie_word_embeddings": True, "rope_parameters": _rope(1e6)}
+_QWEN = {
+    "vocab_size": 151_936,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_parameters": _rope(1e6),
+}
 
 # The numbers of parameters are the published ones: they guard the values typed here.
 WHISPERS = {
@@ -99,13 +104,16 @@ LLMS = {
         {
             **_llm(2048, 11_008, 36, 16, 4, vocab_size=128_256, rope_parameters=_rope(5e6)),
             "model_type": "smollm3",
+            "rms_norm_eps": 1e-6,
         },
     ),
     "meta-llama/Llama-3.2-1B": (1_235_814_400, _llm(2048, 8192, 16, 32, 8, **_LLAMA3_2)),
     "meta-llama/Llama-3.1-8B": (8_030_261_248, _llm(4096, 14_336, 32, 32, 8, **_LLAMA3_1)),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": (
         1_100_048_384,
-        _llm(2048, 5632, 22, 32, 4, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)),
+        _llm(
+            2048, 5632, 22, 32, 4, vocab_size=32_000, rms_norm_eps=1e-5, rope_parameters=_rope(1e4)
+        ),
     ),
     "Qwen/Qwen2.5-0.5B": (
         494_032_768,
@@ -120,18 +128,26 @@ LLMS = {
 
 
 def hf_config(hub_id: str) -> Any:
-    """transformers' config of a published model; None if it is not known here."""
-    found = (WHISPERS | LLMS).get(hub_id.removesuffix("-Instruct"))
-    if found is None:
+    """transformers' config of a published model, with its defaults; None if it is not known here.
+
+    Imports PyTorch, if that is installed.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if (found := _find(hub_id)) is None:
         return None
-    values = dict(found[1])
+    values = dict(found)
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 
 def published_config(hub_id: str) -> Any:
     """Our config of a published model; None if it is not known here."""
-    if (config := hf_config(hub_id)) is None:
+    if (data := _find(hub_id)) is None:
         return None
-    data = config.to_dict()
     (kind,) = (kind for kind in KINDS if data["model_type"] in kind.model_types)
     return kind.parse_config(data, hub_id)
+
+
+def _find(hub_id: str) -> dict[str, Any] | None:
+    found = (WHISPERS | LLMS).get(hub_id.removesuffix("-Instruct"))
+    return None if found is None else found[1]

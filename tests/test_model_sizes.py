@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq
 from convert import engine
 from convert.checkpoint import TensorInfo
 from convert.models import LLAMA, WHISPER_ENCODER
-from convert.published import LLMS, WHISPERS, hf_config
+from convert.published import LLMS, WHISPERS, hf_config, published_config
 
 pytestmark = pytest.mark.torch
 
@@ -88,3 +88,9 @@ def test_config_as_it_was_published_means_the_same(name) -> None:
     data["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     data.pop("layer_types", None)
     assert LLAMA.parse_config(data, "config.json") == expected
+
+
+@pytest.mark.parametrize("name", [*WHISPERS, *LLMS])
+def test_our_config_is_that_of_transformers_with_its_defaults(name) -> None:
+    kind = WHISPER_ENCODER if name in WHISPERS else LLAMA
+    assert published_config(name) == kind.parse_config(hf_config(name).to_dict(), name)

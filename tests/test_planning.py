@@ -17,7 +17,7 @@ import pytest
 import train_tpu
 from convert.published import published_config
 from flax_projector.chips import CHIPS
-from flax_projector.config import PRESETS, LlamaConfig, WhisperConfig
+from flax_projector.config import PRESETS, LlamaConfig, ProjectorConfig, WhisperConfig
 from flax_projector.models.plain_attention import plain_attend
 from flax_projector.planning import compiled
 from flax_projector.planning.compiled import AbstractRun
@@ -145,11 +145,10 @@ def test_the_formula_counts_what_xla_counts_of_unrolled_layers(
     monkeypatch.setattr(flax.core.axes_scan.lax, "scan", unrolled)
     for module in ("whisper", "llama"):
         monkeypatch.setattr(f"flax_projector.models.{module}.attend", plain_attend)
-    towers(
-        dataclasses.replace(WHISPER, encoder_layers=num_layers),
-        dataclasses.replace(LLAMA, num_hidden_layers=num_layers),
-    )
-    run, speech = lay_out(dataclasses.replace(CONFIG, remat=remat))
+    llama = LlamaConfig(2000, 1024, 3072, num_layers, 16, 4, head_dim=64)
+    towers(WhisperConfig(80, 512, num_layers, 8, 2048), llama)
+    projector = ProjectorConfig(encoder_dim=512, llm_dim=1024, projector_hidden_dim=2048)
+    run, speech = lay_out(dataclasses.replace(CONFIG, projector=projector, remat=remat))
     ((bucket, batch),) = speech.batches.abstract_batches()
     step = lambda *args: train_step(  # noqa: E731
         *args, model=run.model, optimizer=run.optimizer, seed=0, objective=LLMObjective()
@@ -157,7 +156,7 @@ def test_the_formula_counts_what_xla_counts_of_unrolled_layers(
     with use_mesh(run.mesh):
         lowered = jax.jit(step).lower(run.state, *run.frozen, batch)
     counted: Any = lowered.cost_analysis()
-    count = make_flop_counter((run.state.params, *run.frozen), LLAMA, window_frames=200)
+    count = make_flop_counter((run.state.params, *run.frozen), llama, window_frames=200)
     assert needed_flops(run.model, count, bucket, 8, 200) == pytest.approx(
         counted["flops"], rel=0.05
     )

@@ -37,7 +37,7 @@ def needed_flops(
       2 (N_layers - F D) per token           with remat "layers": what the backward pass recomputes,
                                              all but the last product of a layer, F wide; and
                                              attention's 4 once more; "products": only these
-      402 (800 + M) per mel frame            the log-mel: Fourier transform and M filters
+      402 (400 + M) per mel frame            the log-mel: Fourier transform and M filters
 
     Args:
       model: the modules.
@@ -64,7 +64,7 @@ def needed_flops(
         last = llama.hidden_size * llama.intermediate_size * llama.num_hidden_layers
         flops += 2 * (count.layers - last) * rows * length
     if window_frames:
-        flops += rows * 2 * window_frames * 2 * 201 * (2 * 400 + encoder.num_mel_bins)
+        flops += rows * 2 * window_frames * 2 * 201 * (400 + encoder.num_mel_bins)
     return flops
 
 

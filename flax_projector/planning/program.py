@@ -298,7 +298,8 @@ def _group_size(line: str) -> int:
 def _kernel(each: Instruction, times: int) -> Kernel | None:
     """A kernel of attention: two products forward, and five or seven backward."""
     inputs = arrays_of(each.find(r"operand_layout_constraints=\{(.*?)\}, frontend"))
-    heads = [array for array in inputs if len(array.shape) == 4 and array.shape[-1] > 1]
+    # Queries, keys and values, with the batch if it has more than one row; the rest are masks.
+    heads = [a for a in inputs if a.dtype in ("bf16", "f32") and len(a.shape) in (3, 4)]
     if len(heads) < 3:
         return None
     (*rows, num_queries, dim), num_keys = heads[0].shape, heads[1].shape[-2]
