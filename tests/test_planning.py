@@ -8,18 +8,19 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax.core.axes_scan
 import jax
+import numpy as np
 import pytest
 
 import train_tpu
 from convert.published import published_config
 from flax_projector.chips import CHIPS
-from flax_projector.config import PRESETS, LlamaConfig, ProjectorConfig, WhisperConfig
+from flax_projector.config import PRESETS, LlamaConfig, ProjectorConfig, RematName, WhisperConfig
 from flax_projector.models.plain_attention import plain_attend
-from flax_projector.planning import compiled
+from flax_projector.planning import compiled, plan
 from flax_projector.planning.compiled import AbstractRun
 from flax_projector.planning.estimate import contents_of, estimate, needed_flops
 from flax_projector.planning.program import Collective, Kernel, Program
@@ -86,8 +87,9 @@ def test_what_does_not_exist_is_refused_with_the_nearest_that_does(text, nearest
         (["--projector.llm-dim", "41"], r"--llm has width 576, .* --projector.llm-dim 576"),
     ],
 )
-def test_what_a_run_cannot_be_is_one_line(args, message):
-    pytest.importorskip("libtpu", reason="the TPU's compiler: pip install 'flax-projector[test]'")
+def test_what_a_run_cannot_be_is_one_line(monkeypatch, args, message):
+    """With devices of this process: JAX's profiler crashes where the TPU's compiler is loaded."""
+    monkeypatch.setattr(plan, "absent_devices", lambda topology: jax.devices()[:4])
     small = ["whisper-base-smollm2-135m", "--plan", "v5e:2x2"]
     with pytest.raises(SystemExit, match=rf"^error: {message}[^\n]*$"):
         train_tpu.cli([*small, *args])
@@ -134,7 +136,7 @@ def towers(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("remat", ["none", "layers", "products"])
+@pytest.mark.parametrize("remat", get_args(RematName))
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_the_formula_counts_what_xla_counts_of_unrolled_layers(
     towers, monkeypatch, remat, num_layers
@@ -142,9 +144,10 @@ def test_the_formula_counts_what_xla_counts_of_unrolled_layers(
     """XLA counts the body of a loop once, so the layers must not be in one, nor heads."""
     scan = jax.lax.scan
     unrolled = lambda *args, unroll=1, **kwargs: scan(*args, unroll=True, **kwargs)  # noqa: E731
+    plainly = lambda *qkv, num_keys=None, **mask: plain_attend(*qkv, **mask)  # noqa: E731
     monkeypatch.setattr(flax.core.axes_scan.lax, "scan", unrolled)
     for module in ("whisper", "llama"):
-        monkeypatch.setattr(f"flax_projector.models.{module}.attend", plain_attend)
+        monkeypatch.setattr(f"flax_projector.models.{module}.attend", plainly)
     llama = LlamaConfig(2000, 1024, 3072, num_layers, 16, 4, head_dim=64)
     towers(WhisperConfig(80, 512, num_layers, 8, 2048), llama)
     projector = ProjectorConfig(encoder_dim=512, llm_dim=1024, projector_hidden_dim=2048)
@@ -227,7 +230,8 @@ def test_assumed_speech_is_like_that_of_read_books(towers):
     assert len(held) == 3, "every bucket has batches of its own"
     shares = [each.num_batches for each in held.values()]
     total = sum(shares)
-    assert [n / total for n in shares] == pytest.approx([1 / 81, 15 / 81, 65 / 81], abs=0.01)
+    expected = np.array([1 / 3, 15, 65])  # batches of the first bucket hold three times as many
+    assert np.array(shares) / total == pytest.approx(expected / expected.sum(), abs=0.01)
     assert any("lengths like those of read books" in text for text in speech.assumptions)
 
 

@@ -97,6 +97,24 @@ def test_the_products_of_a_kernel(name, num_products):
     assert kernel.flops == 3 * num_products * 2 * (2 * 4 * 128 * 256 * 128)
 
 
+def test_a_kernel_that_reads_narrow_heads_with_positions_last():
+    turned = TEXT.replace(
+        "bf16[2,4,128,64]{3,2,1,0}, bf16[2,4,256,64]", "bf16[2,4,64,128]{3,2,1,0}, bf16[2,4,64,128]"
+    )
+    turned = turned.replace("bf16[2,4,256,64]{3,2,1,0}}", "bf16[2,4,64,128]{3,2,1,0}}")
+    (kernel,) = read_program(turned).kernels
+    assert kernel.flops == 3 * 2 * 2 * (2 * 4 * 128 * 128 * 128)
+
+
+def test_a_backward_kernel_with_all_three_gradients_has_five_products():
+    three = "= (f32[2,128]{1,0}, f32[2,128]{1,0}, " + ", ".join(["bf16[2,4,128,64]{3,2,1,0}"] * 3)
+    fused = TEXT.replace(
+        "%kernel.7 = (f32[2,128]{1,0}, bf16[2,4,128,64]{3,2,1,0}", f"%splash_mha_dkv.7 {three}"
+    )
+    (kernel,) = read_program(fused).kernels
+    assert kernel.flops == 3 * 5 * 2 * (2 * 4 * 128 * 256 * 128)
+
+
 def test_bytes_that_leave_a_chip_by_the_ring_algorithm():
     found = [(c.kind, c.group, c.count, c.sent) for c in read_program(TEXT).collectives]
     assert found == [

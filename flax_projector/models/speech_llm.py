@@ -80,9 +80,10 @@ class SpeechLLM:
         """
         with encoder_rules(len(samples)):
             samples = nn.with_logical_constraint(samples, ("batch", None))
-            mel = log_mel(samples, self.encoder.config.num_mel_bins)
-            if augment_key is not None and self.augmentation is not None:
-                mel = mask_time(mel, num_samples, self.augmentation, augment_key)
+            with jax.named_scope("log_mel"):  # names its time in profiles and plans
+                mel = log_mel(samples, self.encoder.config.num_mel_bins)
+                if augment_key is not None and self.augmentation is not None:
+                    mel = mask_time(mel, num_samples, self.augmentation, augment_key)
             encode = functools.partial(apply, self.encoder, encoder_params)
             return map_parts(encode, mel, self.encoder.rows_at_once(mel.shape[-1]))
 

@@ -171,7 +171,7 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
     ]
     known = [each for each in zip(estimates, contents, strict=True) if each[0] is not None]
     largest = max(steps, key=lambda step: step.peak)
-    notes = [*speech.assumptions, *_notes(config, mesh, steps)]
+    notes = [*speech.assumptions, *_notes(config, mesh)]
     return Plan(
         config=config,
         topology=topology,
@@ -187,14 +187,14 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
     )
 
 
-def _notes(config: TrainConfig, mesh: Any, steps: list[CompiledStep]) -> list[str]:
+def _notes(config: TrainConfig, mesh: Any) -> list[str]:
     notes = []
     ways, clips = num_batch_shards(mesh) * config.accumulation_steps, config.data.batch_size
-    if (padding := steps[0].num_rows - clips) > 0:
+    if padding := -clips % ways:
         notes.append(
             f"--data.batch-size {clips} does not divide over {num_batch_shards(mesh)} chips in "
-            f"--accumulation-steps {config.accumulation_steps}: {padding} of {steps[0].num_rows} "
-            f"rows are padding; the nearest that divides is {-(-clips // ways) * ways}"
+            f"--accumulation-steps {config.accumulation_steps}: {padding} of {clips + padding} "
+            f"rows are padding; the nearest that divides is {clips + padding}"
         )
     if config.ctc.num_steps:
         notes.append("the steps of the CTC warm start, which do not run the LLM, are not planned")

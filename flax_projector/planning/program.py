@@ -296,14 +296,21 @@ def _group_size(line: str) -> int:
 
 
 def _kernel(each: Instruction, times: int) -> Kernel | None:
-    """A kernel of attention: two products forward, and five or seven backward."""
+    """A kernel of attention: two products forward; backward five in one, or four and three."""
     inputs = arrays_of(each.find(r"operand_layout_constraints=\{(.*?)\}, frontend"))
     # Queries, keys and values, with the batch if it has more than one row; the rest are masks.
     heads = [a for a in inputs if a.dtype in ("bf16", "f32") and len(a.shape) in (3, 4)]
     if len(heads) < 3:
         return None
+    results = [array.shape[-2:] for array in each.results]
+    # Narrow heads are read with positions last, and written with positions first.
+    is_turned = heads[1].shape[-2:] not in results and heads[1].shape[:-3:-1] in results
     (*rows, num_queries, dim), num_keys = heads[0].shape, heads[1].shape[-2]
-    num_products = 4 if "dkv" in each.name else 3 if "dq" in each.name else 2
+    if is_turned:
+        num_queries, dim, num_keys = dim, num_queries, heads[1].shape[-1]
+    num_products = 3 if "dq" in each.name else 2
+    if "dkv" in each.name:  # with the gradient of the queries too, if it has as many results more
+        num_products = 5 if sum(len(array.shape) > 2 for array in each.results[2:]) > 2 else 4
     flops = 2 * num_products * math.prod(rows) * num_queries * num_keys * -(-dim // LANES) * LANES
     part = next((p for pattern, p in _PART_OF_NAME if re.search(pattern, each.op_name)), "rest")
     name = re.sub(r"[.\d]+$", "", each.name)

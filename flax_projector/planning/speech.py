@@ -29,7 +29,7 @@ from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
 
 PREFIX, PROMPT = 24, 8  # tokens before and after the audio
 LABELS_PER_SEC = (2.7, 4.3)  # least and most; read English has 3.5
-_EPOCH_BATCHES = 200  # so many that the shortest bucket has some of its own
+_EPOCH_BATCHES = 500  # so many that the shortest bucket has some of its own
 
 
 @dataclass(frozen=True)
