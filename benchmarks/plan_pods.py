@@ -30,7 +30,10 @@ PODS = {  # as people call them -> as `--plan` does
     "v6e-64": "v6e-64",
     "8 x H100": "h100:8",
 }
-WAYS = {"the encoder in the step": [], "kept frames": ["--data.cache-features"]}
+WAYS = {  # options, and the pods that are planned with them
+    "the encoder in the step": ([], list(PODS)),
+    "kept frames": (["--data.cache-features"], ["v5e-256"]),
+}
 
 
 def command(topology: str, options: list[str]) -> list[str]:
@@ -173,8 +176,10 @@ def main() -> None:
     args = parser.parse_args()
     args.keep.mkdir(parents=True, exist_ok=True)
     text = [HEAD]
-    for way, options in WAYS.items() if args.pods else ():
-        plans = {name: make_plan(PODS[name], options, args.keep) for name in args.pods}
+    for way, (options, pods) in WAYS.items():
+        plans = {n: make_plan(PODS[n], options, args.keep) for n in pods if n in args.pods}
+        if not plans:
+            continue
         text += [
             f"## With {way}\n",
             f"{ROWS} clips a chip, bfloat16, parameters on every chip. All buckets together:\n",
