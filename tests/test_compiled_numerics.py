@@ -42,9 +42,14 @@ def compile_for(device: str, objective: str, mesh: MeshConfig, dtype: str) -> st
 
 
 def sums_over_chips(program: str) -> list[tuple[str, str]]:
-    """Kind and result of each sum that chips compute together."""
-    pattern = r" = (.*?) (all-reduce|reduce-scatter)(?:-start)?\("
-    return [(kind, result) for result, kind in re.findall(pattern, program)]
+    """Kind and result of each sum that chips compute together.
+
+    Left out are small parameters that are gathered as a sum: each chip writes its part into zeros.
+    """
+    pattern = r" = (.*?) (all-reduce|reduce-scatter)(?:-start)?\(([^)]*)\)"
+    found = re.findall(pattern, program)
+    is_gather = lambda operands: all("dynamic-update-slice" in x for x in operands.split(", "))  # noqa: E731
+    return [(kind, result) for result, kind, operands in found if not is_gather(operands)]
 
 
 def dtypes_of(result: str) -> set[str]:
