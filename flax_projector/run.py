@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,13 @@ from convert.trees import flatten
 from flax_projector import hosts
 from flax_projector.chat.prompt import Prompt, make_prompt, remake_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
-from flax_projector.config import TINY_AUDIO_SYSTEM, TINY_AUDIO_USER, TrainConfig, option
+from flax_projector.config import (
+    TINY_AUDIO_SYSTEM,
+    TINY_AUDIO_USER,
+    NormalizerName,
+    TrainConfig,
+    option,
+)
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.sources import BatchMaker
 from flax_projector.files import any_path
@@ -33,8 +39,8 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import replicated, spread_sharding, use_mesh
 from flax_projector.storage import AnyPath
 from flax_projector.training.evaluate import Evaluator
+from flax_projector.training.normalizers import Normalizer, make_normalizers
 from flax_projector.training.throughput import FlopCounter, make_flop_counter
-from flax_projector.training.wer import make_normalizer
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +93,7 @@ class LoadedModel:
       encoder_params: the frozen encoder's parameters.
       llm_params: the frozen LLM's parameters.
       prompt: the chat prompt, with the LLM's tokenizer.
-      normalize: Whisper's text normaliser, for word error rates.
+      normalizers: what may be done to texts before they are compared, by name.
       mesh: the mesh that the parameters are on.
     """
 
@@ -97,7 +103,7 @@ class LoadedModel:
     encoder_params: Params
     llm_params: Params
     prompt: Prompt
-    normalize: Callable[[str], str]
+    normalizers: Mapping[NormalizerName, Normalizer]
     mesh: Mesh
 
     @property
@@ -125,7 +131,7 @@ class LoadedModel:
         return Evaluator(
             self.model,
             self.prompt,
-            self.normalize,
+            self.normalizers,
             mesh=self.mesh,
             max_new_tokens=self.config.max_new_tokens,
             num_threads=self.config.data.num_threads,
@@ -266,7 +272,7 @@ def load_model(config: TrainConfig, mesh: Mesh, towers: Towers | None = None) ->
         encoder_params=encoder_params,
         llm_params=llm_params,
         prompt=prompt,
-        normalize=make_normalizer(towers.encoder),
+        normalizers=make_normalizers(towers.encoder),
         mesh=mesh,
     )
 
