@@ -14,9 +14,11 @@ Examples:
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -27,6 +29,7 @@ from flax_projector.logs import lines_above_bars, printable, setup_logging, star
 
 if TYPE_CHECKING:  # JAX takes its time; `--help` should not
     from flax_projector.inference.listen import Listener
+    from flax_projector.storage import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class Evaluate(_Use, _Show):
     def __call__(self) -> None:
         """Writes to standard output."""
         from flax_projector.data.sources import set_names
-        from flax_projector.files import any_path, write_atomically
+        from flax_projector.files import write_atomically
         from flax_projector.inference.score_table import number_of, score_table
         from flax_projector.training.score_files import to_lines
         from flax_projector.training.scores import summarize
@@ -124,9 +127,7 @@ class Evaluate(_Use, _Show):
             raise ValueError("name at least one manifest or data set")
         suffix = "-silence" if self.silence else ""
         names = {f"{name}{suffix}": source for name, source in set_names(self.sources).items()}
-        files = {name: any_path(self.out) / f"{name}.jsonl" for name in names if self.out}
-        if found := [str(file) for file in files.values() if file.exists()]:
-            raise ValueError(f"{', '.join(found)} exists: choose another --out, or remove it")
+        files = self._files(names)
         listener = self.listener()
         for name, source in names.items():
             scores = listener.evaluate(
@@ -144,6 +145,21 @@ class Evaluate(_Use, _Show):
             if scores.num_left_out:
                 more.append(f"{number_of(scores.num_left_out, 'row')} left out")
             _print(score_table(name, scores.transcripts, summary, worst=self.worst, more=more))
+
+    def _files(self, names: Iterable[str]) -> "dict[str, AnyPath]":
+        """Where each set's transcripts are to be written; checked before anything slow."""
+        from flax_projector.files import any_path
+
+        if self.out is None:
+            return {}
+        folder = any_path(self.out)
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if isinstance(folder, Path) and not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ValueError(f"--out {folder}: {above} is no folder that can be written to")
+        files = {name: folder / f"{name}.jsonl" for name in names}
+        if found := [str(file) for file in files.values() if file.exists()]:
+            raise ValueError(f"--out: {' and '.join(found)} exist already: choose another folder")
+        return files
 
 
 @dataclass(frozen=True, kw_only=True)

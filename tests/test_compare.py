@@ -144,6 +144,8 @@ def test_a_comparison_tells_the_difference_and_what_changed_most(show, tmp_path)
     assert lines[-1] == "  B is better: the interval lies below 0"
     assert max(map(columns, lines)) <= 80
     assert show("compare", "b.jsonl", "a.jsonl")[-1] == "  A is better: the interval lies above 0"
+    few = write_scores(tmp_path / "few.jsonl", scored({"x": (SAID, SAID)}))
+    assert show("compare", few, few)[-1] == "  too few utterances to tell which is better"
     same = show("compare", "a.jsonl", "a.jsonl")
     assert same[-1] == "  no difference is shown: the interval contains 0"
     assert "B - A: +0.00 points of WER, 95% interval +0.00 to +0.00" in " ".join(same)

@@ -169,10 +169,16 @@ def test_the_normaliser_of_the_program_is_another_if_it_is_given(run, evaluate, 
     assert set(record) >= {"source", "loss", "wer", "cer", "words", "characters", "num_cut"}
 
 
-def test_an_earlier_result_is_never_replaced(run, evaluate, tmp_path):
+def test_an_earlier_result_is_never_replaced_and_a_file_is_no_folder(run, evaluate, tmp_path):
     (tmp_path / "clips.jsonl").write_text("kept")
-    with pytest.raises(SystemExit, match=r"^error: .*/clips.jsonl exists: choose another --out"):
-        program.cli(["evaluate", run[0].out, run[0].data.eval[0], "--out", str(tmp_path)])
+    out = {
+        tmp_path: r"--out: .*/clips.jsonl exist already: choose another folder",
+        tmp_path / "clips.jsonl": r"--out .*/clips.jsonl: .*/clips.jsonl is no folder that can be",
+        tmp_path / "clips.jsonl" / "x": r"--out .*/x: .*/clips.jsonl is no folder that can be",
+    }
+    for folder, message in out.items():
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
+            evaluate(run[0].data.eval[0], "--out", str(folder))
     assert (tmp_path / "clips.jsonl").read_text() == "kept"
 
 

@@ -20,6 +20,7 @@ from tests.scored import NORMALIZERS
         ("well um go [laughter]", "well go", "well um go", "well um go [laughter]"),
         ("Été, café", "ete cafe", "été café", "Été, café"),
         ("今天，天气", "今天 天气", "今天 天气", "今天，天气"),
+        ("ete\u0301", "ete", "eté", "eté"),  # whatever form the source is in
         ("um", "", "um", "um"),
         ("?!", "", "", "?!"),
     ],

@@ -145,7 +145,7 @@ class DataConfig:
     """Sources to evaluate on, each reported under the name of its file or data set."""
     eval_normalizers: Annotated[tuple[NormalizerName, ...], MAY_CHANGE] = ("english",)
     """What is done to texts before errors are counted: one for all of `eval`, or one for each.
-    "english" and "basic" are Whisper's, the latter for other languages; "none" changes nothing."""
+    "english" and "basic", for other languages, are Whisper's; "none" keeps case and punctuation."""
     hf_streaming: bool = False
     """Stream `hf:` sources and keep the rows in `cache_dir`, instead of downloading whole data
     sets."""
@@ -362,7 +362,7 @@ class TrainConfig:
     batches, of which the first one compiles, and so may take minutes."""
     keep_checkpoints: Annotated[PositiveInt, MAY_CHANGE] = 2
     """How many of the newest checkpoints to keep. `best` always keeps the projector with the lowest
-    word error rate (and, among equals, the lowest loss)."""
+    error rate (and, among equals, the lowest loss)."""
     max_new_tokens: Annotated[PositiveInt, MAY_CHANGE] = 96
     """Maximum number of tokens decoded per utterance in evaluation."""
     seed: int = 0

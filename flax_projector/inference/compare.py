@@ -19,6 +19,7 @@ from flax_projector.logs import printable
 from flax_projector.training.scores import ScoredTranscript, Summary, summarize
 
 _NUM_RESAMPLES = 10_000
+_MIN_UTTERANCES = 10  # of fewer, resamples are too much alike
 _MAX_DRAWS = 2_000_000  # at a time, so that memory does not grow with the set
 
 
@@ -165,6 +166,8 @@ def comparison_table(paths: tuple[str, str], found: Comparison, *, worst: int) -
 
 
 def _verdict(found: Comparison) -> str:
+    if len(found.pairs) < _MIN_UTTERANCES:
+        return "too few utterances to tell which is better"
     if found.low > 0:
         return "A is better: the interval lies above 0"
     if found.high < 0:

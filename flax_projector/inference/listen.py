@@ -146,7 +146,7 @@ def choose_projector(folder: RunFolder, choice: str | None) -> tuple[AnyPath, in
 
     Args:
       folder: the run's folder.
-      choice: "final", after the last step; "best", with the lowest word error rate; the step of a
+      choice: "final", after the last step; "best", with the lowest error rate; the step of a
         checkpoint, as digits; the path of any other projector. None takes the final one or, if the
         run has not ended, its newest checkpoint, as the converter does.
 

@@ -1,5 +1,6 @@
 """What is done to references and hypotheses before they are compared."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -53,7 +54,8 @@ def make_normalizers(encoder_folder: Path) -> dict[NormalizerName, Normalizer]:
     found = (
         Normalizer("english", with_spellings, EnglishTextNormalizer(dict(spellings))),
         Normalizer("basic", version, BasicTextNormalizer()),
-        Normalizer("none", "", str),
+        # Labels are in this form: references in another one could not be heard right.
+        Normalizer("none", "", functools.partial(unicodedata.normalize, "NFC")),
     )
     return {normalizer.name: normalizer for normalizer in found}
 
