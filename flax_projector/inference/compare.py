@@ -141,7 +141,7 @@ def comparison_table(paths: tuple[str, str], found: Comparison, *, worst: int) -
     changed.sort(key=lambda change: (-abs(change[0]), change[1].edits.length, change[1].id))
     for change, x, y in [change for change in changed if change[0]][:worst]:
         edits = f"{number_of(x.edits.errors, 'error')} in A, {y.edits.errors} in B"
-        of = f"{x.edits.length} {UNITS[x.headline]}"
+        of = number_of(x.edits.length, UNITS[x.headline])
         yield from wrapped(f"{printable(x.id)}: {edits}, of {of} ({change:+})", indent=2)
         yield from texts({"said": x.reference, "A": x.hypothesis, "B": y.hypothesis})
     for name, path, side in zip("AB", paths, (found.a, found.b), strict=True):

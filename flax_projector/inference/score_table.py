@@ -14,7 +14,7 @@ from flax_projector.training.scores import (
 )
 
 WIDTH = 80
-UNITS: dict[Headline, str] = {"wer": "words", "cer": "characters"}
+UNITS: dict[Headline, str] = {"wer": "word", "cer": "character"}
 
 
 def score_table(
@@ -40,20 +40,18 @@ def score_table(
         yield from _utterance(transcript)
     yield from wrapped(f"{title}: {headline(summary)}", indent=2)
     yield f"  {'':10} {'total':>9} {'replaced':>9} {'deleted':>9} {'inserted':>9} {'rate':>8}"
-    edits = {"words": summary.words, "characters": summary.characters}
+    edits = {"word": summary.words, "character": summary.characters}
     first = UNITS[summary.headline]
     for unit in sorted(edits, key=lambda unit: unit != first):
-        yield _row(unit, edits[unit])
+        yield _row(f"{unit}s", edits[unit])
     for line in (normalizer_text(summary), *notes(summary), *more):
         yield from wrapped(f"  {line}", indent=4)
 
 
 def headline(summary: Summary) -> str:
     """The rate of a set, and of how much."""
-    return (
-        f"{summary.headline.upper()} {percent(summary.rate)} over {summary.num_utterances} "
-        f"utterances, {summary.secs / 3600:.2f} hours"
-    )
+    of = f"{number_of(summary.num_utterances, 'utterance')}, {summary.secs / 3600:.2f} hours"
+    return f"{summary.headline.upper()} {percent(summary.rate)} over {of}"
 
 
 def normalizer_text(summary: Summary) -> str:
@@ -86,11 +84,12 @@ def percent(rate: float) -> str:
 
 def wrong(transcript: ScoredTranscript) -> str:
     """How much of an utterance is wrong, and whether there is a reason for it."""
-    edits, unit = transcript.edits, UNITS[transcript.headline]
+    edits = transcript.edits
     reason = ", cut" if transcript.is_cut else ""
     if transcript.is_bad:
         reason = ", could not be read"
-    return f"{number_of(edits.errors, 'error')} in {edits.length} {unit}{reason}"
+    unit = UNITS[transcript.headline]
+    return f"{number_of(edits.errors, 'error')} in {number_of(edits.length, unit)}{reason}"
 
 
 def texts(shown: Mapping[str, str]) -> Iterator[str]:
