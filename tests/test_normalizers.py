@@ -26,7 +26,7 @@ from tests.scored import NORMALIZERS
     ],
 )
 def test_texts_are_normalised_as_chosen(text, english, basic, none):
-    for name, expected in {"english": english, "basic": basic, "none": none}.items():
+    for name, expected in zip(NORMALIZERS, (english, basic, none), strict=True):
         assert NORMALIZERS[name](text) == expected, name
 
 
