@@ -212,7 +212,7 @@ class Evaluator:
             log.warning(
                 "%s: %d of %d references take more than --max-new-tokens %d, up to %d: their "
                 "transcripts will be cut",
-                *(name, num_cut, len(num_labels), limit, max(num_labels)),
+                *(name, num_cut, len(num_labels), limit, num_labels.max()),
             )
 
     def __call__(
