@@ -33,7 +33,7 @@ from flax_projector.config import PRESETS, TrainConfig, to_json
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
-from flax_projector.data.sources import check_sources
+from flax_projector.data.sources import check_sources, eval_normalizers
 from flax_projector.logs import (
     lines_above_bars,
     printable,
@@ -150,7 +150,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         start_up.enter("data")
         bad_rows = BadRowLog(folder.bad_rows, max_rate=config.data.max_bad_rate)
         maker = loaded.make_batch_maker(folder, bad_rows)
-        batches, held_out_sets = maker.train(), maker.eval()
+        batches, sets = maker.train(), maker.eval()
         iterator = BatchIterator(
             batches, num_threads=config.data.num_threads, num_workers=config.data.num_workers
         )
@@ -164,7 +164,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         manager = open_manager(folder.checkpoints, keep=config.keep_checkpoints)
         stack.enter_context(manager)
         latest = manager.latest_step()
-        agree_on_start(loaded.prompt, [batches, *held_out_sets.values()], latest)
+        agree_on_start(loaded.prompt, [batches, *sets.values()], latest)
         if latest is None:
             state, totals = begin(config, loaded, optimizer, abstract), Totals()
         else:
@@ -201,8 +201,8 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         )
         stack.enter_context(contextlib.closing(step_log))
         best = Best(folder, loaded.write_projector)
-        evaluator = loaded.make_evaluator(bad_rows)
-        held_out = HeldOut(evaluator, held_out_sets, loaded.frozen, writer, best, num_compiled)
+        evaluator, normalizers = loaded.make_evaluator(bad_rows), eval_normalizers(config)
+        held_out = HeldOut(evaluator, sets, normalizers, loaded.frozen, writer, best, num_compiled)
         saver = Saver(manager, iterator, step_log, writer, every_mins=config.save_every_mins)
         due = Due(config)
         check_profile(config.profile_steps, config.num_steps - first)

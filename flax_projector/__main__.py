@@ -1,9 +1,11 @@
-"""Transcribes and scores speech with a trained projector; packs speech in shards.
+"""Transcribes and scores speech with a trained projector, compares scores; packs speech in shards.
 
 Examples:
 
   python -m flax_projector transcribe runs/demo clip.wav other.flac
   python -m flax_projector evaluate runs/demo examples/demo/speech/heldout_seen_voices.jsonl
+  python -m flax_projector score runs/demo/transcripts/heldout_seen_voices-001000.jsonl
+  python -m flax_projector compare scores/before/dev.jsonl scores/after/dev.jsonl
   python -m flax_projector index 'gs://BUCKET/clips/*.tar' --out gs://BUCKET/clips/train.jsonl
   python -m flax_projector index shar/recording.*.tar --texts shar/cuts.*.gz --out shar/train.jsonl
   python -m flax_projector pack clips/train.jsonl gs://BUCKET/clips
@@ -12,18 +14,22 @@ Examples:
 
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
-from flax_projector.config import MeshConfig
+from flax_projector.config import BadClipsName, MeshConfig, NormalizerName
 from flax_projector.logs import lines_above_bars, printable, setup_logging, start_in_utf8
 
 if TYPE_CHECKING:  # JAX takes its time; `--help` should not
     from flax_projector.inference.listen import Listener
+    from flax_projector.storage import AnyPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +81,22 @@ class Transcribe(_Use):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(_Use):
-    """Prints the transcripts, word error rate and loss of each manifest or data set."""
+class _Show:
+    """What the commands take that show scores."""
+
+    bad_clips: BadClipsName = "wrong"
+    """What is done with clips that could not be read: they count as wrong, or are excluded."""
+    worst: Annotated[int, tyro.conf.arg(metavar="N")] = 10
+    """How many utterances to show at most, worst first."""
+
+    def __post_init__(self) -> None:
+        if self.worst < 0:
+            raise ValueError(f"--worst {self.worst}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(_Use, _Show):
+    """Prints the error rates and loss of each manifest or data set, after its worst transcripts."""
 
     sources: Positional[
         Annotated[
@@ -85,29 +105,111 @@ class Evaluate(_Use):
         ]
     ]
     """.jsonl or .tsv manifests, or hf:NAME:SPLIT."""
+    normalizer: Annotated[NormalizerName | None, tyro.conf.arg(metavar="english|basic|none")] = None
+    """What is done to texts before errors are counted. If not given: what the run does, see
+    --data.eval-normalizers."""
+    silence: bool = False
+    """Replace every clip by silence of its length, for what the LLM guesses without hearing."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Write every transcript with its errors to FOLDER/SET.jsonl, for `score` and `compare`."""
     json: bool = False
     """Print one JSON object per source instead."""
 
     def __call__(self) -> None:
         """Writes to standard output."""
+        from flax_projector.data.sources import set_names
+        from flax_projector.files import write_atomically
+        from flax_projector.inference.score_table import number_of, score_table
+        from flax_projector.training.score_files import to_lines
+        from flax_projector.training.scores import summarize
+
         if not self.sources:
             raise ValueError("name at least one manifest or data set")
+        suffix = "-silence" if self.silence else ""
+        names = {f"{name}{suffix}": source for name, source in set_names(self.sources).items()}
+        files = self._files(names)
         listener = self.listener()
-        for source in self.sources:
-            scores = listener.evaluate(source)
-            if self.json:
-                record = {"source": source, **dataclasses.asdict(scores)}
-                sys.stdout.write(json.dumps(record) + "\n")
-                continue
-            for t in scores.transcripts:
-                lines = t.id, f"  said   {t.reference}", f"  heard  {t.hypothesis}"
-                sys.stdout.writelines(f"{printable(line)}\n" for line in lines)
-            sys.stdout.write(
-                f"{printable(source)}: WER {100 * scores.wer:.1f}% over "
-                f"{len(scores.transcripts)} utterances "
-                f"({scores.num_unheard} defective, {scores.num_left_out} left out), "
-                f"loss {scores.loss:.3f} nats per token\n"
+        for name, source in names.items():
+            scores = listener.evaluate(
+                source, name=name, normalizer=self.normalizer, silence=self.silence
             )
+            if name in files:
+                write_atomically(files[name], to_lines(scores.transcripts))
+            summary = summarize(scores.transcripts, bad_clips=self.bad_clips)
+            if self.json:
+                record = {"source": source, "loss": scores.loss, "wer": summary.wer}
+                record |= {"cer": summary.cer, "num_left_out": scores.num_left_out}
+                sys.stdout.write(json.dumps(record | dataclasses.asdict(summary)) + "\n")
+                continue
+            more = [f"loss {scores.loss:.3f} nats per token"]
+            if scores.num_left_out:
+                more.append(f"{number_of(scores.num_left_out, 'row')} left out")
+            _print(score_table(name, scores.transcripts, summary, worst=self.worst, more=more))
+
+    def _files(self, names: Iterable[str]) -> "dict[str, AnyPath]":
+        """Where each set's transcripts are to be written; checked before anything slow."""
+        from flax_projector.files import any_path
+
+        if self.out is None:
+            return {}
+        folder = any_path(self.out)
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if isinstance(folder, Path) and not (above.is_dir() and os.access(above, os.W_OK)):
+            raise ValueError(f"--out {folder}: {above} is no folder that can be written to")
+        files = {name: folder / f"{name}.jsonl" for name in names}
+        if found := [str(file) for file in files.values() if file.exists()]:
+            raise ValueError(f"--out: {' and '.join(found)} exist already: choose another folder")
+        return files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(_Show):
+    """Prints the error rates of files that an evaluation wrote, after their worst transcripts."""
+
+    files: Positional[
+        Annotated[
+            tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="(at least one)")
+        ]
+    ]
+    """RUN/transcripts/SET-STEP.jsonl, or what `evaluate --out` wrote."""
+
+    def __call__(self) -> None:
+        """Writes to standard output."""
+        from flax_projector.inference.score_table import score_table
+        from flax_projector.training.score_files import read_scores
+        from flax_projector.training.scores import summarize
+
+        if not self.files:
+            raise ValueError("name at least one file")
+        for path, transcripts in [(path, read_scores(path)) for path in self.files]:
+            summary = summarize(transcripts, bad_clips=self.bad_clips)
+            title = summary.set if len(self.files) == 1 else f"{path}, {summary.set}"
+            _print(score_table(printable(title), transcripts, summary, worst=self.worst))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Show):
+    """Prints the difference between two files that evaluations of one set wrote.
+
+    With its 95% interval by a bootstrap over utterances, after the utterances that changed most.
+    """
+
+    a: Positional[Annotated[str, tyro.conf.arg(metavar="A")]]
+    """A file as `score` takes it."""
+    b: Positional[Annotated[str, tyro.conf.arg(metavar="B")]]
+    """Another one, of the same set: the difference is B - A."""
+
+    def __call__(self) -> None:
+        """Writes to standard output."""
+        from flax_projector.inference.compare import compare, comparison_table
+        from flax_projector.training.score_files import read_scores
+
+        found = compare(read_scores(self.a), read_scores(self.b), bad_clips=self.bad_clips)
+        _print(comparison_table((self.a, self.b), found, worst=self.worst))
+
+
+def _print(lines: Iterable[str]) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +288,8 @@ class Pack:
 Command = (
     Annotated[Transcribe, tyro.conf.subcommand("transcribe")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Pack, tyro.conf.subcommand("pack")]
 )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from flax_projector.config import (
     TINY_AUDIO_SYSTEM,
     TINY_AUDIO_USER,
     LlamaConfig,
+    NormalizerName,
     TrainConfig,
     WhisperConfig,
     option,
@@ -40,8 +41,8 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import replicated, spread_sharding, use_mesh
 from flax_projector.storage import AnyPath
 from flax_projector.training.evaluate import Evaluator
+from flax_projector.training.normalizers import Normalizer, make_normalizers
 from flax_projector.training.throughput import FlopCounter, make_flop_counter
-from flax_projector.training.wer import make_normalizer
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class LoadedModel:
       encoder_params: the frozen encoder's parameters.
       llm_params: the frozen LLM's parameters.
       prompt: the chat prompt, with the LLM's tokenizer.
-      normalize: Whisper's text normaliser, for word error rates.
+      normalizers: what may be done to texts before they are compared, by name.
       mesh: the mesh that the parameters are on.
     """
 
@@ -104,7 +105,7 @@ class LoadedModel:
     encoder_params: Params
     llm_params: Params
     prompt: Prompt
-    normalize: Callable[[str], str]
+    normalizers: Mapping[NormalizerName, Normalizer]
     mesh: Mesh
 
     @property
@@ -132,7 +133,7 @@ class LoadedModel:
         return Evaluator(
             self.model,
             self.prompt,
-            self.normalize,
+            self.normalizers,
             mesh=self.mesh,
             max_new_tokens=self.config.max_new_tokens,
             num_threads=self.config.data.num_threads,
@@ -266,7 +267,7 @@ def load_model(config: TrainConfig, mesh: Mesh, towers: Towers | None = None) ->
         encoder_params=encoder_params,
         llm_params=llm_params,
         prompt=prompt,
-        normalize=make_normalizer(towers.encoder),
+        normalizers=make_normalizers(towers.encoder),
         mesh=mesh,
     )
 

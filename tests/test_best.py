@@ -10,11 +10,7 @@ from flax_projector.models.speech_llm import Params
 from flax_projector.run_folder import RunFolder
 from flax_projector.storage import AnyPath
 from flax_projector.training.best import Best
-from flax_projector.training.evaluate import Scores
-
-
-def score(wer: float, loss: float) -> Scores:
-    return Scores(loss=loss, wer=wer, transcripts=(), num_unheard=0, num_left_out=0)
+from tests.scored import scores_of
 
 
 class Run:
@@ -31,7 +27,7 @@ class Run:
         self.best = Best(self.folder, write)
 
     def offer(self, step: int, *scores: tuple[float, float]) -> None:
-        self.best.offer(step, [score(wer, loss) for wer, loss in scores], f"step {step}")
+        self.best.offer(step, [scores_of(wer, loss) for wer, loss in scores], f"step {step}")
 
     @property
     def kept(self) -> str | None:
@@ -60,7 +56,9 @@ def test_the_lower_word_error_rate_is_kept_and_among_equals_the_lower_loss(
     assert run.kept == "step 2"
     run.offer(4, (wer, loss))
     assert run.kept == ("step 4" if is_better else "step 2")
-    expected = {"step": 4, "wer": wer, "loss": loss} if is_better else {"step": 2, "wer": 0.3}
+    expected = {"step": 4, "error_rate": wer, "loss": loss}
+    if not is_better:
+        expected = {"step": 2, "error_rate": 0.3}
     assert json.loads(run.folder.best_scores.read_text()).items() >= expected.items()
 
 
@@ -70,7 +68,11 @@ def test_sets_count_by_their_mean(run):
     assert run.kept == "step 2"
     run.offer(6, (0.7, 1.0), (0.0, 2.0))
     assert run.kept == "step 6"
-    assert json.loads(run.folder.best_scores.read_text()) == {"step": 6, "wer": 0.35, "loss": 1.5}
+    assert json.loads(run.folder.best_scores.read_text()) == {
+        "step": 6,
+        "error_rate": 0.35,
+        "loss": 1.5,
+    }
 
 
 def test_an_untrained_projector_is_never_kept(run):
@@ -99,7 +101,7 @@ def test_a_best_step_that_is_not_the_last_is_reported(run, caplog, last_step, sa
     caplog.set_level(logging.INFO)
     run.offer(2, (0.25, 2.0))
     run.best.report(last_step)
-    text = f"step 2 had the lowest word error rate, 25.0%: its projector is in {run.folder.best}"
+    text = f"step 2 had the lowest error rate, 25.0%: its projector is in {run.folder.best}"
     assert (text in caplog.text) == says_so
 
 

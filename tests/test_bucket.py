@@ -23,6 +23,7 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import Owner
 from flax_projector.training.best import find_best
 from flax_projector.training.metrics import MetricsWriter
+from flax_projector.training.score_files import to_lines
 from flax_projector.training.step_log import StepLog
 from tests import processes
 from tests.bucket import BUCKET, Emulator
@@ -158,9 +159,8 @@ def test_a_killed_run_continues_on_another_machine_and_ends_as_a_local_one(
         assert list(caches.glob("flax-projector/killed-*/data"))
     best = json.loads((Path(whole.out) / "best.json").read_text())["step"]
     for choice, step in ((None, 6), ("best", best)):
-        scores = Listener(config.out, projector=choice).evaluate(config.data.eval[0])
-        lines = [json.dumps(asdict(t), ensure_ascii=False) for t in scores.transcripts]
-        assert "\n".join(lines) + "\n" == transcripts(whole)[f"clips-{step:06d}.jsonl"]
+        scores = Listener(config.out, projector=choice).evaluate(config.data.eval[0], name="clips")
+        assert to_lines(scores.transcripts) == transcripts(whole)[f"clips-{step:06d}.jsonl"]
     for src in (config.out, f"{config.out}/projector", str(find_best(RunFolder.of(config)))):
         converted = api.to_torch(src, tmp_path / "torch", overwrite=True)
         name = "best" if "/best-" in src else "projector"

@@ -27,10 +27,10 @@ from flax_projector.files import lock_file, write_atomically
 from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import lock
 from flax_projector.sharding import make_mesh
-from flax_projector.training.evaluate import Transcript
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.step_log import StepLog
 from tests.clips import make_batches, read_speech
+from tests.scored import scored
 from tests.tiny import final_params, make_speech, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -84,7 +84,7 @@ def test_a_run_on_a_full_disk_is_one_line_and_continues_when_there_is_room(
 
 
 BAD = BadRow("a", "s", Problem.MALFORMED, "x")
-HEARD = Transcript("a", "x", "y", (1,))
+(HEARD,) = scored({"a": ("x", "y")})
 
 
 def write_bad_rows(folder: RunFolder) -> None:

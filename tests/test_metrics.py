@@ -7,8 +7,11 @@ import sys
 import pytest
 
 from flax_projector.run_folder import RunFolder
-from flax_projector.training.evaluate import Scores, Transcript
+from flax_projector.training.evaluate import Scores
 from flax_projector.training.metrics import MetricsWriter, samples
+from flax_projector.training.score_files import read_scores
+from flax_projector.training.scores import summarize
+from tests.scored import scored, transcript
 
 
 @pytest.fixture
@@ -80,21 +83,27 @@ def test_wandb_gets_the_scalars(folder, monkeypatch):
 
 def test_scores_are_recorded_with_every_transcript_and_shown_with_some(folder, caplog):
     caplog.set_level(logging.INFO)
-    transcripts = tuple(Transcript(f"clip{i}", f"said {i}", "", (i,)) for i in range(20))
-    scores = Scores(0.5, 0.25, transcripts, num_unheard=0, num_left_out=0)
+    pairs = {f"clip{i}": (f"said {i}", "said" if i % 2 else f"said {i}") for i in range(20)}
+    transcripts = tuple(scored(pairs, cut=["clip3"]))
+    scores = Scores(0.5, summarize(transcripts), transcripts, num_left_out=0)
     with MetricsWriter(folder) as writer:
         writer.write_scores(4, "clips", scores)
     record = json.loads(folder.metrics.read_text())
-    assert (record["step"], record["eval/clips/wer"], record["eval/clips/loss"]) == (4, 0.25, 0.5)
+    assert record.items() >= {"step": 4, "eval/clips/wer": 0.25, "eval/clips/loss": 0.5}.items()
+    assert record["eval/clips/cer"] == pytest.approx(27 / 132)  # " one" to " 19"
+    assert record["eval/clips/num_cut"] == 1
     lines = folder.transcripts("clips", 4).read_text().splitlines()
     assert [json.loads(line)["reference"] for line in lines] == [f"said {i}" for i in range(20)]
-    assert "step 4, clips: WER 25.0%, loss 0.500 over 20 utterances" in caplog.messages
+    assert read_scores(str(folder.transcripts("clips", 4))) == list(transcripts)
+    assert (
+        "step 4, clips: WER 25.0%, loss 0.500 over 20 utterances, 1 cut by --max-new-tokens"
+    ) in caplog.messages
     assert sum("said" in message for message in caplog.messages) == 10
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (3, 3), (10, 10), (60, 10), (64, 10)])
 def test_samples_come_from_the_whole_evaluation(count, expected):
-    transcripts = [Transcript(str(i), "", "", ()) for i in range(count)]
+    transcripts = [transcript(str(i), "go") for i in range(count)]
     chosen = samples(transcripts)
     assert len(chosen) == expected
     assert not count or count - int(chosen[-1].id) <= 7

@@ -12,7 +12,7 @@ import soundfile
 
 from flax_projector.config import PRESETS, DataConfig, MeshConfig, TrainConfig
 from flax_projector.data.bad_rows import BadRowLog
-from flax_projector.data.sources import BatchMaker, check_sources, eval_names, source_name
+from flax_projector.data.sources import BatchMaker, check_sources, eval_names, set_names
 from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh
 from tests.clips import tiny_prompt
@@ -38,8 +38,8 @@ def make_maker(config: TrainConfig, folder: Path) -> BatchMaker:
 
 
 def test_names_under_which_sources_are_reported():
-    assert source_name("hf:owner/name:en:train[:100]") == "owner-name-en-train-100"
-    assert source_name("gs://bucket/dev.jsonl") == source_name("a/b/dev.tsv") == "dev"
+    assert list(set_names(["hf:owner/name:en:train[:100]"])) == ["owner-name-en-train-100"]
+    assert list(set_names(["gs://bucket/dev.jsonl"])) == list(set_names(["a/b/dev.tsv"])) == ["dev"]
 
 
 def test_sources_that_are_there_or_elsewhere_pass(tmp_path):

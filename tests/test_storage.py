@@ -32,9 +32,9 @@ from flax_projector.storage import bucket
 from flax_projector.storage.growing import publish
 from flax_projector.training import checkpoints, metrics
 from flax_projector.training.best import Best, find_best
-from flax_projector.training.evaluate import Scores
 from flax_projector.training.metrics import MetricsWriter
 from tests.bucket import BUCKET, environment
+from tests.scored import scores_of
 
 
 def test_an_owner_without_a_run_leaves_nothing(tmp_path):
@@ -239,8 +239,7 @@ def test_the_best_projector_is_not_lost_while_the_next_one_is_written(bucket_ser
         (path / "config.json").write_text(text)
 
     def offer(step: int, wer: float, text: str) -> None:
-        scores = Scores(loss=1.0, wer=wer, transcripts=(), num_unheard=0, num_left_out=0)
-        Best(folder, write).offer(step, [scores], text)
+        Best(folder, write).offer(step, [scores_of(wer, loss=1.0)], text)
 
     def kept() -> str:
         found = find_best(folder)

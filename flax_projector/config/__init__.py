@@ -13,9 +13,11 @@ never a whole `TrainConfig`.
 from flax_projector.config.fields import option
 from flax_projector.config.models import (
     AudioTokensName,
+    BadClipsName,
     DTypeName,
     Llama3RopeScaling,
     LlamaConfig,
+    NormalizerName,
     ProjectorConfig,
     RematName,
     TextCaseName,
@@ -43,6 +45,7 @@ __all__ = [
     "TINY_AUDIO_SYSTEM",
     "TINY_AUDIO_USER",
     "AudioTokensName",
+    "BadClipsName",
     "CTCConfig",
     "Changes",
     "DTypeName",
@@ -51,6 +54,7 @@ __all__ = [
     "Llama3RopeScaling",
     "LlamaConfig",
     "MeshConfig",
+    "NormalizerName",
     "OptimizerConfig",
     "ProjectorConfig",
     "PromptConfig",

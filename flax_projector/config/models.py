@@ -19,6 +19,8 @@ DTypeName = Literal["float32", "bfloat16"]
 RematName = Literal["none", "products", "attention", "layers"]
 AudioTokensName = Literal["clip", "window"]
 TextCaseName = Literal["keep", "lower"]
+NormalizerName = Literal["english", "basic", "none"]
+BadClipsName = Literal["wrong", "exclude"]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from flax_projector.config.fields import (
 from flax_projector.config.models import (
     AudioTokensName,
     DTypeName,
+    NormalizerName,
     ProjectorConfig,
     RematName,
     TextCaseName,
@@ -142,6 +143,9 @@ class DataConfig:
     means once. 2 repeats a source; 0.5 takes one half in one epoch, the other half in the next."""
     eval: Annotated[tuple[str, ...], NO_REPEATS, MAY_CHANGE] = ()
     """Sources to evaluate on, each reported under the name of its file or data set."""
+    eval_normalizers: Annotated[tuple[NormalizerName, ...], MAY_CHANGE] = ("english",)
+    """What is done to texts before errors are counted: one for all of `eval`, or one for each.
+    "english" and "basic", for other languages, are Whisper's; "none" keeps case and punctuation."""
     hf_streaming: bool = False
     """Stream `hf:` sources and keep the rows in `cache_dir`, instead of downloading whole data
     sets."""
@@ -199,6 +203,10 @@ class DataConfig:
                 lambda v: len(v) in (0, len(self.train)) and all(w > 0 for w in v),
                 f"must be empty, or one weight above 0 for each of {len(self.train)} train sources",
             ),
+            eval_normalizers=Rule(
+                lambda v: len(v) > 0 and len(v) in (1, len(self.eval)),
+                f"must be one for all, or one for each of {len(self.eval)} eval sources",
+            ),
         )
         if self.window_samples % SAMPLES_PER_FRAME:
             raise ValueError(
@@ -209,6 +217,21 @@ class DataConfig:
                 f"--data.bucket-secs ends at {self.bucket_secs[-1]} s, beyond the encoder's window "
                 f"of {self.window_secs} s: lower it, or raise --data.window-secs"
             )
+
+    def normalizer_of(self, source: str) -> NormalizerName:
+        """The normaliser for a source, one of `eval` or another.
+
+        Raises:
+          ValueError: if it is another, and those of `eval` do not all have the same.
+        """
+        if len(set(self.eval_normalizers)) == 1:
+            return self.eval_normalizers[0]
+        if source in self.eval:
+            return self.eval_normalizers[self.eval.index(source)]
+        raise ValueError(
+            f"{source} is none of the run's --data.eval, for which it has several normalisers: "
+            "choose one with --normalizer"
+        )
 
     @property
     def window_samples(self) -> int:
@@ -352,7 +375,7 @@ class TrainConfig:
     batches, of which the first one compiles, and so may take minutes."""
     keep_checkpoints: Annotated[PositiveInt, MAY_CHANGE] = 2
     """How many of the newest checkpoints to keep. `best` always keeps the projector with the lowest
-    word error rate (and, among equals, the lowest loss)."""
+    error rate (and, among equals, the lowest loss)."""
     max_new_tokens: Annotated[PositiveInt, MAY_CHANGE] = 96
     """Maximum number of tokens decoded per utterance in evaluation."""
     seed: int = 0

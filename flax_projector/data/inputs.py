@@ -78,6 +78,18 @@ class Waveforms:
         return Clip(samples, num_frames, check_samples(row.audio, samples))
 
 
+class Silence(Waveforms):
+    """Silence as long as the clips are, for what a model says without hearing anything.
+
+    Clips that cannot be used stay so: the same ones are scored as with sound.
+    """
+
+    def read(self, utterance: Utterance) -> Clip:
+        """f32[N] zeros."""
+        clip = super().read(utterance)
+        return Clip(np.zeros_like(clip.audio), clip.num_frames, clip.doubt)
+
+
 def read_clip(
     utterance: Utterance, inputs: Inputs, *, drop_doubtful: bool
 ) -> tuple[Clip | None, BadRow | None]:

@@ -13,14 +13,14 @@ from typing import Any
 from jax.sharding import Mesh
 
 from flax_projector.chat.prompt import Prompt
-from flax_projector.config import DataConfig, TrainConfig
+from flax_projector.config import DataConfig, NormalizerName, TrainConfig
 from flax_projector.data.bad_rows import BadRowLog, BadRows
 from flax_projector.data.batches import Batches
 from flax_projector.data.frames.keep import Encode, keep_frames
 from flax_projector.data.frames.shards import Encoding
 from flax_projector.data.hf_data import read_hf
 from flax_projector.data.hf_source import PREFIX
-from flax_projector.data.inputs import Inputs, Waveforms, find_unreadable
+from flax_projector.data.inputs import Inputs, Silence, Waveforms, find_unreadable
 from flax_projector.data.manifest import read_manifest
 from flax_projector.data.manifest_text import missing_manifest
 from flax_projector.data.rows import Rows
@@ -32,11 +32,6 @@ from flax_projector.storage import AnyPath
 log = logging.getLogger(__name__)
 
 _MAX_NAME_BYTES = 100
-
-
-def source_name(source: str) -> str:
-    """The name that a source is reported under: a manifest's file name, or a data set's name."""
-    return _names(source, 0)[0]
 
 
 def _names(source: str, depth: int) -> list[str]:
@@ -59,27 +54,38 @@ def _names(source: str, depth: int) -> list[str]:
     return [name if fit else last for name, fit in zip(names, fits, strict=True)] + [last]
 
 
-def eval_names(config: TrainConfig) -> dict[str, str]:
-    """The sources that a run is evaluated on, by name.
+def set_names(sources: Sequence[str]) -> dict[str, str]:
+    """The sources by the names that they are reported under: of their files, or of data sets.
 
     Those whose names would be the same are called by as much of their paths as tells them apart.
-
-    Raises:
-      ValueError: if one is named "train".
     """
-    sources = config.data.eval
     depth = max((len(PurePath(source).parts) for source in sources), default=0)
     options = {source: _names(source, depth) for source in sources}
     while clashing := _clashing({source: names[0] for source, names in options.items()}):
         for source in clashing:
             options[source].pop(0)
-    names = {options[source][0]: source for source in sources}
+    return {options[source][0]: source for source in sources}
+
+
+def eval_names(config: TrainConfig) -> dict[str, str]:
+    """The sources that a run is evaluated on, by name; see `set_names`.
+
+    Raises:
+      ValueError: if one is named "train".
+    """
+    names = set_names(config.data.eval)
     if "train" in names:
         raise ValueError(
             f"--data.eval {names['train']}: 'train' is the name of the training set: rename the "
             "file or link to it"
         )
     return names
+
+
+def eval_normalizers(config: TrainConfig) -> dict[str, NormalizerName]:
+    """What is done to the texts of each of a run's evaluation sets, by the set's name."""
+    names = eval_names(config)
+    return {name: config.data.normalizer_of(source) for name, source in names.items()}
 
 
 def _clashing(names: Mapping[str, str]) -> list[str]:
@@ -165,9 +171,19 @@ class BatchMaker:
         Raises:
           ValueError: if a source has no row that can be used.
         """
+        names, before = eval_names(self.config), {}
+        if self.folder.config.is_file():
+            before = eval_names(self.folder.read_config())
+        for name, source in names.items():
+            if before.get(name, source) != source:
+                log.warning(
+                    "%s is %s now, and was %s when the run began: unless these are the same, its "
+                    "scores do not compare with the earlier ones",
+                    *(name, source, before[name]),
+                )
         return {
             name: self.make(name, [self.read(source)], batch_size=self.config.data.eval_batch_size)
-            for name, source in eval_names(self.config).items()
+            for name, source in names.items()
         }
 
     def read(self, source: str) -> Rows:
@@ -187,7 +203,13 @@ class BatchMaker:
             raise ValueError(f"--data.cache-dir: {error}") from error
 
     def make(
-        self, name: str, sources: Sequence[Rows], *, drop_doubtful: bool = False, **options: Any
+        self,
+        name: str,
+        sources: Sequence[Rows],
+        *,
+        drop_doubtful: bool = False,
+        silence: bool = False,
+        **options: Any,
     ) -> Batches:
         """Makes the batches of a set of rows.
 
@@ -195,6 +217,7 @@ class BatchMaker:
           name: the set's name.
           sources: the rows of each of its sources.
           drop_doubtful: use no clips that may be no speech.
+          silence: replace every clip by silence of its length.
           options: passed on to `Batches`.
 
         Raises:
@@ -207,17 +230,18 @@ class BatchMaker:
             self.bad_rows.start(name, bad, num_rows=num_rows)
             raise ValueError(f"{name}: none of {num_rows} rows can be used")
         utterances, unfit = prepare(sources, self.prompt, self.config.data)
-        left_out = BadRows.joined([bad, unfit])
+        left_out, window = BadRows.joined([bad, unfit]), self.config.data.window_samples
         unreadable = find_unreadable(
             utterances.find(self.bad_rows.known(name)),
-            Waveforms(self.config.data.window_samples),
+            Waveforms(window),
             num_threads=self.config.data.num_threads,
             drop_doubtful=drop_doubtful,
         )
         self.bad_rows.start(name, left_out, num_rows=num_rows, unreadable=unreadable)
+        inputs = Silence(window) if silence else self._inputs(name, utterances)
         batches = Batches(
             utterances,
-            inputs=self._inputs(name, utterances),
+            inputs=inputs,
             prompt=self.prompt,
             config=self.config.data,
             pool_stride=self.config.projector.projector_pool_stride,

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.load import load_projector_params, read_training
-from flax_projector.config import MeshConfig, TrainConfig, option
+from flax_projector.config import MeshConfig, NormalizerName, TrainConfig, option
 from flax_projector.data.audio import BadAudio, load_audio
 from flax_projector.data.bad_rows import BadRowLog
 from flax_projector.data.rows import ManifestRow, Rows
-from flax_projector.data.sources import source_name
 from flax_projector.files import any_path, whole_path
 from flax_projector.lengths import SAMPLE_RATE
 from flax_projector.models.projector import abstract_projector
@@ -20,7 +19,8 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, num_batch_shards, use_mesh
 from flax_projector.storage import AnyPath
 from flax_projector.training.best import find_best
-from flax_projector.training.evaluate import Scores, Transcript
+from flax_projector.training.evaluate import Scores
+from flax_projector.training.scores import Transcript
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +110,35 @@ class Listener:
             batches = self._batches.make("files", [Rows.of(rows)], batch_size=self._batch_size)
             return self._evaluator.transcribe(self._params, batches, name="files")
 
-    def evaluate(self, source: str) -> Scores:
-        """Loss, word error rate and transcripts of a manifest or data set."""
+    def evaluate(
+        self,
+        source: str,
+        *,
+        name: str,
+        normalizer: NormalizerName | None = None,
+        silence: bool = False,
+    ) -> Scores:
+        """Loss, error rates and transcripts of a manifest or data set.
+
+        Args:
+          source: the manifest or data set.
+          name: the name that it is reported under.
+          normalizer: what is done to texts before they are compared; None takes the run's.
+          silence: replace every clip by silence of its length.
+
+        Raises:
+          ValueError: if it cannot be scored.
+        """
+        used = normalizer or self.config.data.normalizer_of(source)
         with use_mesh(self.loaded.mesh):
             batches = self._batches.make(
-                source, [self._batches.read(source)], batch_size=self._batch_size
+                source,
+                [self._batches.read(source)],
+                batch_size=self._batch_size,
+                silence=silence,
             )
-            return self._evaluator(self._params, batches, name=source_name(source))
+            self._evaluator.check(batches, name=name, normalizer=used)
+            return self._evaluator(self._params, batches, name=name, normalizer=used)
 
 
 def choose_projector(folder: RunFolder, choice: str | None) -> tuple[AnyPath, int | None]:
@@ -124,7 +146,7 @@ def choose_projector(folder: RunFolder, choice: str | None) -> tuple[AnyPath, in
 
     Args:
       folder: the run's folder.
-      choice: "final", after the last step; "best", with the lowest word error rate; the step of a
+      choice: "final", after the last step; "best", with the lowest error rate; the step of a
         checkpoint, as digits; the path of any other projector. None takes the final one or, if the
         run has not ended, its newest checkpoint, as the converter does.
 

@@ -109,7 +109,7 @@ class RunFolder:
 
     @property
     def best(self) -> AnyPath:
-        """The projector with the lowest word error rate so far; see `best_folder` for buckets."""
+        """The projector with the lowest error rate so far; see `best_folder` for buckets."""
         return self.path / "best"
 
     @property

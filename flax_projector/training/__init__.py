@@ -3,8 +3,9 @@
   losses, objectives   cross-entropy and CTC; what each stage of a run minimises
   state                the trained state and its optimizer, and how both begin
   train_step           one update as a pure function, and its compilation for every bucket
-  evaluate, wer        loss, transcripts and word error rate of held-out sets
-  held_out             the evaluations of a run
+  evaluate, held_out   loss, transcripts and error rates of held-out sets; when a run finds them
+  normalizers          what is done to texts before they are compared
+  scores, score_files  error rates; the files that keep them, utterance by utterance
   checkpoints, best    what is saved
   due                  when a run logs, saves and evaluates
   metrics, step_log    what is logged, and where

@@ -1,4 +1,4 @@
-"""The projector with the lowest word error rate so far."""
+"""The projector with the lowest error rate so far."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class _Record:
     step: int | None = None
-    wer: float = math.inf
+    error_rate: float = math.inf
     loss: float = math.inf
 
 
@@ -65,7 +65,10 @@ def _drop_others(run: RunFolder, step: int) -> None:
 
 
 class Best:
-    """Keeps the projector with the lowest word error rate and, among equals, the lowest loss."""
+    """Keeps the projector with the lowest error rate and, among equals, the lowest loss.
+
+    The rate is that of words, or of characters for sets in languages without spaces.
+    """
 
     def __init__(self, folder: RunFolder, write: Callable[[AnyPath, Params], None]):
         """Continues from the best scores of earlier starts of the run.
@@ -89,11 +92,11 @@ class Best:
         """
         if not scores or not step:
             return
-        wer = float(np.mean([score.wer for score in scores]))
+        rate = float(np.mean([score.summary.rate for score in scores]))
         loss = float(np.mean([score.loss for score in scores]))
-        if (wer, loss) >= (self._record.wer, self._record.loss):
+        if (rate, loss) >= (self._record.error_rate, self._record.loss):
             return
-        self._record = _Record(step, wer, loss)
+        self._record = _Record(step, rate, loss)
         self._write(best_folder(self._folder, step), params)
         if jax.process_index() == 0:
             write_atomically(self._folder.best_scores, json.dumps(asdict(self._record)) + "\n")
@@ -103,8 +106,8 @@ class Best:
         """Logs at the end of a run which step was the best, if it was not the last one."""
         if self._record.step is not None and self._record.step != last_step:
             log.info(
-                "step %d had the lowest word error rate, %.1f%%: its projector is in %s",
+                "step %d had the lowest error rate, %.1f%%: its projector is in %s",
                 self._record.step,
-                100 * self._record.wer,
+                100 * self._record.error_rate,
                 best_folder(self._folder, self._record.step),
             )

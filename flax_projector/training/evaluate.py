@@ -1,9 +1,9 @@
-"""Scores a projector on held-out sets: loss, transcripts and word error rate."""
+"""Scores a projector on held-out sets: loss, transcripts and error rates."""
 
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.batch import Batch
 from flax_projector.chat.prompt import Prompt
-from flax_projector.data.bad_rows import BadRowLog
+from flax_projector.config import NormalizerName
+from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
 from flax_projector.data.utterances import Utterance
@@ -22,22 +23,19 @@ from flax_projector.logs import progress_bar
 from flax_projector.models.decode import greedy_decode
 from flax_projector.models.speech_llm import Params, SpeechLLM
 from flax_projector.sharding import replicated
+from flax_projector.training.normalizers import Normalizer, check_references
 from flax_projector.training.objectives import LLMObjective
-from flax_projector.training.wer import find_loss, word_error_rate
+from flax_projector.training.scores import (
+    ScoredTranscript,
+    Summary,
+    Transcript,
+    score_transcripts,
+    summarize,
+)
 
 log = logging.getLogger(__name__)
 
 ModelParams = tuple[Params, Params, Params]  # projector, encoder, LLM
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What was said and what was heard; the latter is empty if the clip could not be read."""
-
-    id: str
-    reference: str
-    hypothesis: str
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,15 @@ class Scores:
 
     Attributes:
       loss: nats per label, over the clips that could be read.
-      wer: edits per reference word, after Whisper's normalisation. A defective clip that has a
-        transcript counts as if nothing was heard, so that it never improves the rate.
+      summary: the error rates. A defective clip that has a transcript counts as if nothing was
+        heard, so that it never improves them.
       transcripts: one per utterance, in the order of the batches, then those of defective rows.
-      num_unheard: how many of these have a clip that could not be read.
       num_left_out: rows that are not scored: they have no transcript or exceed the run's limits.
     """
 
     loss: float
-    wer: float
-    transcripts: tuple[Transcript, ...]
-    num_unheard: int
+    summary: Summary
+    transcripts: tuple[ScoredTranscript, ...]
     num_left_out: int
 
 
@@ -71,7 +67,7 @@ class Evaluator:
         self,
         model: SpeechLLM,
         prompt: Prompt,
-        normalize: Callable[[str], str],
+        normalizers: Mapping[NormalizerName, Normalizer],
         *,
         mesh: Mesh,
         max_new_tokens: int,
@@ -83,15 +79,14 @@ class Evaluator:
         Args:
           model: the modules.
           prompt: the chat prompt, with the LLM's tokenizer.
-          normalize: normalises texts for word error rates.
+          normalizers: what may be done to texts before they are compared, by name.
           mesh: the mesh that the parameters are on.
           max_new_tokens: maximum number of tokens decoded per utterance.
           num_threads: number of threads that read audio.
           bad_rows: receives clips that cannot be read.
         """
-        self._bad_rows = bad_rows
-        self._normalized: set[str] = set()
-        self._prompt, self._normalize, self._num_threads = prompt, normalize, num_threads
+        self._bad_rows, self._max_new_tokens = bad_rows, max_new_tokens
+        self._prompt, self._normalizers, self._num_threads = prompt, normalizers, num_threads
         greedy = functools.partial(
             greedy_decode,
             model=model,
@@ -183,10 +178,42 @@ class Evaluator:
             members = batches.members(index)
             for utterance, ids, heard in zip(members, rows.tolist(), is_heard, strict=True):
                 if utterance is not None:
-                    row, text = utterance.row, self._prompt.decode(ids) if heard else ""
-                    tokens = tuple(ids) if heard else ()
-                    transcripts.append(Transcript(row.id, row.text, text, tokens))
+                    row, ids = utterance.row, ids if heard else []
+                    transcripts.append(
+                        Transcript(
+                            id=row.id,
+                            reference=row.text,
+                            hypothesis=self._prompt.decode(ids),
+                            tokens=tuple(ids),
+                            secs=row.duration,
+                            is_bad=not heard,
+                            is_cut=bool(ids) and self._prompt.end_of_turn not in ids,
+                        )
+                    )
         return transcripts
+
+    def check(self, batches: Batches, *, name: str, normalizer: NormalizerName) -> None:
+        """Checks what can be known of a set before it is scored, and warns of what is doubtful.
+
+        Args:
+          batches: the set's batches.
+          name: the set's name.
+          normalizer: what will be done to its texts.
+
+        Raises:
+          ValueError: if its references have no word after normalisation.
+        """
+        references = [row.text for row in _defective(batches)]
+        references += [utterance.row.text for utterance in batches.utterances]
+        if found := check_references(name, references, self._normalizers[normalizer]):
+            log.warning("%s", found)
+        num_labels, limit = batches.utterances.num_labels, self._max_new_tokens
+        if num_cut := np.count_nonzero(num_labels > limit):
+            log.warning(
+                "%s: %d of %d references take more than --max-new-tokens %d, up to %d: their "
+                "transcripts will be cut",
+                *(name, num_cut, len(num_labels), limit, num_labels.max()),
+            )
 
     def __call__(
         self,
@@ -194,23 +221,30 @@ class Evaluator:
         batches: Batches,
         *,
         name: str,
+        normalizer: NormalizerName,
         check: Callable[[], None] = _never,
     ) -> Scores:
-        """Loss, transcripts and word error rate of one epoch of `batches`; see `loss`."""
-        transcripts = self.transcribe(params, batches, name=name, check=check)
-        unheard = [row for row in batches.left_out if row.reason.is_defect and row.text]
-        transcripts += [Transcript(row.id, row.text, "", ()) for row in unheard]
-        references = [t.reference for t in transcripts]
-        if name not in self._normalized:  # a run scores its sets again and again
-            self._normalized.add(name)
-            if found := find_loss(references, self._normalize):
-                log.warning("%s: %s", name, found)
-        wer = word_error_rate(references, [t.hypothesis for t in transcripts], self._normalize)
+        """Loss, transcripts and error rates of one epoch of `batches`.
+
+        Args:
+          params: the model's parameters.
+          batches: the set's batches.
+          name: the set's name.
+          normalizer: what is done to texts before they are compared.
+          check: called before every batch; may raise to interrupt.
+
+        Raises:
+          ValueError: if no clip can be read.
+          FloatingPointError: if the loss is not finite; names the clips.
+        """
+        transcripts, unheard = self.transcribe(params, batches, name=name, check=check), []
+        for row in _defective(batches):
+            unheard.append(Transcript(row.id, row.text, "", (), None, is_bad=True, is_cut=False))
+        scored = score_transcripts(name, transcripts + unheard, self._normalizers[normalizer])
         return Scores(
             loss=self.loss(params, batches, name=name, check=check),
-            wer=wer,
-            transcripts=tuple(transcripts),
-            num_unheard=sum(not t.tokens for t in transcripts),
+            summary=summarize(scored),
+            transcripts=scored,
             num_left_out=len(batches.left_out) - len(unheard),
         )
 
@@ -226,6 +260,11 @@ class Evaluator:
                 yield index, read_batch(iterator, batches, self._bad_rows)
                 progress.update()
         self._bad_rows.share()
+
+
+def _defective(batches: Batches) -> list[BadRow]:
+    """The defective rows of a set that have a transcript: scores count them."""
+    return [row for row in batches.left_out if row.reason.is_defect and row.text]
 
 
 def eval_step(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from flax_projector.config import NormalizerName
 from flax_projector.data.batches import Batches
 from flax_projector.models.speech_llm import Params
 from flax_projector.training.best import Best
@@ -15,11 +16,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out sets, and what is done with their scores.
+    """The held-out sets, which are checked at once, and what is done with their scores.
 
     Attributes:
       evaluator: evaluates the run's model.
       sets: each set's batches, by the set's name.
+      normalizers: each set's normaliser, likewise.
       frozen: parameters of the encoder and the LLM.
       writer: records the scores.
       best: keeps the best projector.
@@ -28,10 +30,15 @@ class HeldOut:
 
     evaluator: Evaluator
     sets: Mapping[str, Batches]
+    normalizers: Mapping[str, NormalizerName]
     frozen: tuple[Params, Params]
     writer: MetricsWriter
     best: Best
     num_compiled: Callable[[], int]
+
+    def __post_init__(self) -> None:
+        for name, batches in self.sets.items():
+            self.evaluator.check(batches, name=name, normalizer=self.normalizers[name])
 
     def evaluate(self, step: int, params: Params, *, check: Callable[[], None]) -> None:
         """Scores a projector on every set.
@@ -43,7 +50,13 @@ class HeldOut:
         """
         found = []
         for name, batches in self.sets.items():
-            scores = self.evaluator((params, *self.frozen), batches, name=name, check=check)
+            scores = self.evaluator(
+                (params, *self.frozen),
+                batches,
+                name=name,
+                normalizer=self.normalizers[name],
+                check=check,
+            )
             self.writer.write_scores(step, name, scores)
             found.append(scores)
         log.info("%d programs compiled so far", self.num_compiled())

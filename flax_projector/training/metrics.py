@@ -1,7 +1,6 @@
 """Writes the metrics and transcripts of a run to files, TensorBoard and Weights & Biases."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import time
@@ -20,7 +19,9 @@ from flax_projector.files import reading, write_atomically, writing
 from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import check_owner
 from flax_projector.storage.growing import growing, publish
-from flax_projector.training.evaluate import Scores, Transcript
+from flax_projector.training.evaluate import Scores
+from flax_projector.training.score_files import to_lines
+from flax_projector.training.scores import ScoredTranscript, Transcript
 
 log = logging.getLogger(__name__)
 
@@ -91,25 +92,31 @@ class MetricsWriter:
 
     def write_scores(self, step: int, name: str, scores: Scores) -> None:
         """Records the scores and transcripts of a set, and logs a sample of the transcripts."""
-        self.write(step, {f"eval/{name}/loss": scores.loss, f"eval/{name}/wer": scores.wer})
+        found = scores.summary
+        scalars = {"loss": scores.loss, "wer": found.wer, "cer": found.cer}
+        scalars["num_cut"] = found.num_cut
+        self.write(step, {f"eval/{name}/{key}": value for key, value in scalars.items()})
         self.write_transcripts(step, name, scores.transcripts)
         log.info(
-            "step %d, %s: WER %.1f%%, loss %.3f over %d utterances",
+            "step %d, %s: %s %.1f%%, loss %.3f over %d utterances%s",
             step,
             name,
-            100 * scores.wer,
+            found.headline.upper(),
+            100 * found.rate,
             scores.loss,
-            len(scores.transcripts),
+            found.num_utterances,
+            f", {found.num_cut} cut by --max-new-tokens" if found.num_cut else "",
         )
         for transcript in samples(scores.transcripts):
             log.info("  said %r, heard %r", transcript.reference, transcript.hypothesis)
 
-    def write_transcripts(self, step: int, name: str, transcripts: Sequence[Transcript]) -> None:
+    def write_transcripts(
+        self, step: int, name: str, transcripts: Sequence[ScoredTranscript]
+    ) -> None:
         """Saves all transcripts of an evaluation, and shows a sample of them in TensorBoard."""
         if not self._is_writer:
             return
-        lines = [json.dumps(dataclasses.asdict(t), ensure_ascii=False) for t in transcripts]
-        write_atomically(self._folder.transcripts(name, step), "\n".join(lines) + "\n")
+        write_atomically(self._folder.transcripts(name, step), to_lines(transcripts))
         shown = "\n".join(f"| {t.reference} | {t.hypothesis} |" for t in samples(transcripts))
         table = f"| reference | hypothesis |\n| --- | --- |\n{shown}"
         self._add_event(step, text_pb(f"transcripts/{name}", table))
