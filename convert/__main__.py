@@ -13,6 +13,8 @@ examples:
   flax-projector-convert to-torch runs/demo/projector/ for-the-server/
   flax-projector-convert to-torch runs/demo/ projector.pt --step 480 --prefix ""
   flax-projector-convert to-torch converted/ half.safetensors --dtype bfloat16
+  flax-projector-convert to-flax outputs/ runs/continued/ --trainer # the optimizer too: for
+  flax-projector-convert to-torch runs/first/ checkpoint/ --trainer # a training to go on
   flax-projector-convert verify for-the-server/ converted/
   flax-projector-convert inspect for-the-server/
 
@@ -102,10 +104,15 @@ class ToFlax(_Conversion):
     """Which checkpoint-N of a Trainer folder."""
     ignore: Annotated[UseAppendAction[tuple[str, ...]], _shown("PATTERN")] = ()
     """Leave out tensors that match, like 'head.*'; may be repeated. They do not come back."""
+    trainer: Annotated[bool, _shown()] = False
+    """SRC is a checkpoint-N of the HF Trainer: take its optimizer along, and make a run folder that
+    train_tpu.py continues."""
     fields: _ProjectorFields = ProjectorFields()
 
     def run(self) -> int:
         """Converts."""
+        if self.trainer:
+            return self._hand_over()
         from convert import to_flax
 
         dst = to_flax(
@@ -115,6 +122,25 @@ class ToFlax(_Conversion):
             given=self.fields.given(),
             ignore=self.ignore,
             **self.options(),
+        )
+        _log.info("wrote %s", dst)
+        return 0
+
+    def _hand_over(self) -> int:
+        from flax_projector.handover import to_run
+
+        if self.dtype is not None or self.ignore:
+            raise ValueError(
+                "--trainer goes with neither --dtype nor --ignore: a run keeps everything, in "
+                "float32"
+            )
+        dst = to_run(
+            self.src,
+            self.dst,
+            step=self.step,
+            given=self.fields.given(),
+            overwrite=self.overwrite,
+            verify=not self.no_verify,
         )
         _log.info("wrote %s", dst)
         return 0
@@ -132,9 +158,14 @@ class ToTorch(_Conversion):
     """Which checkpoint of a training run."""
     prefix: Annotated[str | None, _shown("TEXT", '(default: "projector." for a projector)')] = None
     """What the names of the tensors begin with."""
+    trainer: Annotated[bool, _shown()] = False
+    """SRC is the folder of a training run: take its optimizer along, and make a checkpoint-N that
+    the HF Trainer continues."""
 
     def run(self) -> int:
         """Converts."""
+        if self.trainer:
+            return self._hand_over()
         from convert import to_torch
 
         dst = to_torch(
@@ -144,6 +175,15 @@ class ToTorch(_Conversion):
             prefix=self.prefix,
             **self.options(),
         )
+        _log.info("wrote %s", dst)
+        return 0
+
+    def _hand_over(self) -> int:
+        from flax_projector.handover import to_trainer
+
+        if self.prefix is not None:
+            raise ValueError("--trainer does not go with --prefix: the names are tiny-audio's")
+        dst = to_trainer(self.src, self.dst, step=self.step, **self.options())
         _log.info("wrote %s", dst)
         return 0
 

@@ -13,6 +13,7 @@ Folders are layers; each one's docstring says what is in it and what it may impo
   training     learning from them, evaluating, saving and logging
   run          from a config to the loaded model
   inference    using a run
+  handover     a training under way, from and to the HF Trainer
 
 Every letter in a shape stands for one thing, in annotations, docstrings and comments:
 

@@ -6,6 +6,7 @@
   evaluate, wer        loss, transcripts and word error rate of held-out sets
   held_out             the evaluations of a run
   checkpoints, best    what is saved
+  handed_over          what a run has to go on with, if another program began it
   due                  when a run logs, saves and evaluates
   metrics, step_log    what is logged, and where
   throughput           speed, FLOP utilisation, compilations, profiles
