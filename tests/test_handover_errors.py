@@ -213,7 +213,7 @@ def test_what_a_command_cannot_hand_over(after_10, tmp_path, caplog) -> None:
         ("to-flax", trainer, run): "exists: choose another destination",
         ("to-flax", trainer, run, "--overwrite"): "will not be overwritten",
         ("to-torch", trainer, out): "is not the config of a training run",
-        ("to-torch", run, out, "--prefix", ""): "does not go with --prefix",
+        ("to-torch", run, out, "--prefix", ""): "--prefix is for weights alone",
         ("to-torch", run, out, "--dtype", "float16"): "too narrow for an optimizer's moments",
         ("to-torch", run, out, "--step", "5"): "has no checkpoint of step 5, only of 4",
         ("to-torch", finished, out): "has done all its 20 steps",
