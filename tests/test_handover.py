@@ -19,7 +19,7 @@ from flax_projector.handover import to_run, to_trainer
 from flax_projector.handover.states import read_state
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.handed_over import check_run
-from flax_projector.training.state import init_state
+from flax_projector.training.state import TrainState, init_state
 from tests.checkpoints import PROMPT
 from tests.handover import RUN, make_ours, read_whole, run_after, steps_of_ours
 from tests.models import projector_to_flax
@@ -79,8 +79,10 @@ def test_ten_steps_of_jax_and_ten_of_torch_are_twenty_of_torch(after_20, tmp_pat
 def test_a_training_that_is_lost_on_the_way_would_be_found(after_10, after_20, tmp_path) -> None:
     """The control of the two above: with new moments, ten more steps lead elsewhere."""
     state = read_whole(to_run(after_10, tmp_path / "run"), 10, RUN)
-    fresh = init_state(state.params, make_ours(RUN)).replace(step=state.step)
-    for lost in (fresh, state.replace(opt_state=optax.tree.set(state.opt_state, count=10 - 1))):
+    fresh = init_state(state.params, make_ours(RUN)).opt_state
+    one_less = optax.tree.set(state.opt_state, count=10 - 1)
+    for opt_state in (fresh, one_less):
+        lost = TrainState(state.step, state.params, opt_state)
         params = flatten(steps_of_ours(lost, RUN, 20).params)
         worst = max(np.abs(leaf - after_20[name]).max() for name, leaf in params.items())
         assert worst > 1e-4
@@ -149,7 +151,8 @@ def test_the_next_update_of_a_checkpoint_of_tiny_audio_is_that_of_torch(tmp_path
 
     state = read_whole(folder, 4, run)
     updates, _ = make_ours(run).update(grads, state.opt_state, state.params)
-    after = flatten(optax.apply_updates(state.params, updates))
+    params: Any = optax.apply_updates(state.params, updates)
+    after = flatten(params)
     for name, leaf in expected.items():
         assert_close(after[name], leaf, 1e-7, name)
 
@@ -174,7 +177,7 @@ def test_every_moment_finds_its_parameter(tmp_path, decay_norms) -> None:
     options: Any = {} if decay_norms else {"decayed_names": kernels_alone}
     training = trained(1, **options)
     folder = training.save(tmp_path / "checkpoint-1")
-    names = {id(p): n for n, p in training.model.projector.named_parameters()}
+    names = {id(p): n for n, p in training.projector.named_parameters()}
     order = [names[id(p)] for group in training.adamw.param_groups for p in group["params"]]
     (folder / "names.json").write_text(json.dumps(order))
     expected = numbered(folder)

@@ -173,6 +173,10 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda f: change(f, OPT, lambda c: groups_of(c)[0].update(betas=(0.1, 0.2))),
         "groups of parameters have different learning rates, betas or eps",
     ),
+    "no rate": (
+        lambda f: change(f, SCHED, lambda s: s.update(base_lrs=[0.0, 0.0])),
+        r"scheduler.pt +has base_lrs \[0.0, 0.0\]",
+    ),
     "two steps": (
         lambda f: change(f, STATE, lambda s: s.update(global_step=11)),
         "is at step 10, but global_step in trainer_state.json is 11",

@@ -62,7 +62,8 @@ class TorchTraining:
         """
         self.config, self.optimizer, self.num_steps = config, optimizer, num_steps
         self.model = nn.Module()  # in which the projector has the name that it has in tiny-audio's
-        self.model.projector = randomize(ResidualAudioProjector(config), 0).to(dtype)
+        self.projector: Any = randomize(ResidualAudioProjector(config), 0).to(dtype)
+        self.model.projector = self.projector
         decayed = decayed_names(None, self.model)
         named = [*self.model.named_parameters()]
         groups = [
@@ -85,8 +86,8 @@ class TorchTraining:
 
     def update(self, frames: np.ndarray, target: np.ndarray) -> None:
         """One step of the Trainer."""
-        dtype = self.model.projector.input_proj.weight.dtype
-        error = self.model.projector(torch.from_numpy(frames).to(dtype)) - torch.from_numpy(target)
+        dtype = self.projector.input_proj.weight.dtype
+        error = self.projector(torch.from_numpy(frames).to(dtype)) - torch.from_numpy(target)
         error.square().mean().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip_norm)
         self.adamw.step()
@@ -99,7 +100,7 @@ class TorchTraining:
         folder.mkdir(parents=True)
         weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        dtype = str(self.model.projector.input_proj.weight.dtype).removeprefix("torch.")
+        dtype = str(self.projector.input_proj.weight.dtype).removeprefix("torch.")
         data = projector_config_dict(self.config, dtype=dtype)
         (folder / "config.json").write_text(json.dumps(data))
         torch.save(self.adamw.state_dict(), folder / "optimizer.pt")
@@ -122,7 +123,7 @@ class TorchTraining:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Copies by torch name, without the prefix."""
-        return {n: p.detach().clone() for n, p in self.model.projector.named_parameters()}
+        return {n: p.detach().clone() for n, p in self.projector.named_parameters()}
 
 
 def trained(steps: int, **options: Any) -> TorchTraining:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,6 +281,8 @@ def _misfits(optimizer: _Optimizer, place: _Schedule, done: int, total: int) -> 
     if len(settings) > 1 or len(set(place.base_rates)) != 1 or len(rates) > 1:
         text = "groups of parameters have different learning rates, betas or eps"
         problems.append(Problem("groups", f"{OPTIMIZER}, {SCHEDULER}", text))
+    if not all(0 < rate < math.inf for rate in place.base_rates):
+        problems.append(Problem("rate", SCHEDULER, f"has base_lrs {place.base_rates}"))
     if place.step != done:
         text = f"is at step {place.step}, but global_step in {STATE} is {done}"
         problems.append(Problem("step", SCHEDULER, text))

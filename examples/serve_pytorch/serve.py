@@ -57,9 +57,14 @@ class Transcriber:
         self.device, self.dtype = device, dtype
         self.features = WhisperFeatureExtractor.from_pretrained(folder)
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        encoder, llm = encoder or self.config["audio_model_id"], llm or self.config["text_model_id"]
-        self.encoder = WhisperModel.from_pretrained(encoder, dtype=dtype).encoder.eval().to(device)
-        self.llm: Any = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype).eval().to(device)
+        whisper: Any = WhisperModel.from_pretrained(
+            encoder or self.config["audio_model_id"], dtype=dtype
+        )
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            llm or self.config["text_model_id"], dtype=dtype
+        )
+        self.encoder: Any = whisper.encoder.eval().to(device)
+        self.llm: Any = model.eval().to(device)
         self.llm.generation_config = GenerationConfig.from_pretrained(folder)
         self.weights = {
             name.removeprefix("projector."): tensor.to(device, dtype)

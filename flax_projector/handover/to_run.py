@@ -144,14 +144,18 @@ def _warmup_steps(training: Training) -> int | None:
     It is in no file that can be read without running code.
     """
     done, total = training.step, training.num_steps
+    wanted = training.next_rate / training.learning_rate
 
     def error(warmup: int) -> float:
         decay = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (total - warmup)))
-        rate = done / warmup if done < warmup else decay
-        return abs(rate - training.next_rate / training.learning_rate)
+        return abs((done / warmup if done < warmup else decay) - wanted)
 
-    best = min(range(total), key=error)
-    return best if error(best) < 1e-6 else None
+    progress = math.acos(min(1.0, max(-1.0, 2 * wanted - 1))) / math.pi
+    found = {round(done / wanted)} if wanted > 0 else set()
+    if progress < 1:
+        found.add(round((done - progress * total) / (1 - progress)))
+    fitting = [n for n in found if 0 <= n < total and error(n) < 1e-6]
+    return min(fitting, key=error, default=None)
 
 
 def _command(dst: Path, options: Mapping[str, Any]) -> str:
