@@ -128,7 +128,7 @@ class ToFlax(_Conversion):
         return 0
 
     def _hand_over(self) -> int:
-        from flax_projector.handover import to_run
+        from flax_projector.handover.to_run import to_run
 
         if self.dtype is not None or self.ignore:
             raise ValueError(
@@ -196,7 +196,7 @@ class ToTorch(_Conversion):
         if self.prefix is not None:
             raise ValueError("--prefix is for weights alone: a folder has tiny-audio's names")
         if self.trainer:
-            from flax_projector.handover import to_trainer
+            from flax_projector.handover.to_trainer import to_trainer
 
             dst = to_trainer(self.src, self.dst, step=self.step, **self.options())
         else:

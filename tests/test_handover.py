@@ -15,8 +15,9 @@ from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from convert.trainer.files import read_training
 from convert.trees import flatten
 from flax_projector.config import CTCConfig, OptimizerConfig, ProjectorConfig
-from flax_projector.handover import to_run, to_trainer
 from flax_projector.handover.states import read_state
+from flax_projector.handover.to_run import to_run
+from flax_projector.handover.to_trainer import to_trainer
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.handed_over import check_run
 from flax_projector.training.state import TrainState, init_state

@@ -11,7 +11,7 @@ import torch
 
 from convert.__main__ import main
 from flax_projector.config import CTCConfig
-from flax_projector.handover import to_run
+from flax_projector.handover.to_run import to_run
 from flax_projector.run_folder import RunFolder
 from flax_projector.training.handed_over import check_run
 from tests.checkpoints import files_in

@@ -9,7 +9,8 @@ import pytest
 
 import train_tpu
 from flax_projector.config import PRESETS, TrainConfig
-from flax_projector.handover import to_run, to_trainer
+from flax_projector.handover.to_run import to_run
+from flax_projector.handover.to_trainer import to_trainer
 from flax_projector.run_folder import RunFolder
 from tests.tiny import final_params, read_losses, tiny_config
 

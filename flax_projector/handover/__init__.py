@@ -6,8 +6,3 @@ states      the trained state in a checkpoint of a run, as the converter sees te
 
 May import everything below the programs but `inference`.
 """
-
-from flax_projector.handover.to_run import to_run
-from flax_projector.handover.to_trainer import to_trainer
-
-__all__ = ["to_run", "to_trainer"]
