@@ -32,7 +32,9 @@ models: $(VENV)/.installed
 demo: models
 	$(BIN)/python train_tpu.py demo --out $(RUN) \
 	    --encoder $(MODELS)/whisper-base --llm $(MODELS)/smollm2-135m-instruct
-	$(BIN)/python -m convert to-torch $(RUN)/projector $(RUN)/pytorch --overwrite
+	$(BIN)/python -m convert to-torch $(RUN)/projector $(RUN)/pytorch --overwrite --hf-folder \
+	    --audio-model-id openai/whisper-base \
+	    --text-model-id HuggingFaceTB/SmolLM2-135M-Instruct
 	$(BIN)/python examples/demo/pytorch_check.py --run $(RUN) --projector $(RUN)/pytorch \
 	    --manifest examples/demo/speech/heldout_unseen_voices.jsonl --out $(RUN)/parity.json
 	$(BIN)/python examples/demo/report.py --run $(RUN) --parity $(RUN)/parity.json \

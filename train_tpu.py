@@ -57,6 +57,7 @@ from flax_projector.training.checkpoints import Saver, open_manager, restore
 from flax_projector.training.cluster import join
 from flax_projector.training.compile_cache import compile_cache
 from flax_projector.training.due import Due
+from flax_projector.training.handed_over import check_run
 from flax_projector.training.held_out import HeldOut
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.objectives import CTCObjective, Stages, ctc_classes
@@ -137,7 +138,7 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
         config = resolve_config(config)
         log.info("config:\n%s", to_json(config))
         stack.enter_context(compile_cache(config.compile_cache, shared=folder.compile_cache))
-        moved, began = folder.check(config), folder.read_origin().began
+        moved, began = check_run(folder, config), folder.read_origin().began
         agree_on_command(config, folder)
         check_sources(config)
         mesh = stack.enter_context(mesh_in_use(config, devices))

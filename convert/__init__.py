@@ -33,13 +33,17 @@ each of which imports only what stands above it:
   load             loads weights into sharded device arrays, for training
   compare          decides whether two checkpoints hold the same model
   api              the public functions
+  hf_folder        all that tiny-audio's loader and a server want of a trained projector
+  trainer          the training state that the HF Trainer saves beside the weights
   report           the text that the commands print
   __main__         the command line
   torch_projector  the projector in PyTorch; stands alone, for a server
 
-Of `flax_projector` they may import config, file_types, files, lengths, logs, run_folder and models;
-never data or training. Importing this package, or `torch_projector`, imports neither JAX nor Orbax,
-and only what reads or runs PyTorch's own formats imports torch.
+Of `flax_projector` they may import chat, config, file_types, files, lengths, logs, run_folder and
+models; never data or training. `__main__` is a program, and may import everything.
+
+Importing this package, or `torch_projector`, imports neither JAX nor Orbax, and only what reads or
+runs PyTorch's own formats imports torch.
 
 Three kinds of names appear everywhere:
 

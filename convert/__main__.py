@@ -13,6 +13,9 @@ examples:
   flax-projector-convert to-torch runs/demo/projector/ for-the-server/
   flax-projector-convert to-torch runs/demo/ projector.pt --step 480 --prefix ""
   flax-projector-convert to-torch converted/ half.safetensors --dtype bfloat16
+  flax-projector-convert to-torch runs/demo/ for-the-server/ --hf-folder
+  flax-projector-convert to-flax outputs/ runs/continued/ --trainer # the optimizer too: for
+  flax-projector-convert to-torch runs/first/ checkpoint/ --trainer # a training to go on
   flax-projector-convert verify for-the-server/ converted/
   flax-projector-convert inspect for-the-server/
 
@@ -102,10 +105,15 @@ class ToFlax(_Conversion):
     """Which checkpoint-N of a Trainer folder."""
     ignore: Annotated[UseAppendAction[tuple[str, ...]], _shown("PATTERN")] = ()
     """Leave out tensors that match, like 'head.*'; may be repeated. They do not come back."""
+    trainer: Annotated[bool, _shown()] = False
+    """SRC is a checkpoint-N of the HF Trainer: take its optimizer along, and make a run folder that
+    train_tpu.py continues."""
     fields: _ProjectorFields = ProjectorFields()
 
     def run(self) -> int:
         """Converts."""
+        if self.trainer:
+            return self._hand_over()
         from convert import to_flax
 
         dst = to_flax(
@@ -115,6 +123,25 @@ class ToFlax(_Conversion):
             given=self.fields.given(),
             ignore=self.ignore,
             **self.options(),
+        )
+        _log.info("wrote %s", dst)
+        return 0
+
+    def _hand_over(self) -> int:
+        from flax_projector.handover.to_run import to_run
+
+        if self.dtype is not None or self.ignore:
+            raise ValueError(
+                "--trainer goes with neither --dtype nor --ignore: a run keeps everything, in "
+                "float32"
+            )
+        dst = to_run(
+            self.src,
+            self.dst,
+            step=self.step,
+            given=self.fields.given(),
+            overwrite=self.overwrite,
+            verify=not self.no_verify,
         )
         _log.info("wrote %s", dst)
         return 0
@@ -132,9 +159,23 @@ class ToTorch(_Conversion):
     """Which checkpoint of a training run."""
     prefix: Annotated[str | None, _shown("TEXT", '(default: "projector." for a projector)')] = None
     """What the names of the tensors begin with."""
+    trainer: Annotated[bool, _shown()] = False
+    """SRC is the folder of a training run: take its optimizer along, and make a checkpoint-N that
+    the HF Trainer continues."""
+    hf_folder: Annotated[bool, _shown()] = False
+    """Also write what tiny-audio saves beside the weights: the tokenizer with the audio token, the
+    chat template, a config.json with both towers', how clips are read and texts generated."""
+    audio_model_id: Annotated[str | None, _shown("ID", "(default: as the run has it)")] = None
+    """Of --hf-folder: what config.json calls the encoder, a hub id or a path on the server."""
+    text_model_id: Annotated[str | None, _shown("ID", "(default: as the run has it)")] = None
+    """Of --hf-folder: what config.json calls the LLM."""
 
     def run(self) -> int:
         """Converts."""
+        if self.trainer or self.hf_folder:
+            return self._write_whole()
+        if self.audio_model_id or self.text_model_id:
+            raise ValueError("--audio-model-id and --text-model-id need --hf-folder")
         from convert import to_torch
 
         dst = to_torch(
@@ -144,6 +185,24 @@ class ToTorch(_Conversion):
             prefix=self.prefix,
             **self.options(),
         )
+        _log.info("wrote %s", dst)
+        return 0
+
+    def _write_whole(self) -> int:
+        """Writes a folder for tiny-audio, with more in it than the projector."""
+        names = {"audio_model_id": self.audio_model_id, "text_model_id": self.text_model_id}
+        if self.trainer and (self.hf_folder or any(names.values())):
+            raise ValueError("--trainer does not go with --hf-folder: write two folders")
+        if self.prefix is not None:
+            raise ValueError("--prefix is for weights alone: a folder has tiny-audio's names")
+        if self.trainer:
+            from flax_projector.handover.to_trainer import to_trainer
+
+            dst = to_trainer(self.src, self.dst, step=self.step, **self.options())
+        else:
+            from convert.hf_folder import to_hf_folder
+
+            dst = to_hf_folder(self.src, self.dst, step=self.step, **names, **self.options())
         _log.info("wrote %s", dst)
         return 0
 

@@ -274,7 +274,7 @@ def _convert(
     verify: bool,
 ) -> Path:
     """Writes a model for the other framework; reads it, converts it back and compares."""
-    _check_apart(stored, dst)
+    check_apart(stored, dst)
     names, write = _output_form(dst, stored.side)
     kind = detect(stored)
     text = config_text_of(stored, kind, given or {})
@@ -304,7 +304,7 @@ def _convert(
     return dst
 
 
-def _check_apart(stored: StoredModel, dst: Path) -> None:
+def check_apart(stored: StoredModel, dst: Path) -> None:
     """Checks that writing the destination changes no file that the model is read from."""
     place = dst.resolve()
     for file in stored.checkpoint.files:

@@ -232,6 +232,8 @@ def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
         "audio_model_id": config.encoder,
         "text_model_id": config.llm,
         "audio_tokens": config.data.audio_tokens,
+        "window_secs": config.data.window_secs,
+        "max_new_tokens": config.max_new_tokens,
     }
     if prompt is None:
         return data
@@ -243,13 +245,19 @@ def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
         f"the user message {texts['user']!r}": texts["user"] != TINY_AUDIO_USER,
         "--prompt.end": config.prompt.end,
     }
-    rendered = {name: texts[name] for name in ("before_audio", "after_audio", "end")}
+    rendered = {name: texts[name] for name in _RENDERED}
     return {
         **data,
         "system_prompt": texts["system"],
         "user_prompt": texts["user"],
         "rendered_prompt": {**rendered, "needs": [what for what, is_so in needs.items() if is_so]},
     }
+
+
+_RENDERED = (
+    *("before_audio", "after_audio", "end"),
+    *("before_audio_ids", "after_audio_ids", "end_of_turn_id"),
+)
 
 
 def training(text: str) -> dict[str, str]:

@@ -32,7 +32,7 @@ from flax_projector.storage import AnyPath
 
 _log = logging.getLogger(__name__)
 
-_HUB_FILES = ["*.safetensors", "*.json"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 _NOT_HUB_FILES = ["*.fp32*"]  # some models come with a second copy of their weights
 
 

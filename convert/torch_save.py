@@ -12,7 +12,8 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,14 +39,54 @@ def is_saved(path: Path) -> bool:
         return _read_pickle(file) is not None
 
 
-def open_saved(path: Path) -> Checkpoint:
-    """Opens a file of `torch.save`.
+@dataclass(frozen=True)
+class Saved:
+    """The content of a file of `torch.save`.
 
-    The checksum of a tensor's data is checked when the tensor is read.
+    Attributes:
+      path: of the file.
+      content: plain containers, numbers, texts and tensors.
+      entries: of its zip; none for the older format, which has no checksums.
+    """
+
+    path: Path
+    content: Any
+    entries: Sequence[zipfile.ZipInfo]
+
+    def checkpoint(self, tensors: Mapping[str, Any]) -> Checkpoint:
+        """Tensors of the content by name, whose data is compared with its checksum when read.
+
+        Raises:
+          ValueError: naming the path and the tensor, if NumPy cannot hold one of them.
+        """
+        infos = {key: _info(self.path, key, tensor) for key, tensor in tensors.items()}
+        check_data = _make_data_check(self.path, self.entries)
+
+        def read(key: str) -> np.ndarray:
+            check_data(tensors[key])
+            return _to_numpy(tensors[key], infos[key])
+
+        return Checkpoint(infos, read, frozenset({self.path}))
+
+
+def open_saved(path: Path) -> Checkpoint:
+    """Opens a file of `torch.save` that holds a dictionary of tensors.
 
     Raises:
       ValueError: naming the path, if it is damaged, contains objects other than tensors, or torch
         is not installed.
+    """
+    saved = load_saved(path)
+    _check_state(path, saved.content)
+    return saved.checkpoint(saved.content)
+
+
+def load_saved(path: Path) -> Saved:
+    """Loads a file of `torch.save`.
+
+    Raises:
+      ValueError: naming the path, if it is damaged, contains objects other than tensors and plain
+        ones, or torch is not installed.
     """
     torch = import_torch(f"reading {path}")
 
@@ -66,15 +107,7 @@ def open_saved(path: Path) -> Checkpoint:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{path} is not a complete file of torch.save: {reason}") from error
 
-    _check_state(path, state)
-    infos = {key: _info(path, key, tensor) for key, tensor in state.items()}
-    check_data = _make_data_check(path, entries)
-
-    def read(key: str) -> np.ndarray:
-        check_data(state[key])
-        return _to_numpy(state[key], infos[key])
-
-    return Checkpoint(infos, read, frozenset({path}))
+    return Saved(path, state, entries)
 
 
 def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -85,12 +118,21 @@ def write_torch(path: str | Path, checkpoint: Checkpoint) -> None:
     Raises:
       OSError: if it cannot be written.
     """
-    torch = import_torch(f"writing {path}")
+    import_torch(f"writing {path}")
+    state = {key: to_tensor(tensor) for key, tensor in checkpoint.stream()}
+    save_content(path, dict(sorted(state.items())))
 
-    state = {key: _to_tensor(tensor) for key, tensor in checkpoint.stream()}
+
+def save_content(path: str | Path, content: Any) -> None:
+    """Writes a new file with `torch.save`.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    torch = import_torch(f"writing {path}")
     with Path(path).open("xb") as file:
         try:
-            torch.save(dict(sorted(state.items())), file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch's own, in place of the one that the file raised
             raise _os_error_in(error) or error from error
 
@@ -331,7 +373,8 @@ def _to_numpy(tensor: Any, info: TensorInfo) -> np.ndarray:
     return plain.reshape(-1).view(torch.uint8).numpy().view(info.dtype).reshape(info.shape)
 
 
-def _to_tensor(array: np.ndarray) -> Any:
+def to_tensor(array: np.ndarray) -> Any:
+    """The tensor with the same bytes, whose memory it may share."""
     import torch
 
     dtype = getattr(torch, array.dtype.name)

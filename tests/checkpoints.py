@@ -84,9 +84,12 @@ PROMPT = """{
   "date": "",
   "before_audio": "<|im_start|>system\\nBe brief.<|im_end|>\\n<|im_start|>user\\nWrite: ",
   "after_audio": "<|im_end|>\\n<|im_start|>assistant\\n",
-  "end": "<|im_end|>\\n"
+  "end": "<|im_end|>\\n",
+  "before_audio_ids": [1, 7, 5],
+  "after_audio_ids": [2, 5, 1, 9, 5],
+  "end_of_turn_id": 2
 }"""
-"""As a run keeps it, without its ids."""
+"""As a run keeps it."""
 
 
 def write_run(path: Path, config: ProjectorConfig, params: dict, *, steps: Sequence[int]) -> None:

@@ -23,7 +23,17 @@ LAYERS: dict[str, set[str]] = {
     "run": {"base", "models", "data", "training", "convert"},
     "inference": {"base", "models", "data", "training", "convert", "run"},
     "planning": {"base", "models", "data", "training", "convert", "run"},
-    "programs": {"base", "data", "training", "convert", "run", "inference", "planning"},
+    "handover": {"base", "models", "data", "training", "convert"},
+    "programs": {
+        "base",
+        "data",
+        "training",
+        "convert",
+        "run",
+        "inference",
+        "planning",
+        "handover",
+    },
 }
 # Lowest first; each imports only those before it.
 BASE = [
@@ -40,7 +50,7 @@ BASE = [
     "batch",
     "chat",
 ]
-PROGRAMS = {"train_tpu", "flax_projector.__main__"}
+PROGRAMS = {"train_tpu", "flax_projector.__main__", "convert.__main__"}
 
 MAX_LINES = 400
 MAX_LINES_OF_MAIN = 120
@@ -52,7 +62,7 @@ MAX_FILES_AT_THE_TOP = 12
 def modules() -> dict[str, Path]:
     files = [
         *ROOT.glob("flax_projector/**/*.py"),
-        *ROOT.glob("convert/*.py"),
+        *ROOT.glob("convert/**/*.py"),
         ROOT / "train_tpu.py",
     ]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in files}
@@ -60,8 +70,8 @@ def modules() -> dict[str, Path]:
 
 def layer_of(module: str) -> str:
     """The layer of one of our modules, or of a name in it."""
-    if module in PROGRAMS or module == "convert.__main__":
-        return "programs" if module in PROGRAMS else "convert"
+    if module in PROGRAMS:
+        return "programs"
     first, *rest = module.split(".")
     if first == "convert":
         return "convert"

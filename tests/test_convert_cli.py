@@ -83,7 +83,11 @@ def test_help_has_examples_and_exit_codes_and_needs_no_jax() -> None:
     assert not {"jax", "flax", "orbax", "torch"} & imported
 
 
-COMMON = {"--step N", "--dtype {float32,float16,bfloat16}", "--overwrite", "--no-verify"}
+COMMON = {
+    *("--step N", "--dtype {float32,float16,bfloat16}", "--overwrite", "--no-verify"),
+    "--trainer",
+}
+FOLDER = {"--hf-folder", "--audio-model-id ID", "--text-model-id ID"}
 FIELDS = {"--encoder-dim INT", "--projector-pool-stride INT", "--projector-dropout FLOAT"}
 
 
@@ -91,7 +95,7 @@ FIELDS = {"--encoder-dim INT", "--projector-pool-stride INT", "--projector-dropo
     ("command", "options"),
     [
         ("to-flax", {"SRC", "DST", "--ignore PATTERN", "--rms-norm-eps FLOAT"} | COMMON | FIELDS),
-        ("to-torch", {"SRC", "DST", "--prefix TEXT"} | COMMON),
+        ("to-torch", {"SRC", "DST", "--prefix TEXT"} | COMMON | FOLDER),
         ("verify", {"A", "B", "--step N", "--ignore PATTERN", "--rms-norm-eps FLOAT"} | FIELDS),
         ("inspect", {"PATH", "--step N"}),
     ],

@@ -282,7 +282,9 @@ def test_trained_projector_is_described_with_the_names_of_tiny_audio() -> None:
     assert data["system_prompt"] == "Be brief."
     assert data["audio_model_id"] == "openai/whisper-base"
     upstream = json.loads((UPSTREAM / "config.json").read_text())
-    assert data.keys() - upstream.keys() == {"rms_norm_eps", "rendered_prompt", "audio_tokens"}
+    assert data.keys() - upstream.keys() == {
+        *("rms_norm_eps", "rendered_prompt", "audio_tokens", "window_secs")
+    }
     needs = data["rendered_prompt"]["needs"]
     assert needs == ["the user message 'Write: <audio>'"]
     assert hf_config.training(json.dumps(data)) == {

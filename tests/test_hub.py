@@ -12,7 +12,11 @@ import time
 
 import pytest
 
-FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 100_000}
+FILES = {
+    "chat_template.jinja": b"{{ messages }}",
+    "config.json": b"{}",
+    "model.safetensors": b"weights" * 100_000,
+}
 PROGRAM = """
 from convert.load import resolve_model
 print(*sorted(path.name for path in resolve_model("me/model").iterdir()))

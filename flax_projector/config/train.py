@@ -281,7 +281,10 @@ class OptimizerConfig:
     eps: PositiveFloat = 1e-8
     """Added to the square root of that mean."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
-    """Applied to kernels only: norms and biases are not decayed."""
+    """Applied to kernels: biases are not decayed, nor are norms by default."""
+    decay_norms: bool = False
+    """Also apply it to the weights of norms, as tiny-audio does. It pulls them to zero, away from
+    their initialisation; for runs that continue one of its."""
     clip_norm: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down."""
 

@@ -28,6 +28,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 which must go on until the run has saved: they ignore them, and end with the run."""
 
 
+def state_at(number: int) -> dict[str, Any]:
+    """The state of a `BatchIterator` whose first batch is this one: it has read none before."""
+    return {"next_batch": number, "data": None}
+
+
 class BatchIterator:
     """Batches in order, read ahead by Grain.
 
@@ -101,7 +106,7 @@ class BatchIterator:
         Raises:
           ValueError: if it has moved and is not the same.
         """
-        if state["data"] != self._batches.fingerprint:
+        if state["data"] not in (None, self._batches.fingerprint):
             if has_moved:
                 raise ValueError(
                     f"--data.{self._batches.name} names other rows than those that the run is "

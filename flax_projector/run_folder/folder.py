@@ -93,6 +93,11 @@ class RunFolder:
         return self.path / "origin.json"
 
     @property
+    def handed_over(self) -> AnyPath:
+        """What the run has to go on with, if another program has begun it: its `HandedOver`."""
+        return self.path / "handed_over.json"
+
+    @property
     def owner(self) -> AnyPath:
         """The `Owner` of the folder."""
         return self.path / "owner.json"
@@ -243,10 +248,11 @@ class RunFolder:
         Raises:
           ValueError: if it holds a run with another config, or any run if `config.resume` is off.
         """
-        if not self.config.is_file():
-            return frozenset()
-        if not config.resume:
+        has_config = self.config.is_file()
+        if not config.resume and (has_config or self.handed_over.is_file()):
             raise ValueError(f"{self.path} holds a run: choose another --out, or pass --resume")
+        if not has_config:
+            return frozenset()
         found = changes(self.read_config(), config)
         if found.refused:
             listed = "\n  ".join(found.refused.values())

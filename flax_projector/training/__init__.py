@@ -7,6 +7,7 @@
   normalizers          what is done to texts before they are compared
   scores, score_files  error rates; the files that keep them, utterance by utterance
   checkpoints, best    what is saved
+  handed_over          what a run has to go on with, if another program began it
   due                  when a run logs, saves and evaluates
   metrics, step_log    what is logged, and where
   throughput           speed, FLOP utilisation, compilations, profiles

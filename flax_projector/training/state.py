@@ -6,10 +6,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from flax_projector.config import CTCConfig, OptimizerConfig, ProjectorConfig
+from flax_projector.config import CTCConfig, OptimizerConfig, ProjectorConfig, TrainConfig
 from flax_projector.models.projector import (
     ResidualAudioProjector,
     abstract_projector,
@@ -55,9 +56,15 @@ def make_schedule(config: OptimizerConfig, num_steps: int, ctc: CTCConfig) -> op
     return optax.join_schedules([stage(ctc.learning_rate, ctc.num_steps), llm], [ctc.num_steps])
 
 
-def is_decayed(path: tuple, _leaf: Any) -> bool:
-    """Only kernels are decayed; pulling norms to zero would undo their initialisation."""
-    return path[-1].key == "kernel"
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of the update after this many steps of a run."""
+    return float(np.asarray(make_schedule(config.optimizer, config.num_steps, config.ctc)(step)))
+
+
+def decay_mask(params: Params, config: OptimizerConfig) -> Any:
+    """Which parameters are decayed: kernels, and the weights of norms if the config says so."""
+    decayed = {"kernel", "scale"} if config.decay_norms else {"kernel"}
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in decayed, params)
 
 
 def make_optimizer(
@@ -72,7 +79,7 @@ def make_optimizer(
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(is_decayed, params),
+            mask=functools.partial(decay_mask, config=config),
         ),
     )
 
@@ -80,6 +87,35 @@ def make_optimizer(
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, from f32 parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def continued_state(
+    params: Params, adam: optax.ScaleByAdamState, optimizer: optax.GradientTransformation, step: int
+) -> TrainState:
+    """The state after the first steps of a training that another program began.
+
+    Args:
+      params: f32 parameters.
+      adam: its running means, and how often they were updated.
+      optimizer: the run's optimizer.
+      step: steps done, which is also the place in the schedule of the learning rate.
+    """
+    state = init_state(params, optimizer)
+    opt_state = optax.tree.set(state.opt_state, count=jnp.int32(step))
+    opt_state = jax.tree.map(
+        lambda part: adam if _is_adam(part) else part, opt_state, is_leaf=_is_adam
+    )
+    return TrainState(jnp.int32(step), params, opt_state)
+
+
+def adam_state(state: TrainState) -> optax.ScaleByAdamState:
+    """Adam's part of the optimizer's state: its running means, and how often they were updated."""
+    (adam,) = filter(_is_adam, jax.tree.leaves(state.opt_state, is_leaf=_is_adam))
+    return adam
+
+
+def _is_adam(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
 
 
 def abstract_state(
