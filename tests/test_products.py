@@ -98,7 +98,7 @@ USES = ["train", "warm start", "evaluate", "transcribe"]
 @pytest.mark.parametrize("use", USES)
 def test_f32_is_multiplied_in_f32(use, monkeypatch):
     """As on a TPU: by the fused attention too."""
-    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "mesh_platform", lambda: "tpu")
     found = trace(use, F32)
     assert len(found) > 10
     assert not [product.where for product in found if not product.is_exact]
