@@ -30,8 +30,8 @@ CASES = [  # objective, devices, micro-batches
 ]
 NUM_ROWS = 64
 # In programs of other shapes, the compiler adds up the f32 products within a row in another order.
-# With half of the seeds, that makes the backward pass round one row of the 64 to bf16 the other way,
-# which moves gradients by 1e-4, whatever they are summed in; not with this one.
+# With half of the seeds, that makes the backward pass round one row of the 64 to bf16 the other
+# way, which moves gradients by 1e-4, whatever they are summed in; not with this one.
 SEED = 1
 
 

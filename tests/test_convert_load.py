@@ -77,7 +77,7 @@ def assert_same(got: dict, expected: dict) -> None:
 
 
 def assert_sharded_as(params: dict, abstract: dict, kind: ModelKind) -> None:
-    """Every array lies as it was asked for; some are split along two axes, but an encoder's none."""
+    """Every array lies as it was asked for; some are split along two axes, of an encoder none."""
     loaded, asked = flatten(params), flatten(abstract)
     assert {p: x.sharding for p, x in loaded.items()} == {p: x.sharding for p, x in asked.items()}
     are_split = [{"fsdp", "tensor"} <= set(leaf.sharding.spec) for leaf in asked.values()]

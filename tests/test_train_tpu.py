@@ -34,6 +34,7 @@ from flax_projector.sharding import make_mesh
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.step_log import StepLog
 from tests.parity import assert_within
+from tests.scored import scores_of
 from tests.tiny import final_params, killed_at, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -318,14 +319,19 @@ def test_the_best_checkpoint_is_kept_whatever_comes_after(run, monkeypatch):
 
     def scored(self, *args, **kwargs):
         wer, loss = next(scores)
-        return dataclasses.replace(evaluate(self, *args, **kwargs), wer=wer, loss=loss)
+        summary = scores_of(wer, loss).summary
+        return dataclasses.replace(evaluate(self, *args, **kwargs), summary=summary, loss=loss)
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", scored)
         config = run(num_steps=8, eval_every_steps=2, keep_checkpoints=1)
     folder = Path(config.out)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"8"}
-    assert json.loads((folder / "best.json").read_text()) == {"step": 4, "wer": 0.2, "loss": 1.0}
+    assert json.loads((folder / "best.json").read_text()) == {
+        "step": 4,
+        "error_rate": 0.2,
+        "loss": 1.0,
+    }
     best = api.to_torch(folder / "best", folder / "for-the-server")
     assert not api.verify(best, folder / "projector").is_same
     four = run(name="four", num_steps=8, eval_every_steps=2, keep_checkpoints=3)

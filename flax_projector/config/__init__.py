@@ -2,6 +2,7 @@
 
   fields    the rules in fields' annotations, and the function that checks them
   models    shapes of the projector and the towers, with the field names of PyTorch's configs
+  optimizer settings of the optimizer
   train     all other settings of a run
   saved     configs as JSON: writing, reading back, comparing
   presets   the named configs that `train_tpu.py` starts from
