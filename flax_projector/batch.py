@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.lengths import SAMPLES_PER_FRAME
+from flax_projector.sharding import split_rows
 
 Leaf = Any  # a NumPy or JAX array; in trees that JAX builds, also a shape or a sharding
 
@@ -144,11 +145,8 @@ class Batch:
             getattr(self, name)[row] = value
 
     def split(self, count: int) -> "Batch":
-        """Micro-batches on a new axis 0, each with rows from every device, so that no row moves."""
-        return jax.tree.map(
-            lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1),  # [count, B / count, ...]
-            self,
-        )
+        """Micro-batches on a new axis 0; see `split_rows`."""
+        return jax.tree.map(lambda x: split_rows(x, count), self)
 
 
 def empty_batch(

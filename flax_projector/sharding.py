@@ -222,14 +222,23 @@ def on_each_device(attend: Any) -> Any:
     return split
 
 
+def split_rows(rows: Any, count: int) -> Any:
+    """[B, ...] -> [count, B / count, ...]: parts with rows from every device, so no row moves.
+
+    Args:
+      rows: a NumPy or JAX array.
+      count: number of parts.
+    """
+    return rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)
+
+
 def map_parts(function: Any, rows: jax.Array, most: int | None) -> jax.Array:
     """Applies a function to parts of the rows, one after the other.
 
     Args:
       function: takes rows [b, ...], and returns as many.
       rows: split over the devices as the "batch" of the current rules.
-      most: rows of a device in a part, at most; None for a single part. Every part has rows from
-        every device, so that no row moves.
+      most: rows of a device in a part, at most; None for a single part. See `split_rows`.
     """
     if most is None:
         return function(rows)
@@ -240,8 +249,7 @@ def map_parts(function: Any, rows: jax.Array, most: int | None) -> jax.Array:
     count = next(n for n in range(1, num_local + 1) if num_local % n == 0 and num_local <= n * most)
     if count == 1:
         return function(rows)
-    parts = rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1)  # [count, B / count, ...]
-    results = jax.lax.map(function, parts).swapaxes(0, 1)
+    results = jax.lax.map(function, split_rows(rows, count)).swapaxes(0, 1)
     return results.reshape(-1, *results.shape[2:])
 
 

@@ -74,6 +74,21 @@ def logging_as_it_was():
 
 
 @pytest.fixture
+def log_level(caplog):
+    """As the command lines set it up."""
+    for name in ("convert", "flax_projector"):
+        caplog.set_level("INFO", logger=name)
+
+
+@pytest.fixture(scope="session")
+def after_10(tmp_path_factory):
+    """`checkpoint-10` of a training of 20 steps by PyTorch, as the HF Trainer saves it."""
+    from tests.trainer import trained
+
+    return trained(10).save(tmp_path_factory.mktemp("trainer") / "checkpoint-10")
+
+
+@pytest.fixture
 def report(capsys):
     """Shows a line of what was measured, whether or not pytest captures output."""
 

@@ -1,7 +1,6 @@
 """The command line: exit codes, one clean message for every error, and help."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -20,11 +19,7 @@ from convert.torch_files import open_torch
 from tests.checkpoints import REPO, files_in, write_weights
 from tests.tiny import make_projector, read_all
 
-
-@pytest.fixture(autouse=True)
-def log_level(caplog) -> None:
-    """As `cli` sets it up."""
-    caplog.set_level(logging.INFO, logger="convert")
+pytestmark = pytest.mark.usefixtures("log_level")
 
 
 @pytest.fixture

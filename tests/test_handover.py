@@ -28,22 +28,13 @@ from tests.parity import assert_close
 from tests.tiny import read_all
 from tests.trainer import CONFIG, NUM_STEPS, OPTIMIZER, TorchTraining, batches, trained
 
-pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("test_handover")]
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.usefixtures("log_level"),
+    pytest.mark.xdist_group("test_handover"),
+]
 
 SHARED = Path(__file__).parents[2] / "shared/fixtures/upstream_checkpoint"
-
-
-@pytest.fixture(autouse=True)
-def log_level(caplog) -> None:
-    """As the command line sets it up."""
-    for name in ("convert", "flax_projector"):
-        caplog.set_level("INFO", logger=name)
-
-
-@pytest.fixture(scope="module")
-def after_10(tmp_path_factory) -> Path:
-    """`checkpoint-10` of a training of 20 steps."""
-    return trained(10).save(tmp_path_factory.mktemp("trainer") / "checkpoint-10")
 
 
 @pytest.fixture(scope="module")

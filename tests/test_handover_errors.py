@@ -16,22 +16,13 @@ from flax_projector.run_folder import RunFolder
 from flax_projector.training.handed_over import check_run
 from tests.checkpoints import files_in
 from tests.handover import RUN, run_after
-from tests.trainer import CONFIG, NUM_STEPS, OPTIMIZER, trained
+from tests.trainer import CONFIG, NUM_STEPS, OPTIMIZER
 
-pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("test_handover")]
-
-
-@pytest.fixture(autouse=True)
-def log_level(caplog) -> None:
-    """As the command line sets it up."""
-    for name in ("convert", "flax_projector"):
-        caplog.set_level("INFO", logger=name)
-
-
-@pytest.fixture(scope="module")
-def after_10(tmp_path_factory) -> Path:
-    """`checkpoint-10` of a training of 20 steps."""
-    return trained(10).save(tmp_path_factory.mktemp("trainer") / "checkpoint-10")
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.usefixtures("log_level"),
+    pytest.mark.xdist_group("test_handover"),
+]
 
 
 @pytest.fixture

@@ -30,7 +30,11 @@ def kernel_length(length: int) -> int:
     Who pads once, before all layers, and tells `attend` the `num_keys` in front of the padding,
     saves a TPU four passes over its memory in each layer.
     """
-    return -(-length // _LANES) * _LANES if mesh_platform() == "tpu" else length
+    return _padded(length) if mesh_platform() == "tpu" else length
+
+
+def _padded(length: int) -> int:
+    return -(-length // _LANES) * _LANES
 
 
 def attend(
@@ -155,7 +159,7 @@ def _splash_local(
     # Narrow heads would leave lanes empty in memory and in the products: positions fill them.
     is_narrow = d % _LANES != 0
     layout = splash.QKVLayout.SEQ_MINOR if is_narrow else splash.QKVLayout.HEAD_DIM_MINOR
-    padded_queries, padded_keys = (-(-x.shape[2] // _LANES) * _LANES for x in (q, k))
+    padded_queries, padded_keys = (_padded(x.shape[2]) for x in (q, k))
     block_q, block_kv = (
         next(block for block in _BLOCKS if length % block == 0)
         for length in (padded_queries, padded_keys)

@@ -129,8 +129,11 @@ class Contents:
 def contents_of(speech: Speech, model: SpeechLLM, config: DataConfig) -> dict[Bucket, Contents]:
     """The mean contents of each bucket's batches; a bucket without batches of its own has none."""
     batches, utterances = speech.batches, speech.utterances
-    number_of = Counter(batches.bucket(i) for i in range(len(batches)))
-    first = {batches.bucket(i): i for i in reversed(range(len(batches)))}
+    number_of, first = Counter(), {}
+    for index in range(len(batches)):
+        bucket = batches.bucket(index)
+        number_of[bucket] += 1
+        first.setdefault(bucket, index)
     assigned = assign(utterances, config)
     stride, found = model.projector.config.projector_pool_stride, {}
     for number, bucket in enumerate(batches.buckets):
