@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "inference": {"base", "models", "data", "training", "convert", "run"},
     "planning": {"base", "models", "data", "training", "convert", "run"},
     "handover": {"base", "models", "data", "training", "convert"},
+    "commands": {"base", "data", "training", "run", "inference"},
     "programs": {
         "base",
         "data",
@@ -33,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
         "inference",
         "planning",
         "handover",
+        "commands",
     },
 }
 # Lowest first; each imports only those before it.

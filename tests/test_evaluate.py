@@ -13,6 +13,7 @@ import soundfile
 
 import train_tpu
 from flax_projector import __main__ as program
+from flax_projector.commands.use import Use
 from flax_projector.config import DataConfig, TrainConfig
 from flax_projector.data.sources import eval_normalizers
 from flax_projector.inference.listen import Listener
@@ -137,7 +138,7 @@ def evaluate(run, monkeypatch, listener, capsys):
 
     def evaluate(*args: str) -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(program._Use, "listener", lambda _: listener)
+            patch.setattr(Use, "listener", lambda _: listener)
             program.cli(["evaluate", run[0].out, *args])
         return capsys.readouterr().out
 

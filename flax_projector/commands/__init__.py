@@ -1,0 +1,10 @@
+"""The commands of `python -m flax_projector`, with their options.
+
+  use          what all have in common that use a projector
+  transcribe   words of sound files
+  evaluate     scores of data sets
+  scores       scores as tables, and the difference between two
+  shards       makes tar shards, and manifests of them
+
+A command imports what it needs when it runs, so that `--help` is quick.
+"""
