@@ -21,7 +21,7 @@ from flax_projector.planning.topology import parse_topology
 
 ROOT = Path(__file__).parents[1]
 PRESET = "whisper-turbo-smollm3-3b"
-ROWS = 16  # clips of a chip
+ROWS = 8  # clips of a chip
 PODS = {  # as people call them -> as `--plan` does
     "v5e-16": "v5e-16",
     "v5e-256": "v5e-256",

@@ -17,8 +17,16 @@ import pytest
 
 import train_tpu
 from convert.published import published_config
+from flax_projector.batch import Bucket
 from flax_projector.chips import CHIPS
-from flax_projector.config import PRESETS, LlamaConfig, ProjectorConfig, RematName, WhisperConfig
+from flax_projector.config import (
+    PRESETS,
+    DataConfig,
+    LlamaConfig,
+    ProjectorConfig,
+    RematName,
+    WhisperConfig,
+)
 from flax_projector.models.plain_attention import plain_attend
 from flax_projector.planning import compiled, plan
 from flax_projector.planning.compiled import AbstractRun
@@ -233,6 +241,39 @@ def test_assumed_speech_is_like_that_of_read_books(towers):
     expected = np.array([1 / 3, 15, 65])  # batches of the first bucket hold three times as many
     assert np.array(shares) / total == pytest.approx(expected / expected.sum(), abs=0.01)
     assert any("lengths like those of read books" in text for text in speech.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("remat", "less"),
+    [
+        ("products", "; --remat gates or attention or layers needs less"),
+        ("attention", "; --remat layers needs less"),
+        ("layers", ""),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_nearest_that_does(remat, less):
+    step = compiled.CompiledStep(
+        Bucket(2, 3, 4), 32, 8, 1, 1, 1, int(20e9), int(16e9), program=None, compile_secs=1.0
+    )
+    found = plan.Plan(
+        config=dataclasses.replace(CONFIG, remat=remat, data=DataConfig(batch_size=32)),
+        topology=parse_topology("v5e-4"),
+        mesh={"data": 4, "fsdp": 1, "tensor": 1},
+        steps=[step],
+        contents=[],
+        estimates=[None],
+        mixture={},
+        decoding={},
+        most_rows=5,
+        shards=2,
+        notes=[],
+    )
+    assert not found.fits
+    assert found.misfit() == (
+        "--plan v5e:2x2: --data.batch-size 32 needs 20.0 GB of the 16.0 GB that a v5e has for it; "
+        "the nearest that fits: --data.batch-size 20 (estimated) or --accumulation-steps 2 or "
+        f"--mesh.fsdp 2 (estimated){less}"
+    )
 
 
 @pytest.mark.parametrize(

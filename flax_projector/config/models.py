@@ -16,7 +16,7 @@ from flax_projector.config.fields import (
 )
 
 DTypeName = Literal["float32", "bfloat16"]
-RematName = Literal["none", "products", "attention", "layers"]
+RematName = Literal["none", "products", "gates", "attention", "layers"]  # most memory first
 AudioTokensName = Literal["clip", "window"]
 TextCaseName = Literal["keep", "lower"]
 NormalizerName = Literal["english", "basic", "none"]

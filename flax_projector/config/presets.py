@@ -73,7 +73,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             llm="HuggingFaceTB/SmolLM3-3B",
             projector=ProjectorConfig(encoder_dim=1280, llm_dim=2048, projector_pool_stride=2),
             out="runs/whisper-turbo-smollm3-3b",
-            remat="attention",
+            remat="gates",
         ),
     ),
     "tiny": (

@@ -166,8 +166,8 @@ class DataConfig:
     count as no defects, and are always evaluated."""
     batch_size: PositiveInt = 8
     """Utterances per optimizer step, over all devices, of those as long as the last bucket. A batch
-    of a shorter bucket holds a multiple of it: as many as last no longer. With `bucket_secs` of 5,
-    10 and 15, a batch size of 8 means batches of 24, 8 and 8."""
+    of a shorter bucket holds a multiple of it: as many as cost no more. With kept frames and
+    `bucket_secs` of 5, 10 and 15, a batch size of 8 means batches of 24, 8 and 8."""
     eval_batch_size: Annotated[PositiveInt, MAY_CHANGE] = 16
     """Utterances per decoding batch, likewise."""
     window_secs: PositiveFloat = 30.0
@@ -254,16 +254,6 @@ class DataConfig:
         """`bucket_secs`, or only the last of them if all clips are as long as the window."""
         return self.bucket_secs[-1:] if self.whole_window else self.bucket_secs
 
-    @property
-    def batch_multiples(self) -> tuple[int, ...]:
-        """How many times the batch size a batch of each bucket holds.
-
-        Whole multiples, since whatever divides the batch size divides them: the devices' share of
-        a batch and the order of utterances do not depend on how many devices there are.
-        """
-        last = self.bucket_bounds[-1]
-        return tuple(int(last / bound + 1e-9) for bound in self.bucket_bounds)
-
 
 @dataclass(frozen=True)
 class SpecAugmentConfig:
@@ -326,9 +316,9 @@ class TrainConfig:
     """Compute dtype, also for storing the frozen towers; master weights are always float32."""
     remat: Annotated[RematName, MAY_CHANGE] = "products"
     """What the LLM's backward pass recomputes. "none" keeps everything in memory; "products" keeps
-    the outputs of the linear layers (a third of the memory, and no slower); "attention" keeps those
-    around the attention, but not the MLP's, which are the widest (a quarter of the memory of
-    "products"); "layers" keeps only the layers' inputs (least memory, a third more compute)."""
+    the outputs of the linear layers (a third of the memory, and no slower); "gates" all but one of
+    the two widest, "attention" neither of them (a quarter of the memory of "products"); "layers"
+    keeps only the layers' inputs (least memory, a third more compute)."""
     num_steps: PositiveInt = 20_000
     """Optimizer steps in the whole run."""
     accumulation_steps: Annotated[PositiveInt, MAY_CHANGE] = 1

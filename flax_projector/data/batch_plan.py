@@ -14,6 +14,10 @@ from flax_projector.lengths import num_audio_tokens, num_encoder_frames
 _POSITIONS = 8
 """The LLM computes a multiple of so many positions: the rows of a TPU's tile. Lengths in between
 cost more than the next multiple."""
+_ENCODER_COST = 0.08
+"""Times the pool stride: a second of the window costs as much in the encoder as so many seconds of
+a clip in the LLM. By FLOPs for the smallest pair of the presets, by docs/pods.md for the largest.
+"""
 
 
 def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
@@ -25,6 +29,18 @@ def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
     """
     bounds = np.asarray(config.bucket_bounds)
     return np.searchsorted(bounds, utterances.durations).astype(np.int8)
+
+
+def batch_multiples(config: DataConfig, pool_stride: int) -> tuple[int, ...]:
+    """How many times the batch size a batch of each bucket holds: as many as cost no more.
+
+    A clip costs its length in the LLM, and the window in the encoder, unless frames are kept. Whole
+    multiples, since whatever divides the batch size divides them: the devices' share of a batch and
+    the order of utterances do not depend on how many devices there are.
+    """
+    encoder = 0.0 if config.cache_features else _ENCODER_COST * pool_stride * config.window_secs
+    last = config.bucket_bounds[-1] + encoder
+    return tuple(int(last / (bound + encoder) + 1e-9) for bound in config.bucket_bounds)
 
 
 def make_buckets(
@@ -45,9 +61,10 @@ def make_buckets(
     computed = lengths[:, 1] - len(prompt.before_audio)
     lengths[:, 1] += np.where(computed > 0, -computed % _POSITIONS, 0)
     window_frames = num_encoder_frames(config.window_samples)
+    multiples = batch_multiples(config, pool_stride)
     return [
         Bucket(min(int(a) * pool_stride, window_frames), int(merged), int(text), multiple)
-        for (a, merged, text), multiple in zip(lengths, config.batch_multiples, strict=True)
+        for (a, merged, text), multiple in zip(lengths, multiples, strict=True)
     ]
 
 

@@ -78,7 +78,7 @@ class Batches:
           pool_stride: k, the projector's pool stride.
           mesh: determines which rows this process provides.
           batch_size: utterances per batch of the last bucket, over all devices; see
-            `DataConfig.batch_multiples`. If the devices cannot share them equally, the arrays have
+            `batch_multiples`. If the devices cannot share them equally, the arrays have
             additional padding rows.
           name: the set's name, for the list of bad rows and for messages.
           accumulation_steps: number of micro-batches, which must share the rows equally too.
@@ -104,11 +104,11 @@ class Batches:
         )
         self._weights = [(weights or {}).get(source, 1.0) for source in utterances.sources]
         self._seed = shuffle_seed
-        self._sizes = [batch_size * multiple for multiple in config.batch_multiples]
+        self._sizes = [batch_size * bucket.multiple for bucket in self.buckets]
         self._whole_window, self._drop_doubtful = config.whole_window, drop_doubtful
         self._window_samples = config.window_samples
         num_rows = padded_batch_size(mesh, batch_size, accumulation_steps)
-        self._num_rows = [num_rows * multiple for multiple in config.batch_multiples]
+        self._num_rows = [num_rows * bucket.multiple for bucket in self.buckets]
         self._rows = [local_rows(mesh, number) for number in self._num_rows]
         self._epochs = self._epoch_starts(num_batches or 0)
         self._len = int(self._epochs[1]) if num_batches is None else num_batches

@@ -24,7 +24,8 @@ from flax_projector.sharding import abstract_params, replicated
 
 _MLP = "mlp"  # the name of what only the policy "products" keeps
 _POLICIES = {
-    "products": jax.checkpoint_policies.save_only_these_names(ATTENTION, _MLP),
+    "products": jax.checkpoint_policies.save_only_these_names(ATTENTION, "gate_proj", "up_proj"),
+    "gates": jax.checkpoint_policies.save_only_these_names(ATTENTION, "gate_proj"),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "layers": jax.checkpoint_policies.nothing_saveable,
 }
@@ -175,7 +176,7 @@ class LlamaMLP(nn.Module):
 
         def project(name: str) -> Array:
             y = dense(self, c.intermediate_size, ("embed", "mlp"), name, use_bias=False)(x)
-            return checkpoint_name(y, _MLP)
+            return checkpoint_name(y, name)
 
         gate, up = _with_gradients_stored(project("gate_proj"), project("up_proj"))
         down = dense(self, c.hidden_size, ("mlp", "embed"), "down_proj", use_bias=False)

@@ -37,7 +37,8 @@ def needed_flops(
       2 (N_layers - F D) per token           with remat "layers": what the backward pass recomputes,
                                              all but the last product of a layer, F wide; and
                                              attention's 4 once more; "products": only these
-      4 F D per token and layer              with remat "attention": gate and up
+      4 F D per token and layer              with remat "attention": gate and up;
+                                             "gates": half of it
       402 (400 + M) per mel frame            the log-mel: Fourier transform and M filters
 
     Args:
@@ -59,11 +60,11 @@ def needed_flops(
     flops = count({name: float(number) for name, number in counts.items()})
     flops += 4 * rows * window_frames**2 * encoder.d_model * encoder.encoder_layers
     heads = llama.num_attention_heads * llama.head_dim * llama.num_hidden_layers
-    keeps_attention = model.llm.remat in ("none", "attention")
+    keeps_attention = model.llm.remat in ("none", "gates", "attention")
     products = 14 if keeps_attention else 18
     flops += products * rows * length * (prefix + length) * heads / 2
     wide = llama.hidden_size * llama.intermediate_size * llama.num_hidden_layers  # one of the MLPs'
-    recomputed = {"layers": count.layers - wide, "attention": 2 * wide}
+    recomputed = {"layers": count.layers - wide, "attention": 2 * wide, "gates": wide}
     flops += 2 * recomputed.get(model.llm.remat, 0) * rows * length
     if window_frames:
         flops += rows * 2 * window_frames * 2 * 201 * (400 + encoder.num_mel_bins)

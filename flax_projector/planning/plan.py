@@ -6,11 +6,11 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
-from flax_projector.config import TrainConfig
+from flax_projector.config import RematName, TrainConfig
 from flax_projector.planning.compiled import (
     AbstractRun,
     CompiledStep,
@@ -92,6 +92,8 @@ class Plan:
         if self.shards:
             ways.append(f"--mesh.fsdp {self.shards} (estimated)")
         nearest = " or ".join(ways) or "chips with more memory"
+        less = get_args(RematName)[get_args(RematName).index(self.config.remat) + 1 :]
+        nearest += f"; --remat {' or '.join(less)} needs less" if less else ""
         return f"--plan {self.topology.name}: {needs}; the nearest that fits: {nearest}"
 
     def to_json(self) -> dict[str, Any]:
