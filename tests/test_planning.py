@@ -305,7 +305,27 @@ def test_the_most_rows_lie_on_a_line_through_two_sizes(
     monkeypatch.setattr(compiled, "compile_step", compile_step)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
     first = compile_step(run, bucket, batch, CHIPS["v5e"])
-    assert compiled.most_rows(run, first, batch, CHIPS["v5e"]) == expected
+    assert compiled.most_rows(run, first, [], batch, CHIPS["v5e"]) == expected
+
+
+def test_other_buckets_are_points_of_that_line(towers, monkeypatch):
+    """Of 40 positions beside the prefix for 5 rows, 300 bytes; 100 for 4 rows, 500 bytes."""
+    towers(WHISPER, LLAMA)
+    run, speech = lay_out(CONFIG)
+    ((_, batch),) = speech.batches.abstract_batches()
+
+    def step(positions: int, rows: int, peak: int) -> compiled.CompiledStep:
+        bucket = Bucket(2, run.model.prefix_len + positions, 4)
+        return compiled.CompiledStep(bucket, rows, rows, 1, 1, 1, peak, 900, Program(), 1.0)
+
+    def no_compiler(*_: Any) -> None:
+        raise AssertionError("nothing else needs to be compiled")
+
+    monkeypatch.setattr(AbstractRun, "argument_bytes", 100)
+    monkeypatch.setattr(compiled, "compile_step", no_compiler)
+    longest, others = step(100, 4, 500), [step(80, 4, 420), step(40, 5, 300)]
+    # One byte a position: 400 more are 4 rows more.
+    assert compiled.most_rows(run, longest, others, batch, CHIPS["v5e"]) == 8
 
 
 def test_the_predicted_peak_is_what_a_step_takes(report):

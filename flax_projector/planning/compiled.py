@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -276,7 +276,7 @@ class Compiled:
 
 
 def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
-    """Compiles the step of every bucket, of the largest also with other rows, and decoding.
+    """Compiles the step of every bucket, and decoding.
 
     As many at a time as there are cores: XLA does not hold Python's lock.
     """
@@ -285,7 +285,7 @@ def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
     order = [largest, *(each for each in reversed(batches) if each is not largest)]
     lock, label = threading.Lock(), f"compiling for {run.mesh.size} absent chips"
     with (
-        progress_bar(log, label, total=len(order) + 2, unit="program") as progress,
+        progress_bar(log, label, total=len(order) + 1, unit="program") as progress,
         ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool,
     ):
 
@@ -298,47 +298,73 @@ def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
 
             return pool.submit(counted)
 
-        steps = {each[0]: begin(compile_step, run, *each, chip) for each in order}
+        pending = {each[0]: begin(compile_step, run, *each, chip) for each in order}
         decoding = begin(compile_decoding, run, largest[0])
-        most = begin(most_rows, run, steps[largest[0]].result(), largest[1], chip)
-        return Compiled(
-            [steps[bucket].result() for bucket, _ in batches], most.result(), decoding.result()
-        )
+        steps = {bucket: step.result() for bucket, step in pending.items()}
+        of_largest = steps.pop(largest[0])
+        most = most_rows(run, of_largest, list(steps.values()), largest[1], chip)
+        steps[largest[0]] = of_largest
+        return Compiled([steps[bucket] for bucket, _ in batches], most, decoding.result())
 
 
-def most_rows(run: AbstractRun, step: CompiledStep, batch: Batch, chip: Chip) -> int:
+def most_rows(
+    run: AbstractRun, step: CompiledStep, others: Sequence[CompiledStep], batch: Batch, chip: Chip
+) -> int:
     """How many rows of a micro-batch fit on a chip, by a line through two compiled sizes.
 
-    Temporaries and batches grow linearly with rows; what the compiler wants of a size that does not
-    fit is a point of the line, too.
+    Temporaries and batches grow linearly with the positions that the LLM computes; what the
+    compiler wants of a size that does not fit is a point of the line, too. The second size is that
+    of another bucket or, if none differs enough, another number of rows, which is compiled for it.
 
     Args:
       run: the run.
       step: a compiled step of the bucket.
-      batch: its batch.
+      others: those of the other buckets.
+      batch: the bucket's batch.
       chip: the chip.
     """
     fixed = run.argument_bytes
-    capacity = step.capacity - fixed
-    if capacity <= 0:
+    if step.capacity <= fixed:
         return 0
-    if (per_row := (step.peak - fixed) / step.rows) <= 0:
+    if step.peak <= fixed:
         return step.rows
+
+    def slope(other: CompiledStep) -> float:  # bytes per row
+        rows = other.rows * _positions(run, other) / _positions(run, step)
+        return (step.peak - other.peak) / (step.rows - rows) if rows != step.rows else 0.0
+
+    least = min(others, key=lambda each: each.rows * _positions(run, each), default=step)
+    is_apart = 1.2 * least.rows * _positions(run, least) < step.rows * _positions(run, step)
+    if not is_apart or slope(least) <= 0:
+        least = _with_other_rows(run, step, batch, chip)
+        if least is None:
+            return step.rows if step.fits else 0
+        if slope(least) <= 0:
+            return max(each.rows for each in (step, least) if each.fits or each.rows == 1)
+    return max(0, int((step.capacity - step.peak) / slope(least) + step.rows))
+
+
+def _positions(run: AbstractRun, step: CompiledStep) -> int:
+    """What the LLM computes of a row."""
+    return step.bucket.merged_len - run.model.prefix_len
+
+
+def _with_other_rows(
+    run: AbstractRun, step: CompiledStep, batch: Batch, chip: Chip
+) -> CompiledStep | None:
+    """The step with other rows, nearer to what fits; None if there is no other number."""
     # The other size lies between the first and where a line through the origin would end, and not
     # so far away that the program would be another one.
-    guess = capacity / per_row
+    fixed = run.argument_bytes
+    guess = (step.capacity - fixed) * step.rows / (step.peak - fixed)
     other = round(min((step.rows * guess) ** 0.5, 8 * step.rows))
     if other == step.rows:
         other = step.rows + 1 if guess > step.rows else max(1, step.rows - 1)
     if other == step.rows:
-        return step.rows if step.fits else 0
+        return None
     num_rows = other * num_batch_shards(run.mesh) * run.config.accumulation_steps
     resized = abstract_batch(batch, num_rows, batch_sharding(run.mesh))
-    second = compile_step(run, step.bucket, resized, chip)
-    slope = (second.peak - step.peak) / (second.rows - step.rows)
-    if slope <= 0:
-        return max(each.rows for each in (step, second) if each.fits or each.rows == 1)
-    return max(0, int((step.capacity - step.peak) / slope + step.rows))
+    return compile_step(run, step.bucket, resized, chip)
 
 
 def shards_to_fit(run: AbstractRun, step: CompiledStep) -> Iterator[int]:
