@@ -1,7 +1,7 @@
 """A training of the projector by the HF Trainer, as far as its checkpoints know of it.
 
 It shares no code with ours: torch's AdamW, transformers' schedule and the Trainer's own choice of
-what is decayed. (The Trainer itself needs accelerate.)
+what is decayed. `test_handover_trainer` takes the Trainer itself.
 """
 
 import json

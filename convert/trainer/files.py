@@ -172,6 +172,7 @@ def write_training(
         "global_step": training.step,
         "max_steps": training.num_steps,
         "train_batch_size": batch_size,
+        "stateful_callbacks": {"TrainerControl": {"args": {}, "attributes": {}}},  # must be there
         "log_history": [],
     }
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
