@@ -128,7 +128,8 @@ class Chart {
     const low = positive.reduce((a, b) => Math.min(a, b), Infinity);
     const high = positive.reduce((a, b) => Math.max(a, b), 0);
     const layout = baseLayout(how.x === "steps" ? "step" : "hours of audio", chart.unit);
-    layout.hovermode = isTouched ? "closest" : "x unified";
+    const isUnified = !isTouched && lines.length <= 3; // more of them would hide the chart
+    layout.hovermode = isUnified ? "x unified" : "closest";
     layout.xaxis.unifiedhovertitle = { text: how.x === "steps" ? "step %{x:,d}" : "%{x:.2f} hours" };
     layout.xaxis.tickformat = how.x === "steps" ? ",d" : "";
     layout.xaxis.range = [0, 1.02 * LAST[how.x] || 1];
@@ -140,17 +141,17 @@ class Chart {
       layout.yaxis.rangemode = "tozero";
       layout.yaxis.exponentformat = "e";
     }
-    Plotly.react(this.plot, lines.map((line) => this.trace(line, how, isLog, low / 2)), layout, CONFIG);
+    Plotly.react(this.plot, lines.map((line) => this.trace(line, how, isUnified, isLog ? low / 2 : null)), layout, CONFIG);
   }
 
-  trace(line, how, isLog, floor) {
+  trace(line, how, isUnified, floor) {
     const number = this.names.indexOf(line.name);
     const hasMarkers = line.isHeldOut ? line.values.length <= 100 : line.values.length < 3;
-    const where = isTouched ? (how.x === "steps" ? "step %{x:,d}: " : "%{x:.2f} hours: ") : "";
+    const where = isUnified ? "" : how.x === "steps" ? "step %{x:,d}: " : "%{x:.2f} hours: ";
     const label = [several ? page.runs[line.run] : "", several && this.names.length < 2 ? "" : line.name];
     return {
       x: line[how.x],
-      y: isLog ? line.values.map((value) => (value > 0 ? value : floor)) : line.values,
+      y: floor === null ? line.values : line.values.map((value) => (value > 0 ? value : floor)),
       customdata: line.values,
       name: label.filter(Boolean).join(", ").replace(/</g, "&lt;"),
       hovertemplate: `${where}%{customdata:.4~g}`,
