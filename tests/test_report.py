@@ -13,6 +13,8 @@ import pytest
 import soundfile
 
 from flax_projector import __main__ as program
+from flax_projector.data.batches import Batches
+from flax_projector.data.manifest import read_manifest
 from flax_projector.report import clips as clips_module
 from flax_projector.report import writing
 from flax_projector.report.curves import Curve, hours_at, read_curves, thinned
@@ -31,6 +33,13 @@ def run(tmp_path) -> Path:
 
 def report(*args: str | Path) -> None:
     program.cli(["report", *map(str, args)])
+
+
+def make_sets(run: Path) -> dict[str, Batches]:
+    """The sets of a run that trains: both are its held-out clips."""
+    rows, _ = read_manifest(run / "speech" / "dev.jsonl")
+    batches = make_batches(rows)
+    return {"train": batches, "dev": batches}
 
 
 def data_of(page: Path) -> dict:
@@ -310,11 +319,9 @@ def test_texts_of_users_are_inert(tmp_path):
 
 
 def test_training_writes_a_report_and_the_lengths_of_its_clips(tmp_path):
-    run, batches = make_run(tmp_path / "run"), make_batches
+    run = make_run(tmp_path / "run")
     (run / "lengths.json").unlink()
-    sets = make_sets(run, batches)
-    reporter = writing.Reporter(RunFolder(run), sets)
-    reporter()
+    writing.Reporter(RunFolder(run), make_sets(run))()
     data = data_of(run / "report.html")
     assert all(row["sound"] for row in data["utterances"])
     lengths = {found["set"]: found for found in data["lengths"]}
@@ -322,17 +329,17 @@ def test_training_writes_a_report_and_the_lengths_of_its_clips(tmp_path):
     assert sorted(lengths) == ["dev", "train"]
 
 
-def make_sets(run: Path, batches) -> dict:
-    from flax_projector.data.manifest import read_manifest
-
-    rows, _ = read_manifest(run / "speech" / "dev.jsonl")
-    made = batches(rows)
-    return {"train": made, "dev": made}
+def test_a_set_that_is_no_longer_evaluated_keeps_its_scores(tmp_path):
+    run = make_run(tmp_path / "run")
+    sets = make_sets(run)
+    writing.Reporter(RunFolder(run), {"train": sets["train"]})()
+    row = data_of(run / "report.html")["utterances"][0]
+    assert row["sound"] is None and "no longer evaluated on this set" in row["silent"]
 
 
 def test_clips_are_read_once_for_all_evaluations(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
-    reporter = writing.Reporter(RunFolder(run), make_sets(run, make_batches))
+    reporter = writing.Reporter(RunFolder(run), make_sets(run))
     read = []
     monkeypatch.setattr(
         clips_module, "load_audio", lambda audio, **_: read.append(audio) or np.zeros(16_000)
@@ -345,7 +352,7 @@ def test_clips_are_read_once_for_all_evaluations(tmp_path, monkeypatch):
 def test_a_report_that_cannot_be_written_is_one_warning_and_the_training_goes_on(tmp_path, caplog):
     run = make_run(tmp_path / "run")
     (run / "report.html").mkdir()
-    reporter = writing.Reporter(RunFolder(run), make_sets(run, make_batches))
+    reporter = writing.Reporter(RunFolder(run), make_sets(run))
     reporter()
     reporter()
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]

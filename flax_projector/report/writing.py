@@ -122,6 +122,8 @@ class Reporter:
         write_atomically(self._folder.report, make_page([run], self._clips))
 
     def _find(self, name: str, ids: Sequence[str]) -> Found:
+        if name not in self._sets:
+            raise ValueError("the run is no longer evaluated on this set")
         utterances = self._sets[name].utterances
         keys = [f"{source}\t{row_id}" for source in utterances.sources for row_id in ids]
         found: dict[str, ManifestRow | str] = dict.fromkeys(ids, "the clip could not be read")

@@ -279,7 +279,8 @@ function texts(row) {
 
 /** A name that may be broken after its signs. */
 function breakable(name) {
-  return name.split(/(?<=[_/.-])/).flatMap((part) => [part, document.createElement("wbr")]);
+  const parts = name.match(/[^_/.-]+[_/.-]*|[_/.-]+/g) ?? [];
+  return parts.flatMap((part) => [part, document.createElement("wbr")]);
 }
 
 function rowElement(row) {
