@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -287,6 +288,29 @@ def test_what_cannot_be_read_has_no_player_and_the_reason(run, case):
     rows = {row["id"]: row for row in data_of(run / "report.html")["utterances"]}
     assert rows["dev/0"]["sound"] is None and reason in rows["dev/0"]["silent"]
     assert bool(rows["dev/1"]["sound"]) == (name == "0.wav")
+
+
+ODD = {  # samples, and why a clip of them has no player, if it has none
+    "not a number": ([math.nan], "has samples that are not finite"),
+    "infinite": ([math.inf], "has samples that are not finite"),
+    "far beyond full scale": ([1e30], "has a sample of 1e+30; full scale is 1"),
+    "too loud": ([-90.0, 90.0], None),
+    "at full scale": ([-1.0, 1.0], None),
+    "silent": ([0.0], None),
+    "a constant": ([0.5], None),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_sound_ends_no_process(run, case):
+    """LAME aborts on some of it: this is read by training, which must go on."""
+    pattern, reason = ODD[case]
+    samples = np.concatenate([np.full(8000, 0.1), np.resize(pattern, 16_000)])
+    soundfile.write(run / "speech" / "1.wav", samples, 16_000, subtype="FLOAT")
+    report(run)
+    (row,) = [r for r in data_of(run / "report.html")["utterances"] if r["id"] == "dev/1"]
+    assert bool(row["sound"]) == (reason is None)
+    assert (reason or "") in (row["silent"] or "")
 
 
 def test_the_worst_have_players_if_not_all_fit(run, monkeypatch):

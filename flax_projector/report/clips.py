@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
+import numpy as np
 import soundfile
 
 from flax_projector.config import DataConfig
-from flax_projector.data.audio import BadAudio, load_audio
+from flax_projector.data.audio import BadAudio, check_samples, load_audio
 from flax_projector.data.hf_source import PREFIX
 from flax_projector.data.rows import ManifestRow
 from flax_projector.data.sources import read_source, set_names
@@ -64,16 +65,18 @@ class Clips:
         wanted = [key for key in in_turn if key in rows][:MAX_CLIPS]
         size = 0
 
-        def read(key: tuple[str, str]) -> str | BadAudio:
-            return before.get(key) or encode(rows[key])
+        def read(key: tuple[str, str]) -> np.ndarray | BadAudio | None:
+            return None if key in before else read_samples(rows[key])
 
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             for start in range(0, len(wanted), _NUM_THREADS):
                 part = wanted[start : start + _NUM_THREADS]
-                for key, sound in zip(part, pool.map(read, part), strict=True):
-                    if isinstance(sound, BadAudio):
-                        self.missing[key] = str(sound)
-                    elif size + len(sound) <= MAX_BYTES:
+                for key, samples in zip(part, pool.map(read, part), strict=True):
+                    if isinstance(samples, BadAudio):
+                        self.missing[key] = str(samples)
+                        continue
+                    sound = before[key] if samples is None else encode(samples)
+                    if size + len(sound) <= MAX_BYTES:
                         self.sounds[key] = sound
                         size += len(sound)
                 if size > 0.95 * MAX_BYTES:
@@ -97,12 +100,25 @@ class Clips:
         return rows
 
 
-def encode(row: ManifestRow) -> str | BadAudio:
-    """A clip as MP3 in base64, which every browser plays, or why it cannot be read."""
+def read_samples(row: ManifestRow) -> np.ndarray | BadAudio:
+    """i16[N], a clip at 16 kHz, or why it cannot be played."""
     try:
         samples = load_audio(row.audio, offset=row.offset, duration=row.duration)
+        check_samples(row.audio, samples)  # doubtful clips can be listened to
     except BadAudio as error:
         return error
+    return np.rint(32767 * np.clip(samples, -1, 1)).astype(np.int16)
+
+
+def encode(samples: np.ndarray) -> str:
+    """A clip as MP3 in base64, which every browser plays.
+
+    LAME ends the whole process if a sample is not finite or far beyond full scale, so it gets
+    integers; and only one thread at a time, since nobody promises that it takes several.
+
+    Args:
+      samples: i16[N] at 16 kHz.
+    """
     file = io.BytesIO()
     soundfile.write(
         file,
