@@ -37,8 +37,7 @@ demo: models
 	    --text-model-id HuggingFaceTB/SmolLM2-135M-Instruct
 	$(BIN)/python examples/demo/pytorch_check.py --run $(RUN) --projector $(RUN)/pytorch \
 	    --manifest examples/demo/speech/heldout_unseen_voices.jsonl --out $(RUN)/parity.json
-	$(BIN)/python examples/demo/report.py --run $(RUN) --parity $(RUN)/parity.json \
-	    --out $(RUN)/report
+	$(BIN)/python examples/demo/results.py --run $(RUN) --parity $(RUN)/parity.json
 
 # Most of the time goes into compiling small programs that run once: these need no optimised code.
 # `make parity` and `make test-slow` compile as users do.

@@ -42,6 +42,7 @@ from flax_projector.logs import (
 )
 from flax_projector.planning.plan import make_plan
 from flax_projector.planning.report import report
+from flax_projector.report.writing import Reporter
 from flax_projector.run import (
     LoadedModel,
     find_towers,
@@ -201,11 +202,11 @@ def main(config: TrainConfig, *, devices: Sequence[Any] | None = None) -> None:
             num_compiled=num_compiled,
         )
         stack.enter_context(contextlib.closing(step_log))
-        best = Best(folder, loaded.write_projector)
+        best, due = Best(folder, loaded.write_projector), Due(config)
         evaluator, normalizers = loaded.make_evaluator(bad_rows), eval_normalizers(config)
-        held_out = HeldOut(evaluator, sets, normalizers, loaded.frozen, writer, best, num_compiled)
+        reporter = Reporter(folder, {"train": batches, **sets})
+        held_out = HeldOut(evaluator, sets, normalizers, loaded.frozen, writer, best, reporter)
         saver = Saver(manager, iterator, step_log, writer, every_mins=config.save_every_mins)
-        due = Due(config)
         check_profile(config.profile_steps, config.num_steps - first)
         guard.protect(manager.wait_until_finished, stall_mins=config.stall_mins)
 

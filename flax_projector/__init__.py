@@ -14,6 +14,7 @@ Folders are layers; each one's docstring says what is in it and what it may impo
   run          from a config to the loaded model
   inference    using a run
   planning     what a run needs and does on a pod that nobody needs to have
+  report       a run as a page to look at
   commands     the commands of `python -m flax_projector`
   handover     a training under way, from and to the HF Trainer
 

@@ -6,6 +6,8 @@ Examples:
   python -m flax_projector evaluate runs/demo examples/demo/speech/heldout_seen_voices.jsonl
   python -m flax_projector score runs/demo/transcripts/heldout_seen_voices-001000.jsonl
   python -m flax_projector compare scores/before/dev.jsonl scores/after/dev.jsonl
+  python -m flax_projector report runs/demo
+  python -m flax_projector report runs/demo runs/other --out both.html
   python -m flax_projector index 'gs://BUCKET/clips/*.tar' --out gs://BUCKET/clips/train.jsonl
   python -m flax_projector index shar/recording.*.tar --texts shar/cuts.*.gz --out shar/train.jsonl
   python -m flax_projector pack clips/train.jsonl gs://BUCKET/clips
@@ -19,6 +21,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from flax_projector.commands.evaluate import Evaluate
+from flax_projector.commands.report import Report
 from flax_projector.commands.scores import Compare, Score
 from flax_projector.commands.shards import Index, Pack
 from flax_projector.commands.transcribe import Transcribe
@@ -29,6 +32,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Pack, tyro.conf.subcommand("pack")]
 )

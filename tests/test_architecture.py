@@ -23,8 +23,9 @@ LAYERS: dict[str, set[str]] = {
     "run": {"base", "models", "data", "training", "convert"},
     "inference": {"base", "models", "data", "training", "convert", "run"},
     "planning": {"base", "models", "data", "training", "convert", "run"},
+    "report": {"base", "data", "training"},
     "handover": {"base", "models", "data", "training", "convert"},
-    "commands": {"base", "data", "training", "run", "inference"},
+    "commands": {"base", "data", "training", "run", "inference", "report"},
     "programs": {
         "base",
         "data",
@@ -34,6 +35,7 @@ LAYERS: dict[str, set[str]] = {
         "inference",
         "planning",
         "handover",
+        "report",
         "commands",
     },
 }

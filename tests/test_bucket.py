@@ -19,6 +19,7 @@ from convert import api
 from flax_projector.config import TrainConfig, to_json
 from flax_projector.files import any_path
 from flax_projector.inference.listen import Listener
+from flax_projector.report.writing import write_report
 from flax_projector.run_folder import RunFolder
 from flax_projector.run_folder.owner import Owner
 from flax_projector.training.best import find_best
@@ -27,6 +28,7 @@ from flax_projector.training.score_files import to_lines
 from flax_projector.training.step_log import StepLog
 from tests import processes
 from tests.bucket import BUCKET, Emulator
+from tests.reports import PAIRS, make_run
 from tests.tiny import final_params, read_losses, tiny_config
 
 pytestmark = pytest.mark.torch
@@ -260,8 +262,22 @@ def test_two_processes_that_are_killed_in_a_save_continue(
     assert_same(download(bucket_server, pair, tmp_path / "home"), local)
 
 
-# Of aiohttp, for the profile: the event loop of gcsfs has nothing else to do meanwhile.
-@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+# Of aiohttp: the event loop of gcsfs has nothing else to do meanwhile.
+LARGE_BODIES = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+
+
+@LARGE_BODIES
+def test_a_run_in_a_bucket_has_its_report_there(bucket_server, tmp_path):
+    local, url = make_run(tmp_path / "run"), f"gs://{BUCKET}/some where/reported"
+    bucket_server.files().put(str(local), url, recursive=True)
+    assert str(write_report([url], out=None, sources=())) == f"{url}/report.html"
+    page = bucket_server.files().cat_file(f"{url}/report.html").decode()
+    assert "step 40 of 40, finished" in page and page.count('"sound": "') == len(PAIRS)
+    write_report([url, str(local)], out=f"gs://{BUCKET}/some where/both.html", sources=())
+    assert bucket_server.files().exists(f"{BUCKET}/some where/both.html")
+
+
+@LARGE_BODIES
 @pytest.mark.slow
 def test_a_run_in_a_bucket_has_a_profile_and_starts_others(bucket_server, configs):
     config = configs("first", num_steps=14, data={"eval": ()}, profile_steps=2)

@@ -126,7 +126,7 @@ def test_a_set_without_words_is_named_before_the_first_step(run, listener, tmp_p
             frozen=listener.loaded.frozen,
             writer=writer,
             best=Best(folder, write),
-            num_compiled=int,
+            report=lambda: None,
         )
     with pytest.raises(SystemExit, match=f"^error: clips: {message[6:]}"):
         program.cli(["evaluate", run[0].out, manifest, "--normalizer", "english"])

@@ -61,6 +61,7 @@ def test_a_run_learns_and_leaves_everything_behind(run):
     assert list((folder / "tensorboard").iterdir())
     transcripts = (folder / "transcripts" / "clips-000012.jsonl").read_text().splitlines()
     assert {json.loads(line)["id"] for line in transcripts} == {f"clip{i}" for i in range(5)}
+    assert "step 12 of 12, finished" in (folder / "report.html").read_text()
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"10", "12"}
     saved = json.loads((folder / "projector" / "config.json").read_text())
     assert saved["projector_pool_stride"] == 4 and saved["audio_model_id"] == config.encoder

@@ -22,7 +22,7 @@ PARTS = ["pyproject.toml", "README.md", "LICENSE", "train_tpu.py"]
 FOLDERS = ["flax_projector", "convert", "tests", "examples", "benchmarks"]
 
 PROGRAMS = {  # console script: its module, and its commands or presets
-    "flax-projector": ("flax_projector", ["transcribe", "evaluate"]),
+    "flax-projector": ("flax_projector", ["transcribe", "evaluate", "report"]),
     "flax-projector-convert": ("convert", ["to-flax", "to-torch", "verify", "inspect"]),
     "flax-projector-train": ("train_tpu", list(PRESETS)),
 }
@@ -146,7 +146,9 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
         for package in ("flax_projector", "convert")
         for path in (REPO / package).rglob("*.py")
     }
-    expected = modules | {"train_tpu.py", "flax_projector/py.typed", "convert/py.typed"}
+    assets = {f"flax_projector/report/assets/report.{end}" for end in ("html", "css", "js")}
+    expected = modules | assets
+    expected |= {"train_tpu.py", "flax_projector/py.typed", "convert/py.typed"}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
@@ -181,6 +183,7 @@ def test_training_ends_with_a_projector(finished_run):
         json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()
     ]
     assert max(record["step"] for record in records) == PRESETS["tiny"][1].num_steps
+    assert (finished_run / "report.html").is_file()
 
 
 def test_transcribe_with_the_finished_run(run, finished_run):

@@ -4,6 +4,7 @@
   transcribe   words of sound files
   evaluate     scores of data sets
   scores       scores as tables, and the difference between two
+  report       a run as a page to look at
   shards       makes tar shards, and manifests of them
 
 A command imports what it needs when it runs, so that `--help` is quick.

@@ -148,6 +148,16 @@ class RunFolder:
         return self.path / "bad_rows.jsonl"
 
     @property
+    def lengths(self) -> AnyPath:
+        """How long the utterances of each set are, for the report."""
+        return self.path / "lengths.json"
+
+    @property
+    def report(self) -> AnyPath:
+        """The run as a page to look at."""
+        return self.path / "report.html"
+
+    @property
     def data_cache(self) -> Path:
         """Folder for streamed rows and durations, unless `data.cache_dir` names another."""
         return self.on_disk / "data"

@@ -1,6 +1,5 @@
 """The evaluations of a run: score and record every held-out set, keep the best projector."""
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,8 +9,6 @@ from flax_projector.models.speech_llm import Params
 from flax_projector.training.best import Best
 from flax_projector.training.evaluate import Evaluator
 from flax_projector.training.metrics import MetricsWriter
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class HeldOut:
       frozen: parameters of the encoder and the LLM.
       writer: records the scores.
       best: keeps the best projector.
-      num_compiled: returns the number of programs compiled so far.
+      report: called when an evaluation has been recorded.
     """
 
     evaluator: Evaluator
@@ -34,7 +31,7 @@ class HeldOut:
     frozen: tuple[Params, Params]
     writer: MetricsWriter
     best: Best
-    num_compiled: Callable[[], int]
+    report: Callable[[], None]
 
     def __post_init__(self) -> None:
         for name, batches in self.sets.items():
@@ -59,6 +56,6 @@ class HeldOut:
             )
             self.writer.write_scores(step, name, scores)
             found.append(scores)
-        log.info("%d programs compiled so far", self.num_compiled())
         self.writer.publish()
         self.best.offer(step, found, params)
+        self.report()

@@ -103,8 +103,12 @@ class StepLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time in its block out of the rates; every step must have been flushed."""
+        """Leaves the time in its block out of the rates; every step must have been flushed.
+
+        Logs afterwards how many programs have been compiled, since the block may compile some.
+        """
         yield
+        log.info("%d programs compiled so far", self._num_compiled())
         self._restart_clock()
 
     def add(self, metrics: Mapping[str, Any]) -> None:

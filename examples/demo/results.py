@@ -1,20 +1,14 @@
-"""Draws the curves of a demo run, and writes its results as Markdown.
+"""Prints the results of a demo run as Markdown, and where its report is.
 
 Example:
 
-  python examples/demo/report.py --run runs/demo --parity runs/demo/parity.json \\
-      --out runs/demo/report
+  python examples/demo/results.py --run runs/demo --parity runs/demo/parity.json
 """
 
 import argparse
 import json
 import logging
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
 
 from flax_projector.run_folder import RunFolder
 
@@ -42,31 +36,6 @@ def eval_curves(records: list[dict], metric: str) -> dict[str, list[tuple[int, f
             if key.startswith("eval/") and key.endswith(f"/{metric}"):
                 curves.setdefault(key.split("/")[1], []).append((record["step"], value))
     return {name: sorted(points) for name, points in sorted(curves.items())}
-
-
-def draw(records: list[dict], path: Path) -> None:
-    """Draws the training loss and the held-out word error rates over the steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for metric, label, color in (
-        ("ctc_loss", "training, CTC without the LLM", "tab:gray"),
-        ("loss", "training", "black"),
-    ):
-        if steps := sorted((r["step"], r[metric]) for r in records if metric in r):
-            left.plot(*zip(*steps, strict=True), label=label, color=color, linewidth=1.2)
-    for name, points in eval_curves(records, "loss").items():
-        left.plot(*zip(*points, strict=True), "o", markersize=5, label=name)
-    left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
-    for name, points in eval_curves(records, "wer").items():
-        xs, ys = zip(*points, strict=True)
-        right.plot(xs, [max(100 * y, 0.1) for y in ys], "o:", markersize=5, label=name)
-        right.annotate(
-            f"{100 * ys[-1]:.1f}%", (xs[-1], 100 * ys[-1]), (-38, -3), textcoords="offset points"
-        )
-    right.set(xlabel="step", ylabel="word error rate (%), evaluated at the dots", yscale="log")
-    for axes, place in ((left, "upper center"), (right, "lower left")):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, loc=place)
-    figure.savefig(path, dpi=120)
 
 
 def markdown(run: Path, records: list[dict], parity: dict) -> str:
@@ -121,16 +90,13 @@ def main() -> None:
     parser.add_argument(
         "--parity", type=Path, required=True, help="JSON file that pytorch_check.py wrote"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    args.out.mkdir(parents=True, exist_ok=True)
-    records = read_metrics(args.run)
-    draw(records, args.out / "curves.png")
-    text = markdown(args.run, records, json.loads(args.parity.read_text()))
-    (args.out / "results.md").write_text(text)
-    log.info("%s\nReport: %s and curves.png", text, args.out / "results.md")
+    text = markdown(args.run, read_metrics(args.run), json.loads(args.parity.read_text()))
+    (args.run / "results.md").write_text(text)
+    report = RunFolder(args.run).report
+    log.info("%s\nResults: %s\nReport: %s", text, args.run / "results.md", report)
 
 
 if __name__ == "__main__":
