@@ -4,11 +4,13 @@ import functools
 import logging
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,7 +40,7 @@ from flax_projector.training.state import (
     make_optimizer,
     make_schedule,
 )
-from flax_projector.training.train_step import compile_steps
+from flax_projector.training.train_step import lower_steps
 
 log = logging.getLogger(__name__)
 
@@ -111,26 +113,33 @@ class AbstractRun:
             optimizer,
         )
 
-    def compile(self, bucket: Bucket, batch: Batch) -> jax.stages.Compiled:
-        """Compiles the step of a bucket, exactly as training does."""
-        objective = LLMObjective()
+    def lower(self, bucket: Bucket, batch: Batch) -> jax.stages.Lowered:
+        """The step of a bucket, exactly as training compiles it."""
+        args = self.state, self.frozen, self.optimizer, self.model, self.config
         with use_mesh(self.mesh):
-            steps = compile_steps(
-                [objective],
-                [(bucket, batch)],
-                self.state,
-                self.frozen,
-                self.optimizer,
-                self.model,
-                self.config,
-            )
-        return steps[objective, bucket]
+            ((_, step),) = lower_steps([LLMObjective()], [(bucket, batch)], *args)
+        return step
 
     @property
     def argument_bytes(self) -> int:
         """Bytes of the state and the towers on a chip."""
         leaves = jax.tree.leaves((self.state, self.frozen))
         return sum(_shard_bytes(leaf) for leaf in leaves)
+
+
+def compile_and_write(run: AbstractRun, lowered: jax.stages.Lowered) -> tuple[Any, str]:
+    """Compiles a program, and gives its text too.
+
+    That of a TPU is what the compiler itself writes: JAX cannot read back all of its instructions.
+    """
+    if run.mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text() or ""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(options)
+        (file,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, file.read_text()
 
 
 def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int, int]:
@@ -195,7 +204,7 @@ def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> 
     batch_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(batch))
     start, program = time.monotonic(), None
     try:
-        compiled = run.compile(bucket, batch)
+        compiled, text = compile_and_write(run, run.lower(bucket, batch))
     except jax.errors.JaxRuntimeError as error:
         if (temporaries := _needed(str(error))) is None:
             raise
@@ -203,7 +212,7 @@ def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> 
         peak = arguments + temporaries
     else:
         arguments, temporaries, peak = memory_of(compiled)
-        program = read_program(compiled.as_text() or "")
+        program = read_program(text)
     return CompiledStep(
         bucket=bucket,
         num_rows=num_rows,
@@ -244,12 +253,13 @@ def compile_decoding(run: AbstractRun, bucket: Bucket) -> tuple[int, Program]:
     try:
         with use_mesh(mesh):
             jitted = jax.jit(decode, out_shardings=replicated(mesh))
-            compiled = jitted.lower(run.frozen[1], prompts, lengths).compile()
+            lowered = jitted.lower(run.frozen[1], prompts, lengths)
+        _, text = compile_and_write(run, lowered)
     except jax.errors.JaxRuntimeError as error:
         if _needed(str(error)) is None:
             raise
         return rows, Program()
-    return rows, read_program(compiled.as_text() or "")
+    return rows, read_program(text)
 
 
 def _needed(message: str) -> int | None:
@@ -284,8 +294,9 @@ def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
     largest = max(batches, key=lambda each: (each[0].merged_len, each[0].num_frames))
     order = [largest, *(each for each in reversed(batches) if each is not largest)]
     lock, label = threading.Lock(), f"compiling for {run.mesh.size} absent chips"
+    num_programs = len(order) + 1 + (len(order) == 1)  # with decoding, and with other rows
     with (
-        progress_bar(log, label, total=len(order) + 1, unit="program") as progress,
+        progress_bar(log, label, total=num_programs, unit="program") as progress,
         ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool,
     ):
 
@@ -303,6 +314,7 @@ def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
         steps = {bucket: step.result() for bucket, step in pending.items()}
         of_largest = steps.pop(largest[0])
         most = most_rows(run, of_largest, list(steps.values()), largest[1], chip)
+        progress.update(len(order) == 1)
         steps[largest[0]] = of_largest
         return Compiled([steps[bucket] for bucket, _ in batches], most, decoding.result())
 

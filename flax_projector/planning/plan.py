@@ -31,7 +31,7 @@ from flax_projector.run import resolve_config
 from flax_projector.sharding import make_mesh, num_batch_shards
 
 _GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
-_NOISY = ("flax_projector.training.train_step", "flax_projector.sharding", "jax")
+_NOISY = ("flax_projector.sharding", "jax")
 
 
 @dataclass(frozen=True)

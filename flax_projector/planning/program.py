@@ -136,7 +136,7 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """Reads the text of a compiled program, `compiled.as_text()`."""
+    """Reads the text of a compiled program."""
     return _Reader(text).read()
 
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -146,6 +147,34 @@ def batch_counts(batch: Batch, model: SpeechLLM, *, runs_llm: bool = True) -> Me
     return counts
 
 
+def lower_steps(
+    objectives: list[Objective],
+    batches: list[tuple[Bucket, Batch]],
+    abstract: TrainState,
+    frozen: tuple[Params, Params],
+    optimizer: optax.GradientTransformation,
+    model: SpeechLLM,
+    config: TrainConfig,
+) -> Iterator[tuple[tuple[Objective, Bucket], jax.stages.Lowered]]:
+    """The step for every objective and bucket, ready to be compiled; see `compile_steps`."""
+    state_mesh = abstract.step.sharding.mesh
+    for objective, (bucket, batch) in itertools.product(objectives, batches):
+        step = jax.jit(
+            functools.partial(
+                train_step,
+                model=model,
+                optimizer=optimizer,
+                seed=config.seed,
+                objective=objective,
+                accumulation_steps=config.accumulation_steps,
+            ),
+            in_shardings=shardings_of((abstract, *frozen, batch)),
+            out_shardings=(shardings_of(abstract), replicated(state_mesh)),
+            donate_argnums=0,
+        )
+        yield (objective, bucket), step.lower(abstract, *frozen, batch)
+
+
 def compile_steps(
     objectives: list[Objective],
     batches: list[tuple[Bucket, Batch]],
@@ -166,22 +195,8 @@ def compile_steps(
       model: the modules.
       config: gives the seed and the number of micro-batches.
     """
-    compiled, start = {}, time.monotonic()
-    state_mesh = abstract.step.sharding.mesh
-    for objective, (bucket, batch) in itertools.product(objectives, batches):
-        step = jax.jit(
-            functools.partial(
-                train_step,
-                model=model,
-                optimizer=optimizer,
-                seed=config.seed,
-                objective=objective,
-                accumulation_steps=config.accumulation_steps,
-            ),
-            in_shardings=shardings_of((abstract, *frozen, batch)),
-            out_shardings=(shardings_of(abstract), replicated(state_mesh)),
-            donate_argnums=0,
-        )
-        compiled[objective, bucket] = step.lower(abstract, *frozen, batch).compile()
+    start = time.monotonic()
+    lowered = lower_steps(objectives, batches, abstract, frozen, optimizer, model, config)
+    compiled = {key: step.compile() for key, step in lowered}
     log.info("compiled %d steps in %.0f s", len(compiled), time.monotonic() - start)
     return compiled
