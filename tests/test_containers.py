@@ -32,10 +32,9 @@ def test_other_formats_are_read_as_sound(tmp_path, form, rate):
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.8])
-@pytest.mark.parametrize(
-    "form", sorted(CODECS.keys() - {"asf", "avi", "mpegts"})
-)  # these state no length
+@pytest.mark.parametrize("form", sorted(CODECS.keys() - {"asf", "avi", "mpegts"}))
 def test_a_file_whose_end_is_missing_is_not_used(tmp_path, form, rate):
+    """Of the formats that state a length, or whose last part cannot be decoded then."""
     data = encode(tone(3.0, 16_000), 16_000, form)
     (tmp_path / "x.bin").write_bytes(data[: round(rate * len(data))])
     for read in READERS:
