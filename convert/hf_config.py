@@ -233,6 +233,7 @@ def run_config_dict(config: TrainConfig, prompt: str | None) -> dict[str, Any]:
         "text_model_id": config.llm,
         "audio_tokens": config.data.audio_tokens,
         "window_secs": config.data.window_secs,
+        "max_clip_secs": config.data.bucket_secs[-1],
         "max_new_tokens": config.max_new_tokens,
     }
     if prompt is None:

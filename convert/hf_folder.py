@@ -20,8 +20,7 @@ from convert.torch_files import WEIGHTS
 from flax_projector.chat.tokenizer import load_tokenizer
 from flax_projector.config import AUDIO
 from flax_projector.files import any_path, is_url, local_path
-from flax_projector.run_folder import RunFolder
-from flax_projector.storage import AnyPath
+from flax_projector.run_folder import find_from_projector
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def to_hf_folder(
 
 def _find_tower(src: str | Path, name: str, given: str | None, option: str) -> _Tower:
     """The tower that a run names, or of the given name where that is not found."""
-    found = _present(any_path(src), name)
+    found = find_from_projector(any_path(src), name)
     try:
         folder = resolve_model(found)
     except ValueError as error:
@@ -123,15 +122,6 @@ def _find_tower(src: str | Path, name: str, given: str | None, option: str) -> _
     path = found if is_url(found) else str(Path(found).expanduser().absolute())
     known = given or (path if is_path else name)
     return _Tower(folder, json.loads(read_config_text(folder)), known)
-
-
-def _present(src: AnyPath, name: str) -> str:
-    """Where something is that a run names; `src` is the run, or a projector in its folder."""
-    for folder in (src, src.parent):
-        run = RunFolder(folder)
-        if run.checkpoints.exists() and run.config.is_file():
-            return run.find(name)
-    return name
 
 
 def _check_fit(data: Mapping[str, Any], encoder: _Tower, llm: _Tower) -> None:

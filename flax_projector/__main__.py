@@ -2,7 +2,9 @@
 
 Examples:
 
-  python -m flax_projector transcribe runs/demo clip.wav other.flac
+  python -m flax_projector transcribe runs/demo clip.wav other.m4a
+  python -m flax_projector transcribe runs/demo lecture.mp4 --format srt --out lecture.srt
+  python -m flax_projector transcribe tiny-audio-checkpoint/ clip.wav --encoder ENCODER --llm LLM
   python -m flax_projector evaluate runs/demo examples/demo/speech/heldout_seen_voices.jsonl
   python -m flax_projector score runs/demo/transcripts/heldout_seen_voices-001000.jsonl
   python -m flax_projector compare scores/before/dev.jsonl scores/after/dev.jsonl

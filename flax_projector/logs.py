@@ -146,6 +146,12 @@ def lines_above_bars() -> Iterator[None]:
         yield
 
 
+def write_above_bars(text: str) -> None:
+    """Writes to standard output at once; on a terminal, progress bars stay below it."""
+    tqdm.write(text, end="")
+    sys.stdout.flush()
+
+
 def progress_bar(log: logging.Logger, label: str, *, total: int | None, **options: Any) -> tqdm:
     """Shows progress: as a bar on a terminal, as plain log lines elsewhere.
 

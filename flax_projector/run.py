@@ -67,16 +67,19 @@ def find_towers(config: TrainConfig) -> Towers:
     """Finds or downloads the towers that a config names, and reads them once.
 
     Raises:
-      ValueError: naming the option, if there is no such model.
+      ValueError: naming the options, if there is no such model.
       HostsDiffer: on all processes, if one has other contents.
     """
-    folders, contents = {}, {}
-    for name, kind in (("encoder", WHISPER_ENCODER), ("llm", LLAMA)):
+    folders, wrong = {}, []
+    for name in ("encoder", "llm"):
         try:
             folders[name] = resolve_model(getattr(config, name))
         except ValueError as error:
-            raise ValueError(f"{option(name)}: {error}") from error
-        contents[name] = digest(kind, folders[name])
+            wrong.append(f"{option(name)}: {error}")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    kinds = {"encoder": WHISPER_ENCODER, "llm": LLAMA}
+    contents = {name: digest(kind, folders[name]) for name, kind in kinds.items()}
     path, folder = config.init_projector, RunFolder(any_path(config.out))
     if path and not (folder.config.is_file() and folder.read_config().init_projector == path):
         contents["init_projector"] = digest(PROJECTOR, path)

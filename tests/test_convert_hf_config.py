@@ -283,8 +283,9 @@ def test_trained_projector_is_described_with_the_names_of_tiny_audio() -> None:
     assert data["audio_model_id"] == "openai/whisper-base"
     upstream = json.loads((UPSTREAM / "config.json").read_text())
     assert data.keys() - upstream.keys() == {
-        *("rms_norm_eps", "rendered_prompt", "audio_tokens", "window_secs")
+        *("rms_norm_eps", "rendered_prompt", "audio_tokens", "window_secs", "max_clip_secs")
     }
+    assert data["max_clip_secs"] == 15.0
     needs = data["rendered_prompt"]["needs"]
     assert needs == ["the user message 'Write: <audio>'"]
     assert hf_config.training(json.dumps(data)) == {

@@ -173,7 +173,7 @@ def test_the_normaliser_of_the_program_is_another_if_it_is_given(run, evaluate, 
 def test_an_earlier_result_is_never_replaced_and_a_file_is_no_folder(run, evaluate, tmp_path):
     (tmp_path / "clips.jsonl").write_text("kept")
     out = {
-        tmp_path: r"--out: .*/clips.jsonl exist already: choose another folder",
+        tmp_path: r"--out: .*/clips.jsonl exists already: choose another folder",
         tmp_path / "clips.jsonl": r"--out .*/clips.jsonl: .*/clips.jsonl is no folder that can be",
         tmp_path / "clips.jsonl" / "x": r"--out .*/x: .*/clips.jsonl is no folder that can be",
     }

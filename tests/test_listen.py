@@ -17,7 +17,8 @@ import train_tpu
 from flax_projector import __main__ as program
 from flax_projector.config import PRESETS, MeshConfig, to_json
 from flax_projector.data.rows import ManifestRow, Rows
-from flax_projector.inference.listen import Listener, choose_projector
+from flax_projector.inference.listen import Listener
+from flax_projector.inference.projectors import choose_projector
 from flax_projector.logs import printable
 from flax_projector.run_folder import Origin, RunFolder
 from tests.tiny import killed_at, make_projector, tiny_config
@@ -52,10 +53,16 @@ def clip(home):
     return str(home / "heldout" / "0.wav")
 
 
+def words(listener: Listener, *paths: str) -> list[tuple[str, str]]:
+    """What is heard in files."""
+    return [(heard.path, heard.text) for heard in listener.transcribe_files(paths)]
+
+
 def heard_at(home: Path, step: int) -> str:
     """What the run itself heard in the clip when it was evaluated."""
     lines = (home / f"runs/a/transcripts/clips-{step:06d}.jsonl").read_text().splitlines()
-    return {t["id"]: t["hypothesis"] for t in map(json.loads, lines)}["clip0"]
+    heard = {t["id"]: t["hypothesis"] for t in map(json.loads, lines)}["clip0"]
+    return " ".join(heard.split())
 
 
 def test_one_device_in_another_directory_uses_the_best_of_eight_before_the_end(
@@ -97,7 +104,7 @@ def test_steps_and_the_newest_are_what_the_run_had_then(home, clip, monkeypatch,
     monkeypatch.chdir(tmp_path)
     two, newest = (Listener(home / "runs/a", projector=name) for name in ("2", None))
     for listener, step in ((two, 2), (newest, 4)):
-        assert listener.transcribe_files([clip]) == [(clip, heard_at(home, step))]
+        assert words(listener, clip) == [(clip, heard_at(home, step))]
         leaf = jax.tree.leaves(listener.projector_params)[0]
         assert dict(leaf.sharding.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     pairs = zip(*(jax.tree.leaves(x.projector_params) for x in (two, newest)), strict=True)
@@ -151,7 +158,7 @@ def test_a_projector_of_another_training_is_used_with_a_warning(home, clip, tmp_
     (tmp_path / "other/config.json").write_text(json.dumps(config | {"user_prompt": "Write:"}))
     listener = Listener(home / "runs/a", projector=str(tmp_path / "other"))
     best = json.loads((home / "runs/a/best.json").read_text())["step"]
-    assert listener.transcribe_files([clip]) == [(clip, heard_at(home, best))]
+    assert words(listener, clip) == [(clip, heard_at(home, best))]
     assert "--prompt.user is 'Transcribe: <audio>', but" in caplog.text
     with pytest.raises(ValueError, match="is not the projector that the run is configured for"):
         Listener(home / "runs/a", projector=str(make_projector(tmp_path / "misfit")))

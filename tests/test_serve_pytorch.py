@@ -7,25 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 import transformers
 
 from convert.__main__ import main
 from convert.hf_folder import to_hf_folder
 from convert.torch_files import open_torch
-from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from flax_projector.config import TrainConfig, to_json
 from flax_projector.data.manifest import read_manifest
 from flax_projector.inference.listen import Listener
-from flax_projector.run import load_prompt, resolve_config
 from flax_projector.run_folder import RunFolder
-from flax_projector.training.checkpoints import open_manager, save
-from flax_projector.training.state import TrainState
 from tests.checkpoints import UPSTREAM, files_in
-from tests.models import make_projector_pair
-from tests.tiny import make_projector, make_speech, tiny_config
+from tests.runs import make_run
+from tests.tiny import make_projector, make_speech
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("test_serve_pytorch")]
 
@@ -34,18 +28,6 @@ FILES = {
     *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", "generation_config.json", "preprocessor_config.json"),
 }
-
-
-def make_run(folder: Path, towers: dict[str, str], **data: Any) -> TrainConfig:
-    """A run with a random projector, which nobody has trained."""
-    config = resolve_config(tiny_config(folder, towers, data=data, max_new_tokens=11))
-    params = make_projector_pair(TorchProjector, config.projector)[1]
-    run = RunFolder(Path(config.out))
-    run.claim(config, load_prompt(config, Path(config.llm)).to_json(), {}, 0.0)
-    state = TrainState(jnp.int32(1), jax.tree.map(jnp.asarray, params), {"count": jnp.int32(1)})
-    with open_manager(run.checkpoints, keep=1) as manager:
-        save(manager, 1, state, {})
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_a_part_of_a_file_is_read_like_a_file(tmp_path, monkeypatch, suffix, off
         ("x", 10, 1, Problem.INCOMPLETE, "x[10:11]: the file ends before byte 11"),
         ("x", 11, 1, Problem.INCOMPLETE, "x[11:12]: the file ends before byte 12"),
         ("x", 0, 10, Problem.UNDECODABLE, "x[0:10] is not a readable audio file"),
-        ("folder", 0, 10, Problem.UNREADABLE, "folder cannot be read: IsADirectoryError"),
+        ("folder", 0, 10, Problem.UNREADABLE, "folder is a folder: name the files in it"),
         ("x/y", 0, 10, Problem.UNREADABLE, "y cannot be read: NotADirectoryError"),
         ("refused", 11, 1, Problem.INCOMPLETE, "refused[11:12]: the file ends before byte 12"),
         ("refused", 5, 1, Problem.UNREADABLE, "refused cannot be read: OSError: 416"),

@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional
 
+from flax_projector.commands.output import check_new
 from flax_projector.commands.scores import Show, print_lines
 from flax_projector.commands.use import Use
 from flax_projector.config import NormalizerName
@@ -78,11 +77,6 @@ class Evaluate(Use, Show):
 
         if self.out is None:
             return {}
-        folder = any_path(self.out)
-        above = next(path for path in (folder, *folder.parents) if path.exists())
-        if isinstance(folder, Path) and not (above.is_dir() and os.access(above, os.W_OK)):
-            raise ValueError(f"--out {folder}: {above} is no folder that can be written to")
-        files = {name: folder / f"{name}.jsonl" for name in names}
-        if found := [str(file) for file in files.values() if file.exists()]:
-            raise ValueError(f"--out: {' and '.join(found)} exist already: choose another folder")
+        files = {name: any_path(self.out) / f"{name}.jsonl" for name in names}
+        check_new([*files.values()], self.out, way_out="folder")
         return files

@@ -17,13 +17,15 @@ class Use:
     """What the commands take that use a projector."""
 
     run: Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
-    """Folder of a train_tpu.py run, on a disk or in a bucket."""
+    """Folder of a train_tpu.py run, on a disk or in a bucket. Or a projector from elsewhere: a
+    folder that `python -m convert to-flax` wrote, or tiny-audio's, with its config.json."""
     projector: Annotated[str | None, tyro.conf.arg(metavar="best|final|STEP|PATH")] = None
     """Which projector: the best or the final one of the run, that of a checkpoint, or any other
     that the converter reads. If not given: the final one or, if the run has not ended, that of its
     newest checkpoint."""
     encoder: str | None = None
-    """The encoder, if it is no longer where the run found it: an HF folder, URL or hub id."""
+    """The encoder, if it is no longer where the run found it, or the projector does not say which:
+    an HF folder, URL or hub id."""
     llm: str | None = None
     """The same for the LLM."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -22,6 +22,7 @@ from flax_projector.config.models import (
     ProjectorConfig,
     RematName,
     TextCaseName,
+    TranscriptFormat,
     WhisperConfig,
 )
 from flax_projector.config.presets import PRESETS
@@ -63,6 +64,7 @@ __all__ = [
     "SpecAugmentConfig",
     "TextCaseName",
     "TrainConfig",
+    "TranscriptFormat",
     "WhisperConfig",
     "changes",
     "from_json",

@@ -21,6 +21,7 @@ AudioTokensName = Literal["clip", "window"]
 TextCaseName = Literal["keep", "lower"]
 NormalizerName = Literal["english", "basic", "none"]
 BadClipsName = Literal["wrong", "exclude"]
+TranscriptFormat = Literal["text", "json", "jsonl", "srt", "vtt"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a manifest row to this host's part of a batch.
 
-  sound        sound files, with their real lengths
-  audio        audio files -> 16 kHz mono, and what can be wrong with them
+  sound        sound files, with their real lengths; containers: those that only FFmpeg reads
+  audio        audio files -> 16 kHz mono, and what can be wrong with them; stream: long ones
   shards       tars of clips: indexed, and packed from any source
   manifest     manifests -> rows; manifest_text: how they are written
   drafts       rows as they are written, and those that occur twice

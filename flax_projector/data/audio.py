@@ -2,24 +2,21 @@
 
 import contextlib
 import enum
+import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import soundfile
 import soxr
 
-from flax_projector.data.sound import (
-    DURATION_TOLERANCE_SECS,
-    BadSound,
-    DecodedSound,
-    EndMissing,
-    open_sound,
-)
+from flax_projector.data.containers import BadSound, EndMissing
+from flax_projector.data.sound import DURATION_TOLERANCE_SECS, open_sound
+from flax_projector.file_types import recognise
 from flax_projector.files import is_url, read_bytes
 from flax_projector.lengths import FRAME_SECS, SAMPLE_RATE, SAMPLES_PER_FRAME
 from flax_projector.storage.urls import filesystem_of
@@ -186,21 +183,26 @@ def _reading(audio: Audio) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
+    except IsADirectoryError as error:
+        raise BadAudio(Problem.UNREADABLE, f"{audio} is a folder: name the files in it") from error
     except Exception as error:  # file systems raise the errors of their clients
         text = f"{audio} cannot be read: {type(error).__name__}: {error}"
         raise BadAudio(Problem.UNREADABLE, text) from error
 
 
+Opened = TypeVar("Opened")
+Opening = Callable[[Any], contextlib.AbstractContextManager[Opened]]
+"""Opens a sound file, given by its path or as a binary file; see `sound`."""
+
+
 @contextlib.contextmanager
-def _open_clip(
-    audio: Audio, *, whole: bool, end_secs: float | None = None
-) -> Iterator[soundfile.SoundFile | DecodedSound]:
+def open_clip(audio: Audio, opening: Opening[Opened], *, whole: bool) -> Iterator[Opened]:
     """Opens a clip.
 
     Args:
       audio: the clip.
+      opening: opens the file.
       whole: all of it will be read, so a remote file is fetched in one request.
-      end_secs: see `sound.open_sound`.
 
     Raises:
       BadAudio: for anything that goes wrong, here or in the body.
@@ -218,7 +220,7 @@ def _open_clip(
             else:
                 fs, path = filesystem_of(found)
                 file = stack.enter_context(fs.open(path))
-            yield stack.enter_context(open_sound(file, end_secs=end_secs))
+            yield stack.enter_context(opening(file))
         except BadSound as error:
             is_cut = isinstance(error, EndMissing)
             problem = Problem.INCOMPLETE if is_cut else Problem.UNDECODABLE
@@ -226,9 +228,9 @@ def _open_clip(
         except soundfile.SoundFileError as error:
             if isinstance(file, str) and not os.path.exists(file):
                 raise BadAudio(Problem.MISSING_FILE, f"{audio} does not exist") from error
-            reason = getattr(error, "error_string", error)
-            text = f"{audio} is not a readable audio file: {reason}"
-            raise BadAudio(Problem.UNDECODABLE, text) from error
+            kind = recognise(Path(file)) if isinstance(file, str) else None
+            reason = f"is not a readable audio file: {getattr(error, 'error_string', error)}"
+            raise BadAudio(Problem.UNDECODABLE, f"{audio} {kind or reason}") from error
 
 
 def read_encoded(audio: Audio) -> bytes:
@@ -248,11 +250,11 @@ def read_duration(audio: Audio) -> float:
     Raises:
       BadAudio: if the clip is missing or cannot be read or decoded.
     """
-    with _open_clip(audio, whole=False) as sound:
+    with open_clip(audio, open_sound, whole=False) as sound:
         return sound.frames / sound.samplerate
 
 
-def _mix(samples: np.ndarray) -> np.ndarray:
+def mix(samples: np.ndarray) -> np.ndarray:
     """The mean of f32[N, channels], or the loudest of channels that cancel each other."""
     num_channels = samples.shape[1]
     if num_channels == 1 or not len(samples):
@@ -300,6 +302,13 @@ def check_samples(audio: Audio, samples: np.ndarray) -> BadAudio | None:
             detail = f"{audio} is clipped: {percent:.0f}% of its samples are at full scale"
             return BadAudio(Problem.CLIPPED, detail)
     return None
+
+
+def check_num_samples(audio: Audio, count: int) -> None:
+    """Raises BadAudio if a clip of so many samples at 16 kHz is shorter than an encoder frame."""
+    if count < SAMPLES_PER_FRAME:
+        text = f"{audio} has {count} samples at 16 kHz; an encoder frame takes {SAMPLES_PER_FRAME}"
+        raise BadAudio(Problem.TOO_SHORT, text)
 
 
 def check_duration(audio: Audio, secs: float, *, offset: float | None, duration: float) -> None:
@@ -354,7 +363,8 @@ def load_audio(
         encoder frame, or does not have the stated duration.
     """
     end = None if offset is None or duration is None else offset + duration
-    with _open_clip(audio, whole=offset is None, end_secs=end) as sound:
+    opening = functools.partial(open_sound, end_secs=end)
+    with open_clip(audio, opening, whole=offset is None) as sound:
         rate, num_samples = sound.samplerate, sound.frames
         start = min(round((offset or 0.0) * rate), num_samples)
         left = num_samples - start
@@ -371,13 +381,8 @@ def load_audio(
             f"{audio}: its end is missing: it ends after {(start + len(samples)) / rate:.2f} s of "
             f"{num_samples / rate:.2f} s",
         )
-    mono = _mix(samples)
+    mono = mix(samples)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE)
-    if len(mono) < SAMPLES_PER_FRAME:
-        raise BadAudio(
-            Problem.TOO_SHORT,
-            f"{audio} has {len(mono)} samples at 16 kHz; an encoder frame takes "
-            f"{SAMPLES_PER_FRAME}",
-        )
+    check_num_samples(audio, len(mono))
     return mono

@@ -2,19 +2,30 @@
 
 libsndfile believes headers: it never decodes past the length that they state or that it guesses
 from them. So a file whose header has no length, or one that the file's size contradicts, is decoded
-here to its end. A file whose end is missing is an error.
+here to its end. A file whose end is missing is an error. FFmpeg reads what libsndfile does not: see
+`containers`.
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import soundfile
+
+from flax_projector.data.containers import (
+    BadSound,
+    EndMissing,
+    UnknownFormat,
+    open_container,
+)
 
 BinaryFile = Any
 """What has `read`, `seek` and `tell`; those of fsspec are no `typing.BinaryIO`."""
@@ -26,18 +37,11 @@ _UNKNOWN_SIZE = 0x7FFFF000  # programs that write to pipes state this size in by
 _MAX_PER_BYTE = 5_000  # samples: digital silence in flac; beyond it, a length is none
 _RATES = range(1_000, 1_000_001)  # Hz
 _BLOCK = 1 << 16
+_BLOCK_SECS = 10  # of a stream: its channels are mixed by the block
 # What libsndfile logs about au, aiff, w64 and rf64 files that are shorter than they state.
 _SIZES = re.compile(r"^\s*(?:Data Size|SSND|riff|Riff size)\s*: (\d+) \(should be (\d+)\)", re.M)
 _MP3_TAGS = 4096  # bytes of tags behind the samples that do not make the file's size wrong
 _FIRST_PAGE = re.compile(rb"OggS\0[\2\6]")
-
-
-class BadSound(ValueError):
-    """A file whose samples are of no use."""
-
-
-class EndMissing(BadSound):
-    """A file that ends before its samples do."""
 
 
 class _Stream(soundfile.SoundFile):
@@ -82,42 +86,130 @@ def open_sound(
       BadSound: if it joins streams of different rates, or its rate is none of speech.
       soundfile.SoundFileError: if it cannot be read.
     """
-    if isinstance(file, str):
-        file = os.fsencode(file)  # its name need not be UTF-8
-    with soundfile.SoundFile(file) as sound:
-        if sound.samplerate not in _RATES:
-            raise BadSound(f"{sound.samplerate} Hz is no sample rate of speech")
-        is_within = end_secs is not None and end_secs * sound.samplerate <= sound.frames
+    with _opened_anyhow(file, end_secs) as found:
+        if isinstance(found, SoundStream):
+            found = DecodedSound(np.concatenate(list(found.blocks)), found.samplerate)
+        yield found
+
+
+@dataclass(frozen=True)
+class SoundStream:
+    """A sound file that is read once, from its start to its end, however long it is.
+
+    Attributes:
+      samplerate: in Hz.
+      secs: its length, as far as its header states one.
+      blocks: f32[N, channels], its samples.
+    """
+
+    samplerate: int
+    secs: float | None
+    blocks: Iterator[np.ndarray]
+
+
+@contextlib.contextmanager
+def open_stream(file: str | BinaryFile) -> Iterator[SoundStream]:
+    """Opens a sound file to read it block by block: none of it is decoded in advance.
+
+    Args:
+      file: as `open_sound` takes it.
+
+    Raises:
+      EndMissing: if the end of the file is missing; often only when it is reached.
+      BadSound: as `open_sound`, or if a part cannot be decoded.
+      soundfile.SoundFileError: if it cannot be read.
+    """
+    with _opened_anyhow(file, None) as found:
+        if isinstance(found, soundfile.SoundFile):
+            secs = found.frames / found.samplerate
+            found = SoundStream(found.samplerate, secs, _blocks(found))
+        yield found
+
+
+@contextlib.contextmanager
+def _opened_anyhow(
+    file: str | BinaryFile, end_secs: float | None
+) -> Iterator[soundfile.SoundFile | SoundStream]:
+    """The file as libsndfile opens it, or else what decodes it to its end."""
+    with _opened_by_sndfile(file) as sound:
         with _opened(file) as content:
-            has_length = sound.frames <= _MAX_PER_BYTE * content.seek(0, os.SEEK_END)
-            content.seek(0)
-            trusted = is_within and has_length
-            parts = [] if trusted else _distrusted(sound, content, has_length=has_length)
-        if not parts:
-            yield sound
-            return
-        is_mp3 = sound.format == "MP3"
-    decoded = [_decode(part, through_pipe=is_mp3) for part in parts]
-    kinds = {(rate, samples.shape[1]) for samples, rate in decoded}
-    if len(kinds) > 1:
-        raise BadSound(f"it joins streams of different rates and channels: {sorted(kinds)}")
-    yield DecodedSound(np.concatenate([samples for samples, _ in decoded]), decoded[0][1])
+            if sound is None:
+                with open_container(content) as found:
+                    yield SoundStream(_checked(found.samplerate), found.secs, found.blocks)
+                return
+            is_within = end_secs is not None and end_secs * sound.samplerate <= sound.frames
+            if parts := _distrusted(sound, content, is_within=is_within):
+                yield SoundStream(sound.samplerate, None, _decode(sound, parts))
+                return
+        yield sound
 
 
-def _distrusted(sound: soundfile.SoundFile, file: BinaryFile, *, has_length: bool) -> list[bytes]:
+@contextlib.contextmanager
+def _opened_by_sndfile(file: str | BinaryFile) -> Iterator[soundfile.SoundFile | None]:
+    """The file as libsndfile opens it; None if it does not, but FFmpeg may.
+
+    Raises:
+      soundfile.SoundFileError: if both do not know its format.
+    """
+    name: Any = os.fsencode(file) if isinstance(file, str) else file  # it need not be UTF-8
+    try:
+        sound = soundfile.SoundFile(name)
+    except soundfile.SoundFileError:
+        if not _is_known(file):
+            raise
+        yield None
+        return
+    with sound:
+        _checked(sound.samplerate)
+        yield sound
+
+
+def _is_known(file: str | BinaryFile) -> bool:
+    """Whether FFmpeg knows the format of a file that libsndfile does not open."""
+    if isinstance(file, str) and not os.path.exists(file):
+        return False
+    try:
+        with _opened(file) as content, open_container(content):
+            return True
+    except UnknownFormat:
+        return False
+
+
+def _checked(samplerate: int) -> int:
+    if samplerate not in _RATES:
+        raise BadSound(f"{samplerate} Hz is no sample rate of speech")
+    return samplerate
+
+
+def _blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    size, num_read = _BLOCK_SECS * sound.samplerate, 0
+    while len(block := sound.read(size, dtype="float32", always_2d=True)):
+        num_read += len(block)
+        yield block
+    if num_read < sound.frames - DURATION_TOLERANCE_SECS * sound.samplerate:
+        secs, stated = (number / sound.samplerate for number in (num_read, sound.frames))
+        raise EndMissing(f"its end is missing: it ends after {secs:.2f} s of {stated:.2f} s")
+
+
+def _distrusted(
+    sound: soundfile.SoundFile, file: BinaryFile, *, is_within: bool
+) -> list[BinaryFile]:
     """What to decode in place of a file whose header is wrong; empty if it can be trusted.
 
     Args:
       sound: the file, as libsndfile opens it.
-      file: the same file at its start.
-      has_length: whether the header states a length that can be true.
+      file: the same file.
+      is_within: whether no more is wanted of it than its header states.
 
     Raises:
       EndMissing: if the end of the file is missing.
     """
+    has_length = sound.frames <= _MAX_PER_BYTE * file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if is_within and has_length:
+        return []
     if sound.format == "OGG":
-        data = file.read()
-        return _whole_ogg(data) or ([] if has_length else [data])
+        return _whole_ogg(file, has_length=has_length)
     if sound.format == "MP3":
         return _whole_mp3(file, is_tag_trusted=has_length)
     if sound.format in ("WAV", "WAVEX"):
@@ -125,7 +217,7 @@ def _distrusted(sound: soundfile.SoundFile, file: BinaryFile, *, has_length: boo
     if sound.format != "FLAC":  # its decoder finds a missing end itself
         for stated, found in _SIZES.findall(sound.extra_info):
             _check_end(sound, stated=int(stated), found=int(found))
-    return [] if has_length else [file.read()]
+    return [] if has_length else [file]
 
 
 def _check_end(sound: soundfile.SoundFile, *, stated: int, found: int) -> None:
@@ -135,8 +227,9 @@ def _check_end(sound: soundfile.SoundFile, *, stated: int, found: int) -> None:
         raise EndMissing(f"its end is missing: it has {found} of {stated} bytes")
 
 
-def _whole_ogg(data: bytes) -> list[bytes]:
+def _whole_ogg(file: BinaryFile, *, has_length: bool) -> list[BinaryFile]:
     """The streams of an ogg file that has several, one after the other."""
+    data = file.read()
     last = data.rfind(b"OggS\0")
     header = data[last : last + 27]
     lengths = data[last + 27 : last + 27 + header[-1]]
@@ -144,11 +237,13 @@ def _whole_ogg(data: bytes) -> list[bytes]:
     if not (is_whole and header[5] & 4):
         raise EndMissing("its end is missing: it has no last page, or only a part of it")
     starts = [match.start() for match in _FIRST_PAGE.finditer(data)]
+    if len(starts) <= 1:
+        return [] if has_length else [file]
     ends = [*starts[1:], len(data)]
-    return [data[a:b] for a, b in zip(starts, ends, strict=True)] if len(starts) > 1 else []
+    return [io.BytesIO(data[a:b]) for a, b in zip(starts, ends, strict=True)]
 
 
-def _whole_wav(sound: soundfile.SoundFile, file: BinaryFile) -> list[bytes]:
+def _whole_wav(sound: soundfile.SoundFile, file: BinaryFile) -> list[BinaryFile]:
     """A wav file with the size of its samples corrected, if what is behind them are samples too."""
     size = file.seek(0, os.SEEK_END)
     order = "big" if sound.endian == "BIG" else "little"
@@ -164,16 +259,13 @@ def _whole_wav(sound: soundfile.SoundFile, file: BinaryFile) -> list[bytes]:
         position += 8 + length + length % 2
     else:
         return []
-    file.seek(samples)
-    behind = file.read()
-    if not any(behind[position - samples :]):  # padding
+    file.seek(position)
+    if not any(any(part) for part in iter(functools.partial(file.read, _BLOCK), b"")):  # padding
         return []
-    file.seek(0)
-    header = file.read(samples - 4)
-    return [header + len(behind).to_bytes(4, order) + behind]
+    return [_Patched(file, samples - 4, (size - samples).to_bytes(4, order))]
 
 
-def _whole_mp3(file: BinaryFile, *, is_tag_trusted: bool) -> list[bytes]:
+def _whole_mp3(file: BinaryFile, *, is_tag_trusted: bool) -> list[BinaryFile]:
     """An mp3 file without the tag that states its length, if that is missing or wrong."""
     size = file.seek(0, os.SEEK_END)
     start = 0
@@ -184,49 +276,67 @@ def _whole_mp3(file: BinaryFile, *, is_tag_trusted: bool) -> list[bytes]:
             break
         start += 10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(head[6:10]))
     tag = re.search(rb"Xing|Info", head)
-    if tag:
-        flags = int.from_bytes(head[tag.end() : tag.end() + 4], "big")
-        at = tag.end() + (8 if flags & 1 else 4)  # the number of frames comes first
-        stated = int.from_bytes(head[at : at + 4], "big") if flags & 2 else 0
-        # Other tags may follow the samples; a file that is too short is found when it is decoded.
-        is_whole = stated and size - start <= 1.01 * stated + _MP3_TAGS
-        if is_tag_trusted and is_whole:
-            return []
-    file.seek(0)
-    data = file.read()
-    if tag:  # a frame of silence without it
-        data = data[: start + tag.start()] + bytes(4) + data[start + tag.end() :]
-    return [data]
+    if not tag:
+        return [file]
+    flags = int.from_bytes(head[tag.end() : tag.end() + 4], "big")
+    at = tag.end() + (8 if flags & 1 else 4)  # the number of frames comes first
+    stated = int.from_bytes(head[at : at + 4], "big") if flags & 2 else 0
+    # Other tags may follow the samples; a file that is too short is found when it is decoded.
+    is_whole = stated and size - start <= 1.01 * stated + _MP3_TAGS
+    # A frame of silence without it.
+    return [] if is_tag_trusted and is_whole else [_Patched(file, start + tag.start(), bytes(4))]
 
 
-def _decode(data: bytes, *, through_pipe: bool) -> tuple[np.ndarray, int]:
-    """All samples of a file, and their rate.
+class _Patched:
+    """A binary file of which some bytes are others."""
+
+    def __init__(self, file: BinaryFile, start: int, content: bytes):
+        self._file, self._start, self._content = file, start, content
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes."""
+        place = self._start - self._file.tell()
+        data = bytearray(self._file.read(size))
+        for i, byte in enumerate(self._content, place):
+            if 0 <= i < len(data):
+                data[i] = byte
+        return bytes(data)
+
+
+def _decode(sound: soundfile.SoundFile, parts: Sequence[BinaryFile]) -> Iterator[np.ndarray]:
+    """All samples of the parts of a file.
 
     Of mp3, libsndfile reads more than it guessed from the header only if it cannot see the file's
     size.
     """
-    file: int | BinaryFile = io.BytesIO(data)
-    if through_pipe:
-        file, end = os.pipe()
-        threading.Thread(target=_write, args=(end, data), daemon=True).start()
-    with _Stream(file) as sound:
-        blocks: list[np.ndarray] = [np.zeros((0, sound.channels), np.float32)]
-        while True:
-            blocks.append(sound.read(_BLOCK, dtype="float32", always_2d=True))
-            if len(blocks[-1]) < _BLOCK:
-                return np.concatenate(blocks), sound.samplerate
+    kind = (sound.samplerate, sound.channels)
+    yield np.zeros((0, sound.channels), np.float32)
+    for part in parts:
+        part.seek(0)
+        source: int | BinaryFile = part
+        if sound.format == "MP3":
+            source, end = os.pipe()
+            threading.Thread(target=_write, args=(end, part), daemon=True).start()
+        with _Stream(source) as stream:
+            if (other := (stream.samplerate, stream.channels)) != kind:
+                kinds = sorted({kind, other})
+                raise BadSound(f"it joins streams of different rates and channels: {kinds}")
+            size = _BLOCK_SECS * stream.samplerate
+            while len(block := stream.read(size, dtype="float32", always_2d=True)):
+                yield block
 
 
-def _write(end: int, data: bytes) -> None:
+def _write(end: int, file: BinaryFile) -> None:
     with contextlib.suppress(BrokenPipeError), open(end, "wb") as pipe:
-        pipe.write(data)
+        shutil.copyfileobj(file, pipe)
 
 
 @contextlib.contextmanager
-def _opened(file: bytes | BinaryFile) -> Iterator[BinaryFile]:
+def _opened(file: str | BinaryFile) -> Iterator[BinaryFile]:
     """The file at its start; one that is already open is left where it was."""
-    if isinstance(file, bytes):
-        with open(file, "rb") as opened:
+    if isinstance(file, str):
+        with open(os.fsencode(file), "rb") as opened:
             yield opened
     else:
         position = file.tell()

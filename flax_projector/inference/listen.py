@@ -1,24 +1,25 @@
-"""A run, ready to use."""
+"""A projector with its towers, ready to use."""
 
 import dataclasses
 import logging
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from convert.load import load_projector_params, read_training
-from flax_projector.config import MeshConfig, NormalizerName, TrainConfig, option
-from flax_projector.data.audio import BadAudio, load_audio
+from flax_projector.config import MeshConfig, NormalizerName, option
 from flax_projector.data.bad_rows import BadRowLog
+from flax_projector.data.batch_plan import batch_multiples
+from flax_projector.data.batches import Batches
+from flax_projector.data.inputs import Samples
 from flax_projector.data.rows import ManifestRow, Rows
-from flax_projector.files import any_path, whole_path
-from flax_projector.lengths import SAMPLE_RATE
+from flax_projector.data.utterances import Utterance, Utterances
+from flax_projector.inference.pieces import Piece
+from flax_projector.inference.projectors import find_named
+from flax_projector.inference.sound_files import Heard, hear_files
+from flax_projector.lengths import SAMPLE_RATE, num_encoder_frames
 from flax_projector.models.projector import abstract_projector
 from flax_projector.run import find_towers, load_model, warn_of_other_training
-from flax_projector.run_folder import RunFolder
 from flax_projector.sharding import make_mesh, num_batch_shards, use_mesh
 from flax_projector.storage import AnyPath
-from flax_projector.training.best import find_best
 from flax_projector.training.evaluate import Scores
 from flax_projector.training.scores import Transcript
 
@@ -26,10 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Listener:
-    """Transcribes and scores with a run's projector, prompt, window and limits.
+    """Transcribes and scores with a projector, and its prompt, window and limits.
 
     Attributes:
-      config: the run's config, with the present paths.
+      config: that of the run, with the present paths; or of what is assumed for a projector from
+        elsewhere.
       loaded: the loaded towers and prompt.
       projector_params: the projector's parameters.
     """
@@ -46,7 +48,7 @@ class Listener:
         """Loads the towers and the projector.
 
         Args:
-          run: the run's folder.
+          run: the folder of a run, or a projector from elsewhere; see `find_named`.
           projector: see `choose_projector`.
           encoder: folder or hub id of the encoder; None takes the one that the run names.
           llm: the same for the LLM.
@@ -54,55 +56,94 @@ class Listener:
             training; None splits the batch over all of them.
 
         Raises:
-          ValueError: if it is no run, or has no such projector.
+          ValueError: if it is none of these, or has no such projector.
         """
-        folder = RunFolder(any_path(run))
-        config = folder.read_config()
-        path, step = choose_projector(folder, projector)
-        self.config = _as_used(config, folder, encoder, llm)
-        if not whole_path(path).is_relative_to(whole_path(folder.path)):
-            warn_of_other_training(config, str(path), read_training(path))
+        named = find_named(run, projector=projector, encoder=encoder, llm=llm)
+        self.config, folder = named.config, named.folder
+        if named.is_of_other_training:
+            training = read_training(named.projector)
+            warn_of_other_training(self.config, str(named.projector), training)
         on = make_mesh(mesh or MeshConfig())
         # First, since a run that has not ended may remove a checkpoint at any time.
         self.projector_params = load_projector_params(
-            path, config.projector, abstract_projector(config.projector, mesh=on), step=step
+            named.projector,
+            self.config.projector,
+            abstract_projector(self.config.projector, mesh=on),
+            step=named.step,
         )
         towers = find_towers(self.config)
         for name in folder.other_contents(towers.contents):
             log.warning("%s is not the one that the run was trained with", option(name))
         self.loaded = load_model(self.config, on, towers)
+        named.check_prompt(self.loaded.prompt)
         self._params = (self.projector_params, *self.loaded.frozen)
         # Full rows instead of padding, if the devices cannot share the run's batches.
-        self._batch_size = -(-config.data.eval_batch_size // num_batch_shards(on))
-        self._batch_size *= num_batch_shards(on)
+        shards = num_batch_shards(on)
+        self._batch_size = -(-self.config.data.eval_batch_size // shards) * shards
         # Scores count defective clips, so that no share of them stops an evaluation.
         bad_rows = BadRowLog(None, max_rate=1.0)
         self._batches = self.loaded.make_batch_maker(folder, bad_rows)
         self._evaluator = self.loaded.make_evaluator(bad_rows)
+        self._compiled: dict[float, set[int]] = {}  # sizes of batches, by the bounds of buckets
 
-    def transcribe_files(self, paths: Sequence[str]) -> list[tuple[str, str]]:
-        """Transcribes audio files; for those that cannot be used, gives the reason in brackets.
+    def transcribe_files(
+        self, paths: Sequence[str], *, total_secs: float | None = None
+    ) -> Iterator[Heard]:
+        """Transcribes sound files of any format and length.
 
         Args:
           paths: paths or URLs.
+          total_secs: the length of all together, for the progress bar; None if it is not known.
 
-        Returns:
-          (path, transcript) for each file, in the given order.
+        Yields:
+          What was heard in each file, or why it cannot be used; in the given order.
         """
-        limit = self.config.data.bucket_secs[-1]
-        rows, texts = [], {}
-        for path in dict.fromkeys(paths):
-            try:
-                secs = len(load_audio(path)) / SAMPLE_RATE
-            except BadAudio as error:
-                texts[path] = f"[{error.problem.label}: {error}]"
-                continue
-            texts[path] = f"[longer than {limit:g} s]"
-            if secs <= limit:
-                rows.append(ManifestRow(path, path, "", secs))
-        if rows:
-            texts |= {transcript.id: transcript.hypothesis for transcript in self.transcribe(rows)}
-        return [(path, texts[path]) for path in paths]
+        data, pool_stride = self.config.data, self.config.projector.projector_pool_stride
+        return hear_files(
+            paths,
+            self._hear,
+            bounds=data.bucket_bounds,
+            sizes=[self._batch_size * n for n in batch_multiples(data, pool_stride)],
+            total_secs=total_secs,
+        )
+
+    def _hear(self, pieces: Sequence[Piece], bound: float, size: int) -> list[Transcript]:
+        """Transcripts of pieces.
+
+        Args:
+          pieces: at most `size` of them.
+          bound: the bucket's, in seconds; none is longer.
+          size: how many a batch of it may hold. Fewer make a smaller batch, unless one that is not
+            much larger has been compiled already.
+        """
+        prompt, count = self.loaded.prompt, len(pieces)
+        config = dataclasses.replace(self.config.data, bucket_secs=(bound,))
+        frames = config.window_frames
+        if not config.whole_window:
+            frames = num_encoder_frames(round(bound * SAMPLE_RATE))
+        compiled = self._compiled.setdefault(bound, set())
+        fits = [n for n in compiled if count <= n <= 4 * count]  # a larger one takes too long
+        size = min(fits) if fits else min(size, 1 << (count - 1).bit_length())
+        compiled.add(size)
+        rows = [
+            ManifestRow(str(i), "", "", len(piece.samples) / SAMPLE_RATE)
+            for i, piece in enumerate(pieces)
+        ]
+        # Every piece is as long as the bucket, so that all batches of it have the same shape.
+        utterances = [Utterance(row, frames, (prompt.end_of_turn,)) for row in rows]
+        with use_mesh(self.loaded.mesh):
+            batches = Batches(
+                Utterances.of(utterances),
+                inputs=Samples(config.window_samples, [piece.samples for piece in pieces]),
+                prompt=prompt,
+                config=config,
+                pool_stride=self.config.projector.projector_pool_stride,
+                mesh=self.loaded.mesh,
+                batch_size=size,
+                name="pieces",
+            )
+            batch = batches.to_global(batches[0].batch)
+            return self._evaluator.transcribe_batch(self._params, batch, batches.members(0))
 
     def transcribe(self, rows: Sequence[ManifestRow]) -> list[Transcript]:
         """Greedy transcripts of rows within the run's limits."""
@@ -139,61 +180,3 @@ class Listener:
             )
             self._evaluator.check(batches, name=name, normalizer=used)
             return self._evaluator(self._params, batches, name=name, normalizer=used)
-
-
-def choose_projector(folder: RunFolder, choice: str | None) -> tuple[AnyPath, int | None]:
-    """Where one of a run's projectors is.
-
-    Args:
-      folder: the run's folder.
-      choice: "final", after the last step; "best", with the lowest error rate; the step of a
-        checkpoint, as digits; the path of any other projector. None takes the final one or, if the
-        run has not ended, its newest checkpoint, as the converter does.
-
-    Returns:
-      The path of a checkpoint, and the step if there are several.
-
-    Raises:
-      ValueError: if the run does not have it.
-    """
-    steps, best = folder.steps(), find_best(folder)
-    is_finished = (folder.projector / "config.json").is_file()
-    others = [f"--projector {name}" for name in map(str, sorted(steps))]
-    others = ["--projector best"] * (best is not None) + others
-    way_out = f"pass {' or '.join(others)}" if others else "wait for its first checkpoint"
-    match choice:
-        case None if is_finished:
-            return folder.projector, None
-        case None if steps:
-            log.info("%s has not ended: its newest checkpoint is used", folder.path)
-            return folder.path, max(steps)
-        case None | "final":
-            if not is_finished:
-                raise ValueError(f"{folder.path} has not ended, so it has no projector: {way_out}")
-            return folder.projector, None
-        case "best":
-            if best is None:
-                raise ValueError(
-                    f"{folder.path} has no best projector: it has not been evaluated after a step. "
-                    "Leave out --projector"
-                )
-            return best, None
-        case _ if re.fullmatch(r"[0-9]+", choice):
-            return folder.path, int(choice)
-    return any_path(choice), None
-
-
-def _as_used(
-    config: TrainConfig, folder: RunFolder, encoder: str | None, llm: str | None
-) -> TrainConfig:
-    """The config of a run, for this machine and directory."""
-    cache = folder.find(config.data.cache_dir) if config.data.cache_dir else ""
-    if not Path(cache).is_dir():
-        cache = ""
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, cache_features=False, cache_dir=cache),
-        out=str(folder.path),
-        encoder=encoder or folder.find(config.encoder),
-        llm=llm or folder.find(config.llm),
-    )

@@ -4,6 +4,6 @@ folder   where its files are, and which run they belong to
 owner    which program trains in it
 """
 
-from flax_projector.run_folder.folder import STATE, Origin, RunFolder
+from flax_projector.run_folder.folder import STATE, Origin, RunFolder, find_from_projector
 
-__all__ = ["STATE", "Origin", "RunFolder"]
+__all__ = ["STATE", "Origin", "RunFolder", "find_from_projector"]

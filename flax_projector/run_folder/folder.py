@@ -310,6 +310,23 @@ class RunFolder:
             write_atomically(self.config, to_json(config))
 
 
+def find_from_projector(projector: AnyPath, name: str) -> str:
+    """The present path of something that the config.json of a projector names.
+
+    Args:
+      projector: the run of the projector, a folder in it, or any other folder.
+      name: a path, or a hub id; may be empty.
+
+    Returns:
+      An existing path, or else `name`.
+    """
+    for folder in (projector, projector.parent):
+        run = RunFolder(folder)
+        if name and run.checkpoints.exists() and run.config.is_file():
+            return run.find(name)
+    return name
+
+
 def _is_whole(step: AnyPath) -> bool:
     """Whether Orbax has finished a checkpoint.
 

@@ -173,23 +173,36 @@ class Evaluator:
         """Greedy transcripts of every utterance, in the order of the batches; see `loss`."""
         transcripts = []
         for index, batch in self._read(batches, f"{name} transcripts", check):
-            # Taken from the global batch: a host knows only which of its own clips it could read.
-            is_heard, rows = jax.device_get(self._decode(*params, batch))
-            members = batches.members(index)
-            for utterance, ids, heard in zip(members, rows.tolist(), is_heard, strict=True):
-                if utterance is not None:
-                    row, ids = utterance.row, ids if heard else []
-                    transcripts.append(
-                        Transcript(
-                            id=row.id,
-                            reference=row.text,
-                            hypothesis=self._prompt.decode(ids),
-                            tokens=tuple(ids),
-                            secs=row.duration,
-                            is_bad=not heard,
-                            is_cut=bool(ids) and self._prompt.end_of_turn not in ids,
-                        )
+            transcripts += self.transcribe_batch(params, batch, batches.members(index))
+        return transcripts
+
+    def transcribe_batch(
+        self, params: ModelParams, batch: Batch, members: Sequence[Utterance | None]
+    ) -> list[Transcript]:
+        """Greedy transcripts of a global batch.
+
+        Args:
+          params: the model's parameters.
+          batch: the batch, on the devices.
+          members: the utterance of each row; None for padding.
+        """
+        transcripts = []
+        # Taken from the global batch: a host knows only which of its own clips it could read.
+        is_heard, rows = jax.device_get(self._decode(*params, batch))
+        for utterance, ids, heard in zip(members, rows.tolist(), is_heard, strict=True):
+            if utterance is not None:
+                row, ids = utterance.row, ids if heard else []
+                transcripts.append(
+                    Transcript(
+                        id=row.id,
+                        reference=row.text,
+                        hypothesis=self._prompt.decode(ids),
+                        tokens=tuple(ids),
+                        secs=row.duration,
+                        is_bad=not heard,
+                        is_cut=bool(ids) and self._prompt.end_of_turn not in ids,
                     )
+                )
         return transcripts
 
     def check(self, batches: Batches, *, name: str, normalizer: NormalizerName) -> None:
