@@ -75,7 +75,7 @@ def hear_nothing(pieces: Sequence[Piece], bound: float, size: int) -> list[Trans
 def measure_file(path: str) -> dict[str, float]:
     """Reads a file as `transcribe` does."""
     data, before, start = DataConfig(), peak_mib(), time.perf_counter()
-    sizes = [data.eval_batch_size * multiple for multiple in data.batch_multiples]
+    sizes = [data.eval_batch_size] * len(data.bucket_bounds)
     (heard,) = hear_files([path], hear_nothing, bounds=data.bucket_bounds, sizes=sizes)
     secs = time.perf_counter() - start
     return {
