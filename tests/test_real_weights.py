@@ -21,7 +21,7 @@ from convert.load import load_tower
 from convert.models import LLAMA, WHISPER_ENCODER
 from flax_projector.chat.prompt import make_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
-from flax_projector.config import PRESETS, CTCConfig, MeshConfig, PromptConfig
+from flax_projector.config import PRESETS, CTCConfig, DecodeConfig, MeshConfig, PromptConfig
 from flax_projector.data.audio import load_audio
 from flax_projector.data.manifest import read_manifest
 from flax_projector.models.decode import generate
@@ -155,13 +155,15 @@ def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
     )
     inputs = model.llm.apply({"params": params}, jnp.asarray(padded), method="embed")
     ours = jax.jit(
-        lambda params, inputs: generate(
-            params,
-            inputs,
-            jnp.asarray(lengths),
-            model=model,
-            max_new_tokens=num_tokens,
-            end_of_turn=-2,  # never: all 64 tokens are compared
+        lambda params, inputs: (
+            generate(
+                params,
+                inputs,
+                jnp.asarray(lengths),
+                model=model,
+                config=DecodeConfig(max_new_tokens=num_tokens, max_repeats=0),
+                end_of_turn=-2,  # never: all 64 tokens are compared
+            ).tokens
         ),
         out_shardings=replicated(mesh),
     )(params, inputs)
