@@ -1,6 +1,7 @@
 """The commands of `python -m flax_projector`, with their options.
 
   use          what all have in common that use a projector
+  decoding     what all have in common that decode
   transcribe   words of sound files
   evaluate     scores of data sets
   scores       scores as tables, and the difference between two

@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from convert.load import load_projector_params, read_training
 from flax_projector.config import MeshConfig, NormalizerName, TrainConfig, option
@@ -42,6 +43,7 @@ class Listener:
         encoder: str | None = None,
         llm: str | None = None,
         mesh: MeshConfig | None = None,
+        decoding: Mapping[str, Any] | None = None,
     ):
         """Loads the towers and the projector.
 
@@ -52,12 +54,13 @@ class Listener:
           llm: the same for the LLM.
           mesh: how the model is laid out on this machine, whose devices need not be those of the
             training; None splits the batch over all of them.
+          decoding: fields of `DecodeConfig` that are not as in the run.
 
         Raises:
           ValueError: if it is no run, or has no such projector.
         """
         folder = RunFolder(any_path(run))
-        config = folder.read_config()
+        config = dataclasses.replace(folder.read_config(), **decoding or {})
         path, step = choose_projector(folder, projector)
         self.config = _as_used(config, folder, encoder, llm)
         if not whole_path(path).is_relative_to(whole_path(folder.path)):
@@ -105,7 +108,7 @@ class Listener:
         return [(path, texts[path]) for path in paths]
 
     def transcribe(self, rows: Sequence[ManifestRow]) -> list[Transcript]:
-        """Greedy transcripts of rows within the run's limits."""
+        """Transcripts of rows within the run's limits."""
         with use_mesh(self.loaded.mesh):
             batches = self._batches.make("files", [Rows.of(rows)], batch_size=self._batch_size)
             return self._evaluator.transcribe(self._params, batches, name="files")
