@@ -74,6 +74,7 @@ bench: models
 	$(BIN)/python benchmarks/bench_projector.py
 	$(BIN)/python benchmarks/bench_towers.py
 	$(BIN)/python benchmarks/bench_train_step.py
+	$(BIN)/python benchmarks/bench_decode.py --models $(MODELS)
 	$(BIN)/python benchmarks/bench_job.py
 	$(BIN)/python benchmarks/bench_input.py
 	$(BIN)/python benchmarks/bench_convert.py

@@ -69,7 +69,7 @@ def write(path: Path, blocks: Iterator[np.ndarray]) -> None:
 def hear_nothing(pieces: Sequence[Piece], bound: float, size: int) -> list[Transcript]:
     """In place of a model."""
     del bound, size
-    return [Transcript("", "", "", (), None, is_bad=False, is_cut=False) for _ in pieces]
+    return [Transcript("", "", "", (), None, is_bad=False, cut_by=None) for _ in pieces]
 
 
 def measure_file(path: str) -> dict[str, float]:

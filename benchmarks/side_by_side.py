@@ -27,13 +27,20 @@ def flax_params(kind: ModelKind, config: Any, module: torch.nn.Module) -> dict[s
     return read_tree(engine.as_flax(plan, checkpoint))
 
 
-def compare(benchmark: str, pairs: Mapping[str, Pair], *, rounds: int) -> None:
+def compare(
+    benchmark: str,
+    pairs: Mapping[str, Pair],
+    *,
+    rounds: int,
+    audio_secs: Mapping[str, float] | None = None,
+) -> None:
     """Times each pair; prints the medians in seconds, and ours divided by PyTorch's, as JSON.
 
     Args:
       benchmark: name of the benchmark.
       pairs: what to compare, by name.
       rounds: how many times to run both functions, one after the other.
+      audio_secs: length of the speech that a function hears, by name, for real-time factors.
     """
     results = {}
     for name, pair in pairs.items():
@@ -48,6 +55,8 @@ def compare(benchmark: str, pairs: Mapping[str, Pair], *, rounds: int) -> None:
             "ratio": round(ours / theirs, 3),
             "ratio_of_rounds": [round(r, 3) for r in (min(ratios), max(ratios))],
         }
+        if audio_secs is not None:
+            results[name]["real_time_factor"] = round(ours / audio_secs[name], 4)
     setting = {"cpus": os.cpu_count(), "torch_threads": torch.get_num_threads(), "rounds": rounds}
     json.dump({"benchmark": benchmark, **setting, "results": results}, sys.stdout, indent=2)
     sys.stdout.write("\n")

@@ -31,6 +31,8 @@ Every letter in a shape stands for one thing, in annotations, docstrings and com
   j   samples of half an STFT window
   GQ  queries of the G heads of a kv head
   n   masks of a clip          p   tokens of the prefix
+  h   hypotheses of a row      m   those that are continued: h, or the prompt's 1
+  hT  tokens that they read    R   tokens of the longest phrase whose repeats are found
 
 Masks are True where VALID and named for it (`frame_valid`, `label_valid`).
 """

@@ -138,7 +138,7 @@ class LoadedModel:
             self.prompt,
             self.normalizers,
             mesh=self.mesh,
-            max_new_tokens=self.config.max_new_tokens,
+            decoding=self.config.decoding,
             num_threads=self.config.data.num_threads,
             bad_rows=bad_rows,
         )

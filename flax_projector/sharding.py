@@ -222,6 +222,28 @@ def on_each_device(attend: Any) -> Any:
     return split
 
 
+def by_rows(function: Any) -> Any:
+    """Wraps a function so that every device computes it for its own rows of the batch.
+
+    Needed for what XLA does not split by itself: a `top_k` would gather all rows on every device.
+
+    Args:
+      function: a function of arrays whose axis 0 is the batch, of trees of them, and of scalars.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def split(*args: Any) -> Any:
+        leaves = [jax.tree.leaves(arg)[0] for arg in args]  # a tree has one kind of them
+        rows = next(len(leaf) for leaf in leaves if leaf.ndim)
+        batch = spec_that_divides(PartitionSpec(BATCH_AXES), (rows,), mesh, "rows")
+        specs: Any = tuple(batch if leaf.ndim else PartitionSpec() for leaf in leaves)
+        return jax.shard_map(function, in_specs=specs, out_specs=batch, check_vma=False)(*args)
+
+    return split
+
+
 def split_rows(rows: Any, count: int) -> Any:
     """[B, ...] -> [count, B / count, ...]: parts with rows from every device, so no row moves.
 

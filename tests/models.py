@@ -123,6 +123,7 @@ def make_decoder_pair(
     rope: Mapping[str, Any] | None = None,
     family: str = "llama",
     gain: float = 1.0,
+    seed: int = 1,
     **sizes: Any,
 ) -> Any:
     """A tiny decoder with every parameter random, and the same in Flax, read from its folder.
@@ -133,6 +134,7 @@ def make_decoder_pair(
       rope: their scaling.
       family: of the model.
       gain: factor of the matrices. A higher one lets the context decide more: generated texts vary.
+      seed: of the parameters.
       sizes: further fields of the model's config.
 
     Returns:
@@ -153,7 +155,7 @@ def make_decoder_pair(
         **sizes,
     )
     config._attn_implementation = "eager"
-    model = randomize(make_model(config), seed=1).eval()
+    model = randomize(make_model(config), seed=seed).eval()
     for parameter in model.parameters():
         parameter.data *= gain if parameter.ndim == 2 else 1
     model.save_pretrained(folder)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flax_projector.config import NormalizerName
+from flax_projector.config import LimitName, NormalizerName
 from flax_projector.training.evaluate import Scores
 from flax_projector.training.normalizers import make_normalizers
 from flax_projector.training.score_files import to_lines
@@ -20,7 +20,7 @@ NORMALIZERS = make_normalizers(Path("no folder"))
 
 def transcript(id: str, said: str, heard: str = "", **more) -> Transcript:
     """A transcript of a clip of half an hour."""
-    fields = {"tokens": (1,), "secs": 1800.0, "is_bad": False, "is_cut": False}
+    fields = {"tokens": (1,), "secs": 1800.0, "is_bad": False, "cut_by": None}
     return Transcript(id, said, heard, **fields | more)
 
 
@@ -29,12 +29,13 @@ def scored(
     *,
     name: str = "dev",
     bad: Sequence[str] = (),
-    cut: Sequence[str] = (),
+    cut: Mapping[str, LimitName] | None = None,
     normalizer: NormalizerName = "english",
 ) -> list[ScoredTranscript]:
-    """Scored transcripts: (said, heard) by id; those that are bad or cut by id."""
+    """Scored transcripts: (said, heard) by id; those that are bad, and what cut others, by id."""
+    cut = cut or {}
     transcripts = [
-        transcript(id, *texts, is_bad=id in bad, is_cut=id in cut) for id, texts in pairs.items()
+        transcript(id, *texts, is_bad=id in bad, cut_by=cut.get(id)) for id, texts in pairs.items()
     ]
     return list(score_transcripts(name, transcripts, NORMALIZERS[normalizer]))
 
@@ -58,7 +59,7 @@ def scores_of(wer: float, loss: float, transcripts: Sequence[ScoredTranscript] =
         num_utterances=len(transcripts),
         num_bad=0,
         num_empty=0,
-        num_cut=0,
+        cut_by={},
         secs=0.0,
         words=words,
         characters=Edits(10_000, deletions=round(1000 * wer)),

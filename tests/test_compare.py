@@ -43,13 +43,13 @@ def test_the_table_of_a_file_is_printed_again_worst_first(show, tmp_path):
         "e": ("um", "well"),
         "f": (LONG, LONG.replace("door", "doors", 3)),
     }
-    write_scores(tmp_path / "dev.jsonl", scored(pairs, bad=["d"], cut=["c"]))
+    write_scores(tmp_path / "dev.jsonl", scored(pairs, bad=["d"], cut={"c": "max_repeats"}))
     lines = show("score", "dev.jsonl")
     found = [line.split(":")[0] for line in lines if re.match(r"\w+: \d errors? in", line)]
     assert found == ["d", "f", "b", "c"]  # by errors, then by their share
     assert "d: 4 errors in 4 words, could not be read" in lines
-    assert "c: 1 error in 1 word, cut" in lines
-    assert lines[lines.index("c: 1 error in 1 word, cut") + 1 :][:2] == [
+    assert "c: 1 error in 1 word, cut by --max-repeats" in lines
+    assert lines[lines.index("c: 1 error in 1 word, cut by --max-repeats") + 1 :][:2] == [
         "  said   go",
         "  heard  no",
     ]
@@ -61,7 +61,7 @@ def test_the_table_of_a_file_is_printed_again_worst_first(show, tmp_path):
     assert re.match(r"normaliser english \(transformers [\d.]+, no spellings\) ", told)
     assert "1 clip that could not be read, counted as wrong" in told
     assert "1 reference without a word after normalisation, not counted" in told
-    assert "1 hypothesis cut by the limit of tokens" in told
+    assert "1 hypothesis cut: 1 by --max-repeats" in told
     assert max(map(columns, lines)) <= 80
 
     excluded = show("score", "dev.jsonl", "--bad-clips", "exclude", "--worst", "1")

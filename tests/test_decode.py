@@ -13,8 +13,8 @@ import torch
 
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from flax_projector.batch import AUDIO_TOKEN, Batch
-from flax_projector.config import MeshConfig, ProjectorConfig, WhisperConfig
-from flax_projector.models.decode import generate, greedy_decode
+from flax_projector.config import DecodeConfig, MeshConfig, ProjectorConfig, WhisperConfig
+from flax_projector.models.decode import decode, generate
 from flax_projector.models.speech_llm import SpeechLLM, encode_prefix, make_speech_llm
 from flax_projector.sharding import make_mesh, use_mesh
 from tests.models import (
@@ -65,9 +65,9 @@ def jit_generate(
         inputs,
         prompt_len,
         model=model,
-        max_new_tokens=max_new_tokens,
+        config=DecodeConfig(max_new_tokens=max_new_tokens),
         end_of_turn=end_of_turn,
-    )
+    ).tokens
 
 
 def run(pair, end_of_turn: int, lengths=LENGTHS, max_new_tokens: int = MAX_NEW_TOKENS):
@@ -161,10 +161,13 @@ def test_the_prefix_is_not_computed_again(pair, prefix_len) -> None:
     # Models are equal whatever their prefix is, so `jit_generate` would not compile another one.
     model = dataclasses.replace(pair.model, prefix=known)
     decode = functools.partial(
-        generate, model=model, max_new_tokens=MAX_NEW_TOKENS, end_of_turn=NO_TOKEN
+        generate,
+        model=model,
+        config=DecodeConfig(max_new_tokens=MAX_NEW_TOKENS),
+        end_of_turn=NO_TOKEN,
     )
     inputs[:, :prefix_len] = 7.0
-    tokens = jax.jit(decode)(pair.params, jnp.asarray(inputs), jnp.asarray(lengths))
+    tokens = jax.jit(decode)(pair.params, jnp.asarray(inputs), jnp.asarray(lengths)).tokens
     np.testing.assert_array_equal(tokens, expected)
 
 
@@ -198,10 +201,13 @@ def test_transcription_equals_that_of_pytorch(pair) -> None:
         frames=frames,
         max_frames=14,
     )
-    decode = functools.partial(
-        greedy_decode, model=pair.model, max_new_tokens=MAX_NEW_TOKENS, end_of_turn=NO_TOKEN
+    transcribe = functools.partial(
+        decode,
+        model=pair.model,
+        config=DecodeConfig(max_new_tokens=MAX_NEW_TOKENS),
+        end_of_turn=NO_TOKEN,
     )
     params = projector_to_flax(config, projector.state_dict())
-    tokens = jax.jit(decode)(params, {}, pair.params, batch)
+    tokens = jax.jit(transcribe)(params, {}, pair.params, batch).tokens
     np.testing.assert_array_equal(np.asarray(tokens), expected)
     assert expected[0] != expected[1]

@@ -13,14 +13,21 @@ import soundfile
 
 import train_tpu
 from flax_projector import __main__ as program
+from flax_projector.commands.decoding import Decoding
+from flax_projector.commands.evaluate import Evaluate
+from flax_projector.commands.transcribe import Transcribe
 from flax_projector.commands.use import Use
-from flax_projector.config import DataConfig, TrainConfig
+from flax_projector.config import DataConfig, DecodeConfig, TrainConfig, option
+from flax_projector.data.rows import ManifestRow
 from flax_projector.data.sources import eval_normalizers
+from flax_projector.data.utterances import Utterance, Utterances
+from flax_projector.inference import listen
 from flax_projector.inference.listen import Listener
 from flax_projector.models.speech_llm import Params
 from flax_projector.run_folder import RunFolder
 from flax_projector.storage import AnyPath
 from flax_projector.training.best import Best
+from flax_projector.training.evaluate import _too_long
 from flax_projector.training.held_out import HeldOut
 from flax_projector.training.metrics import MetricsWriter
 from flax_projector.training.score_files import read_scores
@@ -104,8 +111,64 @@ def test_a_limit_of_tokens_that_references_exceed_is_said_at_the_start(run):
         for name in ("a-clips", "b-clips"):
             transcripts = read_scores(str(RunFolder.of(config).transcripts(name, step)))
             is_cut = [end not in t.tokens for t in transcripts]
-            assert [t.is_cut for t in transcripts] == is_cut
+            assert [t.cut_by == "max_new_tokens" for t in transcripts] == is_cut
             assert found[f"eval/{name}/num_cut"] == sum(is_cut)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"max_new_tokens": 5}, ["2 of 4 references take more than --max-new-tokens 5, up to 9"]),
+        ({"tokens_per_sec": 0.0}, []),
+        (
+            {"tokens_per_sec": 0.9},
+            ["1 of 4 references take more than --tokens-per-sec 0.9 and 8, up to 1"],
+        ),
+        (
+            {"tokens_per_sec": 0.9, "max_new_tokens": 8},  # the lower limit is named
+            ["2 of 4 references take more than --max-new-tokens 8, up to 9"],
+        ),
+    ],
+    ids=str,
+)
+def test_limits_that_references_exceed_are_named(options, expected):
+    """Of clips of a second with 1, 5 and 9 labels, and of 4 with 9."""
+    utterances = Utterances.of(
+        [
+            Utterance(ManifestRow(str(i), "x.wav", "x", secs), 100, (1,) * count)
+            for i, (secs, count) in enumerate([(1.0, 1), (1.0, 5), (1.0, 9), (4.0, 9)])
+        ]
+    )
+    config = DecodeConfig(**options)
+    texts = [f"{text}: their transcripts will be cut" for text in expected]
+    assert list(_too_long(utterances, config)) == texts
+
+
+@pytest.mark.parametrize("command", [Transcribe, Evaluate])
+def test_options_of_decoding_are_those_of_the_config(command, run, monkeypatch):
+    """Each is there, and those that are given replace the run's."""
+    fields = {field.name for field in dataclasses.fields(DecodeConfig)}
+    assert {field.name for field in dataclasses.fields(Decoding)} == fields
+    assert fields <= {field.name for field in dataclasses.fields(command)}
+    made = {}
+    monkeypatch.setattr(listen, "Listener", lambda run, **options: made.update(options))
+    given = {"beams": 4, "length_penalty": 0.5, "tokens_per_sec": 0.0}
+    name = command.__name__.lower()
+    args = [x for key, value in given.items() for x in (option(key), str(value))]
+    monkeypatch.setattr(command, "__call__", lambda self: self.listener())
+    program.cli([name, run[0].out, "x", *args])
+    assert made["decoding"] == given
+
+
+def test_a_run_that_is_decoded_with_beams_says_so_of_bad_ones(run, evaluate):
+    config, _ = run
+    with pytest.raises(ValueError, match=r"^--beams = 0: must be at least 1$"):
+        Listener(config.out, decoding={"beams": 0})
+    decoded = Listener(config.out, decoding={"beams": 3, "max_new_tokens": 7})
+    assert decoded.config.decoding == DecodeConfig(beams=3, max_new_tokens=7)
+    scores = decoded.evaluate(config.data.eval[0], name="a-clips")
+    assert {len(t.tokens) for t in scores.transcripts} == {7}
 
 
 def test_a_set_without_words_is_named_before_the_first_step(run, listener, tmp_path):

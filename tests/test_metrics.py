@@ -84,7 +84,7 @@ def test_wandb_gets_the_scalars(folder, monkeypatch):
 def test_scores_are_recorded_with_every_transcript_and_shown_with_some(folder, caplog):
     caplog.set_level(logging.INFO)
     pairs = {f"clip{i}": (f"said {i}", "said" if i % 2 else f"said {i}") for i in range(20)}
-    transcripts = tuple(scored(pairs, cut=["clip3"]))
+    transcripts = tuple(scored(pairs, cut={"clip3": "max_new_tokens"}))
     scores = Scores(0.5, summarize(transcripts), transcripts, num_left_out=0)
     with MetricsWriter(folder) as writer:
         writer.write_scores(4, "clips", scores)
@@ -96,7 +96,7 @@ def test_scores_are_recorded_with_every_transcript_and_shown_with_some(folder, c
     assert [json.loads(line)["reference"] for line in lines] == [f"said {i}" for i in range(20)]
     assert read_scores(str(folder.transcripts("clips", 4))) == list(transcripts)
     assert (
-        "step 4, clips: WER 25.0%, loss 0.500 over 20 utterances, 1 cut by --max-new-tokens"
+        "step 4, clips: WER 25.0%, loss 0.500 over 20 utterances, cut: 1 by --max-new-tokens"
     ) in caplog.messages
     assert sum("said" in message for message in caplog.messages) == 10
 

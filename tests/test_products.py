@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from flax_projector.config import DecodeConfig
 from flax_projector.models import attention
-from flax_projector.models.decode import greedy_decode
+from flax_projector.models.decode import decode
 from flax_projector.training.evaluate import eval_step
 from flax_projector.training.objectives import CTCObjective, LLMObjective
 from flax_projector.training.state import init_state
@@ -78,8 +79,9 @@ def trace(use: str, dtype: Any) -> list[Product]:
     towers = jax.tree.map(lambda leaf: leaf.astype(dtype), towers)
     batch = make_batch(2, audio="samples")
     if use == "transcribe":
-        decode = functools.partial(greedy_decode, model=model, max_new_tokens=2, end_of_turn=0)
-        return products(decode, projector, *towers, batch)
+        config = DecodeConfig(max_new_tokens=2)
+        transcribe = functools.partial(decode, model=model, config=config, end_of_turn=0)
+        return products(transcribe, projector, *towers, batch)
     if use == "evaluate":
         return products(functools.partial(eval_step, model=model), projector, *towers, batch)
     step = functools.partial(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -21,12 +22,13 @@ from convert.load import load_tower
 from convert.models import LLAMA, WHISPER_ENCODER
 from flax_projector.chat.prompt import make_prompt
 from flax_projector.chat.tokenizer import load_tokenizer
-from flax_projector.config import PRESETS, CTCConfig, MeshConfig, PromptConfig
+from flax_projector.config import PRESETS, CTCConfig, DecodeConfig, MeshConfig, PromptConfig
 from flax_projector.data.audio import load_audio
 from flax_projector.data.manifest import read_manifest
+from flax_projector.lengths import num_audio_tokens, num_encoder_frames
 from flax_projector.models.decode import generate
-from flax_projector.models.llama import LlamaDecoder, abstract_decoder
-from flax_projector.models.speech_llm import make_speech_llm
+from flax_projector.models.llama import LlamaDecoder, abstract_decoder, embedding_rms
+from flax_projector.models.speech_llm import make_speech_llm, rms
 from flax_projector.models.whisper import WhisperEncoder, abstract_encoder, log_mel
 from flax_projector.sharding import make_mesh, replicated
 from flax_projector.training.metrics import MetricsWriter
@@ -155,13 +157,15 @@ def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
     )
     inputs = model.llm.apply({"params": params}, jnp.asarray(padded), method="embed")
     ours = jax.jit(
-        lambda params, inputs: generate(
-            params,
-            inputs,
-            jnp.asarray(lengths),
-            model=model,
-            max_new_tokens=num_tokens,
-            end_of_turn=-2,  # never: all 64 tokens are compared
+        lambda params, inputs: (
+            generate(
+                params,
+                inputs,
+                jnp.asarray(lengths),
+                model=model,
+                config=DecodeConfig(max_new_tokens=num_tokens, max_repeats=0),
+                end_of_turn=-2,  # never: all 64 tokens are compared
+            ).tokens
         ),
         out_shardings=replicated(mesh),
     )(params, inputs)
@@ -173,6 +177,54 @@ def test_greedy_tokens_of_ten_prompts_equal_hugging_face(mesh):
             max_new_tokens=num_tokens,
         )
         assert_close(row, theirs[0, len(ids) :], 0, prompt)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_tokens_of_ten_utterances_equal_hugging_face(mesh, beams):
+    """From waveforms, with a projector that has learnt nothing; theirs padded on the left."""
+    folder, num_tokens = MODELS / "smollm2-135m-instruct", 24
+    whisper, encoder = load(WHISPER_ENCODER, "whisper-base", abstract_encoder, mesh)
+    llama, params = load(LLAMA, folder.name, abstract_decoder, mesh)
+    prompt, config = make_prompt(load_tokenizer(folder), PromptConfig()), PRESETS["demo"][1]
+    model = make_speech_llm(whisper, config.projector, llama, dtype=jnp.float32, remat=config.remat)
+    clips = [load_audio(row.audio) for row in read_manifest(SPEECH)[0][:10]]
+    num_frames = num_encoder_frames(np.array([len(clip) for clip in clips]))
+    samples = np.stack([np.pad(clip, (0, 480_000 - len(clip))) for clip in clips])
+    frames = jax.jit(model.encode)(encoder, samples)
+    projector = model.projector.init(jax.random.key(0), frames[:1])["params"]
+    audio = model.embed_audio(projector, frames, jnp.arange(1500) < num_frames[:, None])
+    audio *= embedding_rms(params, mesh) / rms(audio, jnp.ones(audio.shape[:2], bool))
+    table = np.asarray(params["embed_tokens"]["embedding"])
+    lengths = num_audio_tokens(num_frames, config.projector.projector_pool_stride)
+    rows = [
+        np.concatenate(
+            [table[[*prompt.before_audio]], tokens[:length], table[[*prompt.after_audio]]]
+        )
+        for tokens, length in zip(np.asarray(audio), lengths, strict=True)
+    ]
+    lengths = np.array([len(row) for row in rows])
+    on_right, on_left = np.zeros((2, len(rows), lengths.max(), table.shape[1]), np.float32)
+    for i, row in enumerate(rows):
+        on_right[i, : len(row)] = on_left[i, lengths.max() - len(row) :] = row
+
+    decoding = DecodeConfig(beams=beams, max_new_tokens=num_tokens, max_repeats=0)
+    end = prompt.end_of_turn
+    decode = functools.partial(generate, model=model, config=decoding, end_of_turn=end)
+    ours = jax.jit(decode)(params, jnp.asarray(on_right), jnp.asarray(lengths)).tokens
+    hf: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER)
+    theirs = hf.eval().generate(
+        inputs_embeds=torch.from_numpy(on_left),
+        attention_mask=torch.from_numpy(
+            np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
+        ).long(),
+        do_sample=False,
+        num_beams=beams,
+        max_new_tokens=num_tokens,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    assert theirs.unique().numel() > 20  # varied texts show more
+    assert_close(ours[:, : theirs.shape[1]], theirs, 0, f"{beams} beams")
 
 
 @pytest.mark.parametrize("system", [None, "", "Be brief."], ids=repr)

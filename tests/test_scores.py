@@ -70,7 +70,7 @@ def test_the_headline_is_that_of_most_letters_of_the_set():
 
 
 def test_everything_that_was_known_of_an_utterance_is_kept():
-    heard = transcript("a", "Go!", "go", tokens=(3, 1), secs=None, is_cut=True)
+    heard = transcript("a", "Go!", "go", tokens=(3, 1), secs=None, cut_by="max_repeats")
     (found,) = score_transcripts("dev", [heard], NORMALIZERS["basic"])
     assert found == ScoredTranscript(
         **dataclasses.asdict(heard),
@@ -98,7 +98,7 @@ def test_clips_that_could_not_be_read_count_as_wrong_or_not_at_all(
         "c": ("go", "go go"),
         "d": ("", "x"),
     }
-    transcripts = scored(pairs, bad=["b"], cut=["c"])
+    transcripts = scored(pairs, bad=["b"], cut={"c": "max_repeats"})
     summary = summarize(transcripts, bad_clips=bad_clips)
     assert summary == Summary(
         set="dev",
@@ -109,7 +109,7 @@ def test_clips_that_could_not_be_read_count_as_wrong_or_not_at_all(
         num_utterances=num_utterances,
         num_bad=1,
         num_empty=1,
-        num_cut=1,
+        cut_by={"max_new_tokens": 0, "tokens_per_sec": 0, "max_repeats": 1},
         secs=1800.0 * num_utterances,
         words=words,
         characters=summary.characters,

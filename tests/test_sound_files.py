@@ -20,7 +20,7 @@ def hear(pieces, bound, size):
     assert 0 < len(pieces) <= size
     texts = [f" {len(piece.samples) / RATE:.2f}\n " for piece in pieces]
     assert all(float(text) <= bound for text in texts)
-    return [Transcript("", "", text, (), None, is_bad=False, is_cut=False) for text in texts]
+    return [Transcript("", "", text, (), None, is_bad=False, cut_by=None) for text in texts]
 
 
 def heard_in(*paths: Path) -> list[Heard]:
@@ -48,7 +48,7 @@ def test_results_are_in_the_order_of_the_files_whatever_was_batched_together(fol
     found = heard_in(*(folder / name for name in (*names, "silence.wav", "quiet.wav")))
     assert [Path(heard.path).name for heard in found] == [*names, "silence.wav", "quiet.wav"]
     short, flac, late, _, missing, m4a, silence, quiet = found
-    assert short.segments == (Segment(0.0, short.secs, short.text, False),)
+    assert short.segments == (Segment(0.0, short.secs, short.text, None),)
     assert f"{short.secs:.2f}" == short.text
     assert len(flac.segments) == len(m4a.segments) == 8
     for a, b in zip(flac.segments, m4a.segments, strict=True):
@@ -77,9 +77,12 @@ HEARD = [
     Heard(
         "a\tb.wav",
         3725.5,
-        (Segment(0.0, 1.0216, "one <b> & 1", False), Segment(3723.0004, 3725.5, "two", True)),
+        (
+            Segment(0.0, 1.0216, "one <b> & 1", None),
+            Segment(3723.0004, 3725.5, "two", "max_repeats"),
+        ),
     ),
-    Heard("c\udcff.wav", 1.0, (Segment(0.0, 1.0, "", False),)),
+    Heard("c\udcff.wav", 1.0, (Segment(0.0, 1.0, "", None),)),
 ]
 
 
@@ -116,5 +119,5 @@ def test_json(count):
             "start": 3723.0,
             "end": 3725.5,
             "text": "two",
-            "is_cut": True,
+            "cut_by": "max_repeats",
         }

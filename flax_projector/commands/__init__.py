@@ -1,6 +1,7 @@
 """The commands of `python -m flax_projector`, with their options.
 
   use          what all have in common that use a projector
+  decoding     what all have in common that decode
   output       the files that a command is to write, checked before anything slow
   transcribe   words of sound files
   evaluate     scores of data sets

@@ -63,7 +63,8 @@ class Evaluate(Use, Show):
             summary = summarize(scores.transcripts, bad_clips=self.bad_clips)
             if self.json:
                 record = {"source": source, "loss": scores.loss, "wer": summary.wer}
-                record |= {"cer": summary.cer, "num_left_out": scores.num_left_out}
+                record |= {"cer": summary.cer, "num_cut": summary.num_cut}
+                record |= {"num_left_out": scores.num_left_out}
                 sys.stdout.write(json.dumps(record | dataclasses.asdict(summary)) + "\n")
                 continue
             more = [f"loss {scores.loss:.3f} nats per token"]

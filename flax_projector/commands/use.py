@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional
 
+from flax_projector.commands.decoding import Decoding
 from flax_projector.config import MeshConfig
 
 if TYPE_CHECKING:  # JAX takes its time; `--help` should not
@@ -13,7 +14,7 @@ if TYPE_CHECKING:  # JAX takes its time; `--help` should not
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
+class Use(Decoding):
     """What the commands take that use a projector."""
 
     run: Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
@@ -40,4 +41,5 @@ class Use:
             encoder=self.encoder,
             llm=self.llm,
             mesh=self.mesh,
+            decoding=self.decoding(),
         )

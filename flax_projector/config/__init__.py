@@ -3,6 +3,7 @@
   fields    the rules in fields' annotations, and the function that checks them
   models    shapes of the projector and the towers, with the field names of PyTorch's configs
   optimizer settings of the optimizer
+  decode    settings of decoding
   train     all other settings of a run
   saved     configs as JSON: writing, reading back, comparing
   presets   the named configs that `train_tpu.py` starts from
@@ -11,6 +12,7 @@ Imports only `flax_projector.lengths`; needs no JAX. Modules receive only their 
 never a whole `TrainConfig`.
 """
 
+from flax_projector.config.decode import LIMITS, DecodeConfig, LimitName
 from flax_projector.config.fields import option
 from flax_projector.config.models import (
     AudioTokensName,
@@ -43,6 +45,7 @@ from flax_projector.config.train import (
 
 __all__ = [
     "AUDIO",
+    "LIMITS",
     "PRESETS",
     "TINY_AUDIO_SYSTEM",
     "TINY_AUDIO_USER",
@@ -52,7 +55,9 @@ __all__ = [
     "Changes",
     "DTypeName",
     "DataConfig",
+    "DecodeConfig",
     "DistributedConfig",
+    "LimitName",
     "Llama3RopeScaling",
     "LlamaConfig",
     "MeshConfig",

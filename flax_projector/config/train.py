@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
+from flax_projector.config.decode import DecodeConfig
 from flax_projector.config.fields import (
     ASCENDING,
     HOST_AND_PORT,
@@ -292,8 +293,8 @@ class CTCConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """All settings of a run."""
+class TrainConfig(DecodeConfig):
+    """All settings of a run; those of decoding are options without a prefix."""
 
     encoder: Annotated[Text, MAY_MOVE]
     """The frozen Whisper model: an HF folder, which may be a URL (gs://...), or a hub id."""
@@ -342,8 +343,6 @@ class TrainConfig:
     keep_checkpoints: Annotated[PositiveInt, MAY_CHANGE] = 2
     """How many of the newest checkpoints to keep. `best` always keeps the projector with the lowest
     error rate (and, among equals, the lowest loss)."""
-    max_new_tokens: Annotated[PositiveInt, MAY_CHANGE] = 96
-    """Maximum number of tokens decoded per utterance in evaluation."""
     seed: int = 0
     """Seeds initialisation, shuffling, dropout and SpecAugment."""
     init_projector: Annotated[str | None, MAY_MOVE] = None
@@ -364,7 +363,7 @@ class TrainConfig:
     """Also log to this Weights & Biases project; needs `pip install wandb`."""
 
     def __post_init__(self) -> None:
-        check(self, prefix="")
+        super().__post_init__()
         if self.spec_augment.mask_time_prob and self.data.cache_features:
             raise ValueError(
                 "--spec-augment.mask-time-prob masks features anew at every step, but "
@@ -375,3 +374,8 @@ class TrainConfig:
                 f"--ctc.num-steps {self.ctc.num_steps} must be less than --num-steps "
                 f"{self.num_steps}: the remaining steps are the LLM's"
             )
+
+    @property
+    def decoding(self) -> DecodeConfig:
+        """The settings of decoding alone."""
+        return DecodeConfig(**{f.name: getattr(self, f.name) for f in fields(DecodeConfig)})

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from convert.load import load_projector_params, read_training
 from flax_projector.config import MeshConfig, NormalizerName, option
@@ -44,6 +45,7 @@ class Listener:
         encoder: str | None = None,
         llm: str | None = None,
         mesh: MeshConfig | None = None,
+        decoding: Mapping[str, Any] | None = None,
     ):
         """Loads the towers and the projector.
 
@@ -54,12 +56,14 @@ class Listener:
           llm: the same for the LLM.
           mesh: how the model is laid out on this machine, whose devices need not be those of the
             training; None splits the batch over all of them.
+          decoding: fields of `DecodeConfig` that are not as in the run.
 
         Raises:
           ValueError: if it is none of these, or has no such projector.
         """
         named = find_named(run, projector=projector, encoder=encoder, llm=llm)
-        self.config, folder = named.config, named.folder
+        self.config = dataclasses.replace(named.config, **decoding or {})
+        folder = named.folder
         if named.is_of_other_training:
             training = read_training(named.projector)
             warn_of_other_training(self.config, str(named.projector), training)
@@ -146,7 +150,7 @@ class Listener:
             return self._evaluator.transcribe_batch(self._params, batch, batches.members(0))
 
     def transcribe(self, rows: Sequence[ManifestRow]) -> list[Transcript]:
-        """Greedy transcripts of rows within the run's limits."""
+        """Transcripts of rows within the run's limits."""
         with use_mesh(self.loaded.mesh):
             batches = self._batches.make("files", [Rows.of(rows)], batch_size=self._batch_size)
             return self._evaluator.transcribe(self._params, batches, name="files")

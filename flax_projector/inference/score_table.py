@@ -4,6 +4,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from flax_projector.config import option
 from flax_projector.logs import printable
 from flax_projector.training.scores import (
     Edits,
@@ -66,7 +67,7 @@ def notes(summary: Summary) -> list[str]:
     found = [
         (summary.num_bad, "{} that could not be read, " + counted_as, "clip"),
         (summary.num_empty, "{} without a word after normalisation, not counted", "reference"),
-        (summary.num_cut, "{} cut by the limit of tokens", "hypothesis"),
+        (summary.num_cut, f"{{}} cut: {summary.cut_text}", "hypothesis"),
     ]
     return [text.format(number_of(count, noun)) for count, text, noun in found if count]
 
@@ -85,7 +86,7 @@ def percent(rate: float) -> str:
 def wrong(transcript: ScoredTranscript) -> str:
     """How much of an utterance is wrong, and whether there is a reason for it."""
     edits = transcript.edits
-    reason = ", cut" if transcript.is_cut else ""
+    reason = f", cut by {option(transcript.cut_by)}" if transcript.cut_by else ""
     if transcript.is_bad:
         reason = ", could not be read"
     unit = UNITS[transcript.headline]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from flax_projector.config import LimitName
 from flax_projector.data.audio import BadAudio
 from flax_projector.data.stream import stream_audio
 from flax_projector.inference.pieces import Piece, to_pieces
@@ -31,13 +32,13 @@ class Segment:
       start: where it begins, in seconds.
       end: where it ends.
       text: the words, in one line.
-      is_cut: whether decoding was stopped by a limit.
+      cut_by: the limit that cut them, if any.
     """
 
     start: float
     end: float
     text: str
-    is_cut: bool
+    cut_by: LimitName | None
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def hear_files(
                 found = hear([piece for _, _, piece in items], bounds[number], sizes[number])
                 for (file, index, piece), transcript in zip(items, found, strict=True):
                     text = " ".join(transcript.hypothesis.split())
-                    segment = Segment(piece.start, piece.end, text, transcript.is_cut)
+                    segment = Segment(piece.start, piece.end, text, transcript.cut_by)
                     file.segments[index] = segment
             for heard in results():
                 done += heard.secs

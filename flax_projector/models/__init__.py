@@ -9,7 +9,10 @@
   plain_attention   written out: the reference, and for masks that no kernel supports
   cpu_attention     the same function, faster on CPUs
   speech_llm        the whole model, with the audio spliced into the prompt
-  decode            greedy decoding
+  reader            prompts and tokens, as the LLM reads them with a cache
+  decode            decoding: greedy here, or with beams
+  beams             beam search
+  limits            what ends a hypothesis before its end of turn
 
 Imports `config`, `lengths`, `batch` and `sharding`; never `data`, `training` or `convert`.
 """

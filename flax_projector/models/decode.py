@@ -1,27 +1,42 @@
-"""Greedy decoding with a KV cache of static length."""
+"""Decoding with a cache of static length: from a batch, or from prompts, to tokens."""
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_projector.batch import Batch
-from flax_projector.models.llama import make_cache
-from flax_projector.models.speech_llm import Params, SpeechLLM, apply
+from flax_projector.config import DecodeConfig
+from flax_projector.models.beams import search
+from flax_projector.models.limits import Repeats, cut_by, token_limits
+from flax_projector.models.reader import Reader
+from flax_projector.models.speech_llm import Params, SpeechLLM
 
 
-def greedy_decode(
+class Decoded(NamedTuple):
+    """What was decoded of each row.
+
+    Attributes:
+      tokens: generated ids; the end of turn fills the rest of a row.
+      cut_by: which limit cut the row, as a number in `LIMITS` from 1; 0 if none did.
+    """
+
+    tokens: Int[Array, "B T"]
+    cut_by: Int[Array, "B"]
+
+
+def decode(
     projector_params: Params,
     encoder_params: Params,
     llm_params: Params,
     batch: Batch,
     *,
     model: SpeechLLM,
-    max_new_tokens: int,
+    config: DecodeConfig,
     end_of_turn: int,
-) -> Int[Array, "B T"]:
-    """Transcribes a batch, taking the most likely token at each step until all rows have ended.
+) -> Decoded:
+    """Transcribes a batch.
 
     As in training, the batch holds the transcripts too, but only the first `prompt_len` tokens of
     each row are used.
@@ -32,19 +47,17 @@ def greedy_decode(
       llm_params: the LLM's parameters.
       batch: the utterances.
       model: the modules.
-      max_new_tokens: T, the maximum number of tokens per row.
+      config: how to decode, and the limits.
       end_of_turn: token id that ends a row and fills the rest of it.
-
-    Returns:
-      i32[B, T] generated ids.
     """
     audio = model.hear(projector_params, encoder_params, batch)
     return generate(
         llm_params,
         model.merge(llm_params, batch, audio),
         batch.prompt_len,
+        jnp.asarray(token_limits(batch.num_frames, config)),
         model=model,
-        max_new_tokens=max_new_tokens,
+        config=config,
         end_of_turn=end_of_turn,
     )
 
@@ -53,62 +66,70 @@ def generate(
     llm_params: Params,
     inputs: Float[Array, "B L D"],
     prompt_len: Int[Array, "B"],
+    limits: Int[Array, "B"] | None = None,
     *,
     model: SpeechLLM,
-    max_new_tokens: int,
-    end_of_turn: int,
-) -> Int[Array, "B T"]:
+    config: DecodeConfig,
+    end_of_turn: Int[Array, ""] | int,
+) -> Decoded:
     """Continues prompts of different lengths, given as input embeddings padded on the right.
 
-    The prefix is not computed again, as in `SpeechLLM.label_logits`; every prompt is longer.
-
-    Row b's new tokens have positions prompt_len[b], prompt_len[b] + 1, ...; all rows write to the
-    same cache slots L, L + 1, ..., and the mask hides the padding in between.
+    Args:
+      llm_params: the LLM's parameters.
+      inputs: the prompts.
+      prompt_len: their lengths; 0 in a row of padding.
+      limits: maximum number of tokens of each row, where that is less than `max_new_tokens`.
+      model: the modules.
+      config: how to decode, and the limits.
+      end_of_turn: token id that ends a row and fills the rest of it.
     """
-    b, length, _ = inputs.shape
-    llm = functools.partial(apply, model.llm, llm_params)
-    capacity = length + max_new_tokens
-    slots = jnp.arange(capacity)
-    prompt_slots = slots[None] < prompt_len[:, None]  # [B, C]
-
-    def most_likely(hidden: Float[Array, "B D"]) -> Int[Array, "B"]:
-        logits = llm(hidden, method="logits")
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    start = model.prefix_len
-    hidden, cache = llm(
-        inputs[:, start:],
-        positions=jnp.arange(start, length)[None],
-        cache=make_cache(model.llm.config, b, capacity, model.llm.dtype, prefix=model.prefix),
-        cache_index=start,
-        prefix=model.prefix,
-        method="blocks",
+    if limits is None:
+        limits = jnp.full_like(prompt_len, config.max_new_tokens)
+    reader = Reader(
+        model, llm_params, prompt_len, inputs.shape[1], config.beams, config.max_new_tokens
     )
-    last = jnp.maximum(prompt_len - 1 - start, 0)[:, None, None]
-    token = most_likely(jnp.take_along_axis(hidden, last, axis=1)[:, 0])
-    token = jnp.where(prompt_len == 0, end_of_turn, token)  # padding rows have no prompt
-    out = jnp.full((b, max_new_tokens), end_of_turn, jnp.int32).at[:, 0].set(token)
-    is_done = token == end_of_turn
+    find = search if config.beams > 1 else _take_most_likely
+    return Decoded(*find(reader, inputs, limits, config, end_of_turn))
+
+
+def _take_most_likely(
+    reader: Reader,
+    inputs: Float[Array, "B L D"],
+    limits: Int[Array, "B"],
+    config: DecodeConfig,
+    end_of_turn: Int[Array, ""] | int,
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Takes the most likely token at each step until all rows have ended."""
+    b, num_steps = len(inputs), config.max_new_tokens
+    steps = jnp.arange(num_steps)
+
+    def take(logits, step, is_done, cut, out, repeats):
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = jnp.where(is_done, end_of_turn, token)
+        repeats = repeats.add(token)
+        excess = repeats.excess(config)
+        is_end = token == end_of_turn  # of rows that are done too
+        cut_now = cut_by(is_end, excess, step + 1, limits, config)
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
+        length = step + 1 - jnp.where(is_end, 0, excess)  # what is repeated is said once
+        out = jnp.where(steps < length[:, None], out, end_of_turn)
+        return token, is_done | is_end | (cut_now > 0), cut + cut_now, out, repeats
 
     def is_running(carry):
-        step, _, is_done, _, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(is_done)
+        step, (_, is_done, *_), _ = carry
+        return (step < num_steps) & ~jnp.all(is_done)
 
     def decode_one(carry):
-        step, token, is_done, out, cache = carry
-        slot = length + step - 1  # of the token being read
-        generated = (slots >= length) & (slots <= slot)
-        hidden, cache = llm(
-            llm(token[:, None], method="embed"),
-            positions=(prompt_len + step - 1)[:, None],
-            key_valid=(prompt_slots | generated)[:, None],
-            cache=cache,
-            cache_index=slot,
-            method="blocks",
+        step, (token, *rest), cache = carry
+        logits, cache = reader.read_tokens(
+            token[:, None], step - 1, (steps < step)[None, None], cache
         )
-        token = jnp.where(is_done, end_of_turn, most_likely(hidden[:, 0]))
-        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
-        return step + 1, token, is_done | (token == end_of_turn), out, cache
+        return step + 1, take(logits[:, 0], step, *rest), cache
 
-    carry = (jnp.int32(1), token, is_done, out, cache)
-    return jax.lax.while_loop(is_running, decode_one, carry)[3]
+    logits, cache = reader.read_prompts(inputs)
+    out = jnp.full((b, num_steps), end_of_turn, jnp.int32)
+    is_padding = reader.prompt_len == 0
+    start = (is_padding, jnp.zeros_like(reader.prompt_len), out, Repeats.none((b,), config))
+    carry = (jnp.int32(1), take(logits, jnp.int32(0), *start), cache)
+    _, (_, _, cut, out, _), _ = jax.lax.while_loop(is_running, decode_one, carry)
+    return out, cut

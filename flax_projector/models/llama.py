@@ -138,7 +138,8 @@ class LlamaAttention(nn.Module):
 
         def project(features: int, name: str) -> Float[Array, "B X L d"]:
             y = dense(self, features, ("embed", "heads"), name, use_bias=c.qkv_bias)(x)
-            if length == 1:  # or else a TPU transposes the kernel, to make heads within the product
+            # Of a few tokens, a TPU would transpose the kernel, to make heads within the product.
+            if key_valid is not None:
                 y = jax.lax.optimization_barrier(y)
             return checkpoint_name(y, ATTENTION).reshape(b, length, -1, c.head_dim).swapaxes(1, 2)
 

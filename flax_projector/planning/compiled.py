@@ -247,9 +247,7 @@ def compile_decoding(run: AbstractRun, bucket: Bucket) -> tuple[int, Program]:
         sharding=sharding,
     )
     lengths = jax.ShapeDtypeStruct((rows * ways,), jnp.int32, sharding=sharding)
-    decode = functools.partial(
-        generate, model=run.model, max_new_tokens=config.max_new_tokens, end_of_turn=2
-    )
+    decode = functools.partial(generate, model=run.model, config=config.decoding, end_of_turn=2)
     try:
         with use_mesh(mesh):
             jitted = jax.jit(decode, out_shardings=replicated(mesh))

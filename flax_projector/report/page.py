@@ -118,8 +118,8 @@ def _result(transcript: ScoredTranscript, found: list[tuple[str, str, str]]) -> 
         notes.append("the clip could not be read")
     if transcript.is_empty:
         notes.append("not counted: no word is left to compare")
-    if transcript.is_cut:
-        notes.append("cut by the limit of tokens")
+    if transcript.cut_by:
+        notes.append(f"cut by {option(transcript.cut_by)}")
     return {
         "heard": transcript.hypothesis,
         "parts": [

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_projector.batch import Batch
 from flax_projector.chat.prompt import Prompt
-from flax_projector.config import NormalizerName
+from flax_projector.config import LIMITS, DecodeConfig, NormalizerName, option
 from flax_projector.data.bad_rows import BadRow, BadRowLog
 from flax_projector.data.batches import Batches
 from flax_projector.data.reader import BatchIterator, read_batch
-from flax_projector.data.utterances import Utterance
+from flax_projector.data.utterances import Utterance, Utterances
+from flax_projector.lengths import FRAME_SECS
 from flax_projector.logs import progress_bar
-from flax_projector.models.decode import greedy_decode
+from flax_projector.models.decode import Decoded, decode
+from flax_projector.models.limits import TOKENS_OF_ANY_CLIP, token_limits
 from flax_projector.models.speech_llm import Params, SpeechLLM
 from flax_projector.sharding import replicated
 from flax_projector.training.normalizers import Normalizer, check_references
@@ -70,7 +73,7 @@ class Evaluator:
         normalizers: Mapping[NormalizerName, Normalizer],
         *,
         mesh: Mesh,
-        max_new_tokens: int,
+        decoding: DecodeConfig,
         num_threads: int,
         bad_rows: BadRowLog,
     ):
@@ -81,28 +84,25 @@ class Evaluator:
           prompt: the chat prompt, with the LLM's tokenizer.
           normalizers: what may be done to texts before they are compared, by name.
           mesh: the mesh that the parameters are on.
-          max_new_tokens: maximum number of tokens decoded per utterance.
+          decoding: how to decode, and the limits.
           num_threads: number of threads that read audio.
           bad_rows: receives clips that cannot be read.
         """
-        self._bad_rows, self._max_new_tokens = bad_rows, max_new_tokens
+        self._bad_rows, self._decoding = bad_rows, decoding
         self._prompt, self._normalizers, self._num_threads = prompt, normalizers, num_threads
-        greedy = functools.partial(
-            greedy_decode,
-            model=model,
-            max_new_tokens=max_new_tokens,
-            end_of_turn=prompt.end_of_turn,
-        )
 
-        def decode(
+        def transcribe(
             projector_params: Params, encoder_params: Params, llm_params: Params, batch: Batch
-        ) -> tuple[Bool[Array, "B"], Int[Array, "B T"]]:
-            is_heard = batch.num_frames > 0
-            return is_heard, greedy(projector_params, encoder_params, llm_params, batch)
+        ) -> tuple[Decoded, Bool[Array, "B"]]:
+            params = (projector_params, encoder_params, llm_params)
+            decoded = decode(
+                *params, batch, model=model, config=decoding, end_of_turn=prompt.end_of_turn
+            )
+            return decoded, batch.num_frames > 0
 
         # Replicated results are addressable by every process.
         everywhere = replicated(mesh)
-        self._decode = jax.jit(decode, out_shardings=everywhere)
+        self._decode = jax.jit(transcribe, out_shardings=everywhere)
         self._loss = jax.jit(functools.partial(eval_step, model=model), out_shardings=everywhere)
 
     def loss(
@@ -170,7 +170,7 @@ class Evaluator:
         name: str,
         check: Callable[[], None] = _never,
     ) -> list[Transcript]:
-        """Greedy transcripts of every utterance, in the order of the batches; see `loss`."""
+        """Transcripts of every utterance, in the order of the batches; see `loss`."""
         transcripts = []
         for index, batch in self._read(batches, f"{name} transcripts", check):
             transcripts += self.transcribe_batch(params, batch, batches.members(index))
@@ -179,7 +179,7 @@ class Evaluator:
     def transcribe_batch(
         self, params: ModelParams, batch: Batch, members: Sequence[Utterance | None]
     ) -> list[Transcript]:
-        """Greedy transcripts of a global batch.
+        """Transcripts of a global batch.
 
         Args:
           params: the model's parameters.
@@ -188,8 +188,9 @@ class Evaluator:
         """
         transcripts = []
         # Taken from the global batch: a host knows only which of its own clips it could read.
-        is_heard, rows = jax.device_get(self._decode(*params, batch))
-        for utterance, ids, heard in zip(members, rows.tolist(), is_heard, strict=True):
+        decoded, is_heard = jax.device_get(self._decode(*params, batch))
+        columns = (x.tolist() for x in (*decoded, is_heard))
+        for utterance, ids, cut_by, heard in zip(members, *columns, strict=True):
             if utterance is not None:
                 row, ids = utterance.row, ids if heard else []
                 transcripts.append(
@@ -200,7 +201,7 @@ class Evaluator:
                         tokens=tuple(ids),
                         secs=row.duration,
                         is_bad=not heard,
-                        is_cut=bool(ids) and self._prompt.end_of_turn not in ids,
+                        cut_by=LIMITS[cut_by - 1] if cut_by else None,
                     )
                 )
         return transcripts
@@ -220,13 +221,8 @@ class Evaluator:
         references += [utterance.row.text for utterance in batches.utterances]
         if found := check_references(name, references, self._normalizers[normalizer]):
             log.warning("%s", found)
-        num_labels, limit = batches.utterances.num_labels, self._max_new_tokens
-        if num_cut := np.count_nonzero(num_labels > limit):
-            log.warning(
-                "%s: %d of %d references take more than --max-new-tokens %d, up to %d: their "
-                "transcripts will be cut",
-                *(name, num_cut, len(num_labels), limit, num_labels.max()),
-            )
+        for text in _too_long(batches.utterances, self._decoding):
+            log.warning("%s: %s", name, text)
 
     def __call__(
         self,
@@ -252,7 +248,7 @@ class Evaluator:
         """
         transcripts, unheard = self.transcribe(params, batches, name=name, check=check), []
         for row in _defective(batches):
-            unheard.append(Transcript(row.id, row.text, "", (), None, is_bad=True, is_cut=False))
+            unheard.append(Transcript(row.id, row.text, "", (), None, is_bad=True, cut_by=None))
         scored = score_transcripts(name, transcripts + unheard, self._normalizers[normalizer])
         return Scores(
             loss=self.loss(params, batches, name=name, check=check),
@@ -278,6 +274,27 @@ class Evaluator:
 def _defective(batches: Batches) -> list[BadRow]:
     """The defective rows of a set that have a transcript: scores count them."""
     return [row for row in batches.left_out if row.reason.is_defect and row.text]
+
+
+def _too_long(utterances: Utterances, decoding: DecodeConfig) -> Iterator[str]:
+    """What to say of references that take more tokens than their transcripts may have."""
+    num_labels, secs = utterances.num_labels, utterances.durations
+    most, per_sec = decoding.max_new_tokens, decoding.tokens_per_sec
+    num_frames = np.ceil(secs / FRAME_SECS - 1e-6).astype(np.int32)
+    limits = np.asarray(token_limits(num_frames, decoding))
+    for is_cut, limit, needed in (
+        (num_labels > most, f"{option('max_new_tokens')} {most}", num_labels),
+        (
+            (num_labels > limits) & (limits < most),
+            f"{option('tokens_per_sec')} {per_sec:g} and {TOKENS_OF_ANY_CLIP}",
+            (num_labels - TOKENS_OF_ANY_CLIP) / secs,
+        ),
+    ):
+        if num_cut := np.count_nonzero(is_cut):
+            yield (
+                f"{num_cut} of {len(num_labels)} references take more than {limit}, up to "
+                f"{math.ceil(needed.max())}: their transcripts will be cut"
+            )
 
 
 def eval_step(

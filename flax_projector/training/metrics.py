@@ -105,7 +105,7 @@ class MetricsWriter:
             100 * found.rate,
             scores.loss,
             found.num_utterances,
-            f", {found.num_cut} cut by --max-new-tokens" if found.num_cut else "",
+            f", cut: {found.cut_text}" if found.cut_text else "",
         )
         for transcript in samples(scores.transcripts):
             log.info("  said %r, heard %r", transcript.reference, transcript.hypothesis)

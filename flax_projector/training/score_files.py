@@ -7,7 +7,8 @@ import reprlib
 import typing
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union
 
 from flax_projector.files import parse_json, read_bytes
 from flax_projector.training.scores import Edits, ScoredTranscript, count_edits
@@ -106,12 +107,14 @@ def _build(cls: Any, value: Any) -> Any:
 
 def _fits(kind: Any, value: Any) -> bool:
     """Whether a value from JSON is of the type of a field."""
+    if typing.get_origin(kind) in (Union, UnionType):
+        return any(_fits(case, value) for case in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and 0 <= value < math.inf
     if kind is int:
         return type(value) is int and value >= 0
-    if kind == float | None:
-        return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
     if kind == tuple[int, ...]:
         return isinstance(value, list) and all(_fits(int, item) for item in value)
     return isinstance(value, dict if kind is Edits else kind)

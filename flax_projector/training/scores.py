@@ -9,7 +9,7 @@ from typing import Literal
 
 import jiwer
 
-from flax_projector.config import BadClipsName, NormalizerName
+from flax_projector.config import LIMITS, BadClipsName, LimitName, NormalizerName, option
 from flax_projector.training.normalizers import Normalizer
 
 Headline = Literal["wer", "cer"]
@@ -61,7 +61,7 @@ class Transcript:
       tokens: the generated ids.
       secs: length of the clip; None if it is not known.
       is_bad: whether the clip could not be read.
-      is_cut: whether decoding stopped at its limit of tokens, before the end of the turn.
+      cut_by: the limit that ended the hypothesis before the end of its turn; None if none did.
     """
 
     id: str
@@ -70,7 +70,12 @@ class Transcript:
     tokens: tuple[int, ...]
     secs: float | None
     is_bad: bool
-    is_cut: bool
+    cut_by: LimitName | None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a limit ended the hypothesis."""
+        return self.cut_by is not None
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ class Summary:
       num_utterances: how many transcripts are in the rates.
       num_bad: how many clips could not be read.
       num_empty: how many references have no word after normalisation; they are in no rate.
-      num_cut: how many hypotheses were cut by the limit of tokens.
+      cut_by: how many hypotheses each limit cut.
       secs: length of the clips in the rates, as far as it is known.
       words: the edits of all utterances together, in words.
       characters: the same in characters.
@@ -202,10 +207,21 @@ class Summary:
     num_utterances: int
     num_bad: int
     num_empty: int
-    num_cut: int
+    cut_by: dict[LimitName, int]
     secs: float
     words: Edits
     characters: Edits
+
+    @property
+    def num_cut(self) -> int:
+        """How many hypotheses were cut."""
+        return sum(self.cut_by.values())
+
+    @property
+    def cut_text(self) -> str:
+        """How many were cut by which limit, as in "2 by --max-new-tokens"; empty if none was."""
+        found = [(count, name) for name, count in self.cut_by.items() if count]
+        return ", ".join(f"{count} by {option(name)}" for count, name in found)
 
     @property
     def wer(self) -> float:
@@ -265,7 +281,7 @@ def summarize(
         num_utterances=len(used),
         num_bad=sum(t.is_bad for t in transcripts),
         num_empty=sum(t.is_empty for t in transcripts),
-        num_cut=sum(t.is_cut for t in transcripts),
+        cut_by={name: sum(t.cut_by == name for t in transcripts) for name in LIMITS},
         secs=sum(t.secs or 0.0 for t in used),
         words=sum((t.words for t in used), Edits()),
         characters=sum((t.characters for t in used), Edits()),
