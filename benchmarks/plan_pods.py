@@ -158,8 +158,8 @@ How it is estimated:
   the links. Waiting for memory that is not in those estimates, and for the input, is not in it.
 - On GPUs, whose compiler estimates nothing, the time is the largest of what computing, memory and
   network need at their peaks. No program reaches that: with 16 clips of 15 s, an H200 took 296 ms
-  ([gpu.md](gpu.md#how-fast)), where the bound for an H100, which computes as fast, is 165 ms. The
-  memory of that step was 12.1 GB, as planned.
+  by an earlier version ([gpu.md](gpu.md#how-fast)), where this bound was 165 ms. The memory of that
+  step was 12.1 GB, as planned.
 - MFU counts the FLOPs that the model needs without padding and recomputation: 2 N a frame in the
   encoder, 6 N an audio token in the projector, 4 N a token in the LLM, 4 V D a label.
 - Lengths of clips are assumed: like those of read books, up to 15 s with a mean of 12 s.
