@@ -57,8 +57,10 @@ def test_plan_pads_only_one_batch_and_moves_leftovers_up(counts, sizes, seed):
         ((30.0,), (1,)),
     ],
 )
-def test_with_kept_frames_batches_hold_whole_multiples_that_last_no_longer(bounds, multiples):
-    config = DataConfig(bucket_secs=bounds, cache_features=True)
+def test_batches_of_short_clips_hold_whole_multiples_that_last_no_longer(
+    free_encoder, bounds, multiples
+):
+    config = DataConfig(bucket_secs=bounds)
     assert batch_multiples(config, 2) == multiples
     assert batch_multiples(dataclasses.replace(config, audio_tokens="window"), 2) == (1,)
 
@@ -68,9 +70,11 @@ def test_with_kept_frames_batches_hold_whole_multiples_that_last_no_longer(bound
     # Beside 5, 10 and 15 s in the LLM, a clip costs 4.8, 9.6, 2.4 and 1.2 s in the encoder.
     [(30.0, 2, (2, 1, 1)), (30.0, 4, (1, 1, 1)), (15.0, 2, (2, 1, 1)), (15.0, 1, (2, 1, 1))],
 )
-def test_with_an_encoder_in_the_step_every_clip_costs_a_window(window, pool_stride, multiples):
+def test_every_clip_costs_a_window_too(window, pool_stride, multiples):
     config = DataConfig(bucket_secs=(5.0, 10.0, 15.0), window_secs=window)
     assert batch_multiples(config, pool_stride) == multiples
+    kept = dataclasses.replace(config, cache_features=True)
+    assert batch_multiples(kept, pool_stride) == multiples, "keeping frames changes no batch"
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 1.0, 1.7, 3.0])

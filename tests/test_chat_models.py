@@ -205,7 +205,7 @@ def test_another_template_stops_a_resumed_run(finished):
         with pytest.raises(ValueError, match=r"(?s)another prompt than .*then: .*assistant.*now: "):
             load_prompt(resolve_config(config), Path(config.llm))
         with pytest.raises(SystemExit, match="another prompt than"):
-            program.cli(["transcribe", config.out, str(path)])
+            program.cli(["evaluate", config.out, str(path)])
     finally:
         path.write_text(template)
 
@@ -215,7 +215,7 @@ def test_a_run_without_a_prompt_is_refused(finished, tmp_path):
     shutil.copytree(finished["chatml"].out, tmp_path / "old")
     (tmp_path / "old" / "prompt.json").unlink()
     with pytest.raises(SystemExit, match=r"prompt.json is missing: the run was begun"):
-        program.cli(["transcribe", str(tmp_path / "old"), "x.wav"])
+        program.cli(["evaluate", str(tmp_path / "old"), "x.jsonl"])
 
 
 def test_the_texts_of_a_base_model_belong_to_the_run(finished):

@@ -370,15 +370,15 @@ def test_transcribe_says_what_is_wrong_with_a_file(live, tmp_path, capsys):
     (tmp_path / "bad.wav").write_bytes(b"not audio")
     files = [str(tmp_path / name) for name in ("gone.wav", "bad.wav", "long.wav")]
     odd = [str(tmp_path / os.fsdecode(name)) for name in (b"\xff.wav", b"a\tb\x1b[2J\n.wav")]
-    program.cli(["transcribe", live.out, clip, *files, *odd])
-    out = capsys.readouterr().out
-    out.encode()
-    lines = dict(line.split("\t") for line in out.splitlines())
-    assert list(lines) == [clip, *files, *map(printable, odd)]
-    assert not lines[clip].startswith("[")
-    assert lines[files[0]].startswith("[missing file: ")
-    assert lines[files[1]].startswith("[undecodable: ")
-    assert lines[files[2]] == "[longer than 2 s]"
+    with pytest.raises(SystemExit, match=r"^1$"):
+        program.cli(["transcribe", live.out, clip, *files, *odd])
+    out, errors = capsys.readouterr()
+    (out + errors).encode()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [clip]
+    assert f"{files[0]} does not exist" in errors
+    assert f"{files[1]} is not a readable audio file" in errors
+    assert f"{files[2]}: no speech was found in its 2.5 s" in errors
+    assert all(f"{printable(path)} does not exist" in errors for path in odd)
     whole = make_speech(tmp_path / "whole", 5, seed=1)
     program.cli(["evaluate", live.out, clips, whole])
     out = capsys.readouterr().out

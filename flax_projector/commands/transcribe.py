@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from flax_projector.commands.output import check_new
 from flax_projector.commands.use import Use
 from flax_projector.config import TranscriptFormat
-from flax_projector.logs import write_above_bars
+from flax_projector.logs import printable, write_above_bars
 
 if TYPE_CHECKING:
     from flax_projector.inference.sound_files import Heard
@@ -123,4 +123,4 @@ def _lengths(paths: Iterable[str]) -> dict[str, float | None]:
 
 
 def _log_error(text: str) -> None:
-    log.error("error: %s", text)
+    log.error("error: %s", printable(text))  # in one line, whatever the file is called

@@ -167,8 +167,9 @@ class DataConfig:
     count as no defects, and are always evaluated."""
     batch_size: PositiveInt = 8
     """Utterances per optimizer step, over all devices, of those as long as the last bucket. A batch
-    of a shorter bucket holds a multiple of it: as many as cost no more. With kept frames and
-    `bucket_secs` of 5, 10 and 15, a batch size of 8 means batches of 24, 8 and 8."""
+    of a shorter bucket holds a multiple of it: as many as cost no more. With `bucket_secs` of 5,
+    10 and 15, a window of 30 s and a pool stride of 2, a batch size of 8 means batches of 16, 8 and
+    8."""
     eval_batch_size: Annotated[PositiveInt, MAY_CHANGE] = 16
     """Utterances per decoding batch, likewise."""
     window_secs: PositiveFloat = 30.0

@@ -34,11 +34,12 @@ def assign(utterances: Utterances, config: DataConfig) -> np.ndarray:
 def batch_multiples(config: DataConfig, pool_stride: int) -> tuple[int, ...]:
     """How many times the batch size a batch of each bucket holds: as many as cost no more.
 
-    A clip costs its length in the LLM, and the window in the encoder, unless frames are kept. Whole
-    multiples, since whatever divides the batch size divides them: the devices' share of a batch and
-    the order of utterances do not depend on how many devices there are.
+    A clip costs its length in the LLM, and the window in the encoder. It is counted with kept
+    frames too, so that keeping them changes no batch. Whole multiples, since whatever divides the
+    batch size divides them: the devices' share of a batch and the order of utterances do not depend
+    on how many devices there are.
     """
-    encoder = 0.0 if config.cache_features else _ENCODER_COST * pool_stride * config.window_secs
+    encoder = _ENCODER_COST * pool_stride * config.window_secs
     last = config.bucket_bounds[-1] + encoder
     return tuple(int(last / (bound + encoder) + 1e-9) for bound in config.bucket_bounds)
 

@@ -81,6 +81,7 @@ def make_cache(
     cache = KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
     if prefix is None:
         return cache
+    cache = jax.lax.optimization_barrier(cache)  # or else XLA makes one constant of both, as large
     return jax.tree.map(lambda x, first: x.at[:, :, :, : first.shape[3]].set(first), cache, prefix)
 
 
