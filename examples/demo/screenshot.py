@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("report", type=Path, help="report.html of a run")
     parser.add_argument("out", type=Path, help="folder of the pictures")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     driver_path = shutil.which("chromedriver")
     if driver_path is None:  # selenium would download one
         sys.exit("error: there is no chromedriver: apt-get install chromium chromium-driver")
