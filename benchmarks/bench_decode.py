@@ -11,7 +11,7 @@ Without --models, weights are random, and tokens are not compared: many are equa
 
 Example:
 
-  python benchmarks/bench_decode.py --rounds 5 --models models
+  python benchmarks/bench_decode.py --models models
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; each runs both once")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds; each runs both once")
     parser.add_argument("--models", type=Path, help="folder of smollm2-135m-instruct")
     args = parser.parse_args()
     decoders, pairs, audio_secs = Decoders(args.models), {}, {}

@@ -173,7 +173,7 @@ def _candidates(
     """
     b, m, _ = logits.shape
     best, ids = jax.lax.top_k(logits, count)  # [B, m, 2h]
-    highest = best[..., :1]
+    highest = jnp.max(logits, axis=-1, keepdims=True)  # a slice of `best` would make it a sort
     total = jnp.sum(jnp.exp(logits - highest), axis=-1, keepdims=True)
     sums = scores[:, :m, None] + (best - highest - jnp.log(total))
     sums, index = jax.lax.top_k(sums.reshape(b, -1), count)
