@@ -68,8 +68,8 @@ def main() -> None:
     compiled.tower_configs = lambda config: (WHISPER, llama)
     data = DataConfig(batch_size=32, window_secs=8.0, bucket_secs=(8.0,), cache_features=True)
     run, speech = lay_out(dataclasses.replace(CONFIG, data=data, remat="none"))
-    ((bucket, batch),) = speech.batches.abstract_batches()
-    step = run.lower(bucket, batch).compile()
+    ((_, batch),) = speech.batches.abstract_batches()
+    step = run.lower(batch).compile()
     _, temporaries, predicted = memory_of(step)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what compiling took is not reused unseen

@@ -40,7 +40,7 @@ from flax_projector.training.state import (
     make_optimizer,
     make_schedule,
 )
-from flax_projector.training.train_step import lower_steps
+from flax_projector.training.train_step import lower_step
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +113,11 @@ class AbstractRun:
             optimizer,
         )
 
-    def lower(self, bucket: Bucket, batch: Batch) -> jax.stages.Lowered:
-        """The step of a bucket, exactly as training compiles it."""
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The step for an abstract batch, exactly as training compiles it."""
         args = self.state, self.frozen, self.optimizer, self.model, self.config
         with use_mesh(self.mesh):
-            ((_, step),) = lower_steps([LLMObjective()], [(bucket, batch)], *args)
-        return step
+            return lower_step(LLMObjective(), batch, *args)
 
     @property
     def argument_bytes(self) -> int:
@@ -204,7 +203,7 @@ def compile_step(run: AbstractRun, bucket: Bucket, batch: Batch, chip: Chip) -> 
     batch_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(batch))
     start, program = time.monotonic(), None
     try:
-        compiled, text = compile_and_write(run, run.lower(bucket, batch))
+        compiled, text = compile_and_write(run, run.lower(batch))
     except jax.errors.JaxRuntimeError as error:
         if (temporaries := _needed(str(error))) is None:
             raise

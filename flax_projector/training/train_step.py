@@ -5,7 +5,6 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -147,32 +146,30 @@ def batch_counts(batch: Batch, model: SpeechLLM, *, runs_llm: bool = True) -> Me
     return counts
 
 
-def lower_steps(
-    objectives: list[Objective],
-    batches: list[tuple[Bucket, Batch]],
+def lower_step(
+    objective: Objective,
+    batch: Batch,
     abstract: TrainState,
     frozen: tuple[Params, Params],
     optimizer: optax.GradientTransformation,
     model: SpeechLLM,
     config: TrainConfig,
-) -> Iterator[tuple[tuple[Objective, Bucket], jax.stages.Lowered]]:
-    """The step for every objective and bucket, ready to be compiled; see `compile_steps`."""
-    state_mesh = abstract.step.sharding.mesh
-    for objective, (bucket, batch) in itertools.product(objectives, batches):
-        step = jax.jit(
-            functools.partial(
-                train_step,
-                model=model,
-                optimizer=optimizer,
-                seed=config.seed,
-                objective=objective,
-                accumulation_steps=config.accumulation_steps,
-            ),
-            in_shardings=shardings_of((abstract, *frozen, batch)),
-            out_shardings=(shardings_of(abstract), replicated(state_mesh)),
-            donate_argnums=0,
-        )
-        yield (objective, bucket), step.lower(abstract, *frozen, batch)
+) -> jax.stages.Lowered:
+    """The step for one objective and an abstract batch, to be compiled; see `compile_steps`."""
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            model=model,
+            optimizer=optimizer,
+            seed=config.seed,
+            objective=objective,
+            accumulation_steps=config.accumulation_steps,
+        ),
+        in_shardings=shardings_of((abstract, *frozen, batch)),
+        out_shardings=(shardings_of(abstract), replicated(abstract.step.sharding.mesh)),
+        donate_argnums=0,
+    )
+    return step.lower(abstract, *frozen, batch)
 
 
 def compile_steps(
@@ -195,8 +192,9 @@ def compile_steps(
       model: the modules.
       config: gives the seed and the number of micro-batches.
     """
-    start = time.monotonic()
-    lowered = lower_steps(objectives, batches, abstract, frozen, optimizer, model, config)
-    compiled = {key: step.compile() for key, step in lowered}
+    compiled, start = {}, time.monotonic()
+    for objective, (bucket, batch) in itertools.product(objectives, batches):
+        step = lower_step(objective, batch, abstract, frozen, optimizer, model, config)
+        compiled[objective, bucket] = step.compile()
     log.info("compiled %d steps in %.0f s", len(compiled), time.monotonic() - start)
     return compiled
