@@ -131,48 +131,38 @@ def _opened_anyhow(
     file: str | BinaryFile, end_secs: float | None
 ) -> Iterator[soundfile.SoundFile | SoundStream]:
     """The file as libsndfile opens it, or else what decodes it to its end."""
-    with _opened_by_sndfile(file) as sound:
-        with _opened(file) as content:
-            if sound is None:
-                with open_container(content) as found:
-                    yield SoundStream(_checked(found.samplerate), found.secs, found.blocks)
-                return
-            is_within = end_secs is not None and end_secs * sound.samplerate <= sound.frames
-            if parts := _distrusted(sound, content, is_within=is_within):
-                yield SoundStream(sound.samplerate, None, _decode(sound, parts))
-                return
-        yield sound
+    with contextlib.ExitStack() as stack:
+        yield _open(file, end_secs, stack)
 
 
-@contextlib.contextmanager
-def _opened_by_sndfile(file: str | BinaryFile) -> Iterator[soundfile.SoundFile | None]:
-    """The file as libsndfile opens it; None if it does not, but FFmpeg may.
+def _open(
+    file: str | BinaryFile, end_secs: float | None, stack: contextlib.ExitStack
+) -> soundfile.SoundFile | SoundStream:
+    """See `_opened_anyhow`; the stack closes what is opened.
 
     Raises:
-      soundfile.SoundFileError: if both do not know its format.
+      soundfile.SoundFileError: if neither libsndfile nor FFmpeg knows the format.
     """
     name: Any = os.fsencode(file) if isinstance(file, str) else file  # it need not be UTF-8
     try:
-        sound = soundfile.SoundFile(name)
-    except soundfile.SoundFileError:
-        if not _is_known(file):
+        sound = stack.enter_context(soundfile.SoundFile(name))
+    except soundfile.SoundFileError as error:
+        if isinstance(file, str) and not os.path.exists(file):
             raise
-        yield None
-        return
-    with sound:
-        _checked(sound.samplerate)
-        yield sound
-
-
-def _is_known(file: str | BinaryFile) -> bool:
-    """Whether FFmpeg knows the format of a file that libsndfile does not open."""
-    if isinstance(file, str) and not os.path.exists(file):
-        return False
-    try:
-        with _opened(file) as content, open_container(content):
-            return True
-    except UnknownFormat:
-        return False
+        content = stack.enter_context(_opened(file))
+        try:
+            found = stack.enter_context(open_container(content))
+        except UnknownFormat:
+            raise error from None
+        return SoundStream(_checked(found.samplerate), found.secs, found.blocks)
+    _checked(sound.samplerate)
+    with contextlib.ExitStack() as opened:
+        content = opened.enter_context(_opened(file))
+        is_within = end_secs is not None and end_secs * sound.samplerate <= sound.frames
+        if parts := _distrusted(sound, content, is_within=is_within):
+            stack.enter_context(opened.pop_all())
+            return SoundStream(sound.samplerate, None, _decode(sound, parts))
+    return sound
 
 
 def _checked(samplerate: int) -> int:
