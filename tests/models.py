@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import (
@@ -24,8 +25,9 @@ from convert.checkpoint import in_memory
 from convert.load import load_tower
 from convert.models import LLAMA, PROJECTOR, ModelKind
 from convert.trees import unflatten
-from flax_projector.config import MeshConfig, ProjectorConfig
+from flax_projector.config import MeshConfig, ProjectorConfig, WhisperConfig
 from flax_projector.models.llama import LlamaDecoder
+from flax_projector.models.speech_llm import SpeechLLM, make_speech_llm
 from flax_projector.sharding import make_mesh
 from tests.tiny import randomize, read_all
 
@@ -162,3 +164,9 @@ def make_decoder_pair(
     flax_config, params = load_on_one_device(LLAMA, folder)
     module = LlamaDecoder(flax_config)
     return SimpleNamespace(torch=model, config=flax_config, module=module, params=params)
+
+
+def around(llama: Any) -> SpeechLLM:
+    """A whole model, of which only the LLM matters, given that one's config."""
+    whisper, projector = WhisperConfig(5, 7, 1, 1, 3), ProjectorConfig(7, llama.hidden_size)
+    return make_speech_llm(whisper, projector, llama, dtype=jnp.float32, remat="none")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from flax_projector.config import LIMITS, DecodeConfig, MeshConfig, ProjectorConfig, WhisperConfig
+from flax_projector.config import LIMITS, DecodeConfig, MeshConfig
 from flax_projector.models.decode import generate
 from flax_projector.models.llama import abstract_decoder
-from flax_projector.models.speech_llm import SpeechLLM, make_speech_llm
+from flax_projector.models.speech_llm import SpeechLLM
 from flax_projector.sharding import batch_sharding, make_mesh, use_mesh
-from tests.models import DECODERS, VOCAB, make_decoder_pair, random_floats
+from tests.models import DECODERS, VOCAB, around, make_decoder_pair, random_floats
 
 pytestmark = [pytest.mark.torch, pytest.mark.xdist_group("beams")]
 
@@ -60,13 +60,7 @@ def pairs(tmp_path_factory) -> list[Any]:
         llama = make_decoder_pair(
             folder, **DECODERS["tied, 3 heads per kv head"], gain=2, seed=seed
         )
-        model = make_speech_llm(
-            WhisperConfig(5, 7, 1, 1, 3),
-            ProjectorConfig(7, llama.config.hidden_size),
-            llama.config,
-            dtype=jnp.float32,
-            remat="none",
-        )
+        model = around(llama.config)
         inputs = seed * random_floats(len(LENGTHS), max(LENGTHS), llama.config.hidden_size)
         parts = {"torch": llama.torch, "params": llama.params, "model": model, "inputs": inputs}
         found.append(SimpleNamespace(**parts))

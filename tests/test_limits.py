@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_projector.config import LIMITS, DecodeConfig, ProjectorConfig, WhisperConfig
+from flax_projector.config import LIMITS, DecodeConfig
 from flax_projector.models.decode import generate
 from flax_projector.models.limits import Repeats, token_limits
-from flax_projector.models.speech_llm import make_speech_llm
-from tests.models import DECODERS, VOCAB, make_decoder_pair, random_floats
+from tests.models import DECODERS, VOCAB, around, make_decoder_pair, random_floats
 
 pytestmark = pytest.mark.torch
 
@@ -79,13 +78,7 @@ def pair(tmp_path_factory):
     llama = make_decoder_pair(
         tmp_path_factory.mktemp("llama"), **DECODERS["tied, 3 heads per kv head"], gain=1.2
     )
-    model = make_speech_llm(
-        WhisperConfig(5, 7, 1, 1, 3),
-        ProjectorConfig(7, llama.config.hidden_size),
-        llama.config,
-        dtype=jnp.float32,
-        remat="none",
-    )
+    model = around(llama.config)
     return model, llama.params, random_floats(6, 5, llama.config.hidden_size)
 
 
