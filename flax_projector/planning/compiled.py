@@ -309,10 +309,9 @@ def compile_all(run: AbstractRun, speech: Speech, chip: Chip) -> Compiled:
         pending = {each[0]: begin(compile_step, run, *each, chip) for each in order}
         decoding = begin(compile_decoding, run, largest[0])
         steps = {bucket: step.result() for bucket, step in pending.items()}
-        of_largest = steps.pop(largest[0])
-        most = most_rows(run, of_largest, list(steps.values()), largest[1], chip)
+        others = [step for bucket, step in steps.items() if bucket != largest[0]]
+        most = most_rows(run, steps[largest[0]], others, largest[1], chip)
         progress.update(len(order) == 1)
-        steps[largest[0]] = of_largest
         return Compiled([steps[bucket] for bucket, _ in batches], most, decoding.result())
 
 
