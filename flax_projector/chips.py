@@ -1,7 +1,26 @@
-"""What the makers of accelerators say of them: the only table of such figures."""
+"""What the makers of accelerators say of them, and what is attained: the only such table."""
 
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Attained:
+    """What programs attain of a chip's peaks, as shares.
+
+    Attributes:
+      products: of FLOP/s, in products of matrices.
+      kernels: of FLOP/s, in kernels of attention.
+      hbm: of the memory's bandwidth.
+    """
+
+    products: float = 1.0
+    kernels: float = 1.0
+    hbm: float = 1.0
+
+
+_ON_H100 = Attained(products=0.76, kernels=0.28, hbm=0.70)
+"""In the training step, as one H100 was traced: docs/gpu.md. Assumed of the other GPUs."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,7 @@ class Chip:
       clock: cycles/s, in which the TPU's compiler estimates; None for GPUs, whose compiler does
         not. It is the peak divided by the FLOPs that all MXUs of a chip do in a cycle.
       source: where the figures are from.
+      attained: what programs attain of these figures, where the compiler does not estimate it.
     """
 
     kind: str
@@ -31,6 +51,7 @@ class Chip:
     network_bandwidth: float
     clock: float | None
     source: str
+    attained: Attained = Attained()
 
 
 GIB = 2.0**30
@@ -94,6 +115,7 @@ CHIPS = {
         network_bandwidth=25e9,
         clock=None,
         source="NVIDIA, A100 80GB SXM and DGX A100",
+        attained=_ON_H100,
     ),
     "h100": Chip(
         "NVIDIA H100",
@@ -104,6 +126,7 @@ CHIPS = {
         network_bandwidth=50e9,
         clock=None,
         source="NVIDIA, H100 SXM and DGX H100",
+        attained=_ON_H100,
     ),
     "h200": Chip(
         "NVIDIA H200",
@@ -114,6 +137,7 @@ CHIPS = {
         network_bandwidth=50e9,
         clock=None,
         source="NVIDIA, H200 SXM and DGX H200",
+        attained=_ON_H100,
     ),
 }
 """By the names that `--plan` knows them by."""

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 from flax_projector.planning.hlo import Array, arrays_of
-from flax_projector.planning.program import read_program
+from flax_projector.planning.program import Operation, read_program
 
 # A step of 3 layers on 8 chips: a loop that computes, copies and runs a kernel, and what follows.
 # The metadata of the kernel spreads its instruction over several lines, as the compiler writes it.
@@ -184,6 +184,67 @@ def test_scratch_memory_of_a_library_does_not_count():
     call = '(f32[5,64]{1,0}, s8[33554432]{0}) custom-call(%z), custom_call_target="gemm"'
     text = re.sub(r"f32\[5,64\]\{1,0\} fusion\(%x.*", lambda _: call, NESTED)
     assert read_program(text).hbm_bytes == 2 * 4 * 5 * 64
+
+
+# What a GPU's compiler writes: cuBLAS, Triton, cuDNN, and a slice of a stack in a loop.
+ON_GPU = textwrap.dedent(
+    """\
+    HloModule jit_train_step
+
+    %gemm (a.1: bf16[64,512], b.1: bf16[512,32]) -> f32[64,32] {
+      %a.1 = bf16[64,512]{1,0} parameter(0)
+      %b.1 = bf16[512,32]{1,0} parameter(1)
+      ROOT %dot.1 = f32[64,32]{1,0} dot(%a.1, %b.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    }
+
+    %body (arg: (bf16[64,256], bf16[3,256,512], s32[])) -> (bf16[64,256], bf16[3,256,512], s32[]) {
+      %arg = (bf16[64,256]{1,0}, bf16[3,256,512]{2,1,0}, s32[]) parameter(0)
+      %x = bf16[64,256]{1,0} get-tuple-element(%arg), index=0
+      %w = bf16[3,256,512]{2,1,0} get-tuple-element(%arg), index=1
+      %i = s32[] get-tuple-element(%arg), index=2
+      %w.1 = bf16[256,512]{1,0} dynamic-slice(%w, %i), dynamic_slice_sizes={1,256,512}
+      %matmul.1 = (bf16[64,512]{1,0}, s8[33554432]{0}) custom-call(%x, %w.1), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(train_step)/jvp(WhisperEncoder)/while/body/layers/fc1/dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+      ROOT %tuple = (bf16[64,256]{1,0}, bf16[3,256,512]{2,1,0}, s32[]) tuple(%x, %w, %i)
+    }
+
+    ENTRY %main (x.1: bf16[64,256], w.2: bf16[3,256,512], h: bf16[64,512], v: bf16[512,32], q: bf16[2,24,4,8], k: bf16[2,40,2,8]) -> f32[64,32] {
+      %x.1 = bf16[64,256]{1,0} parameter(0)
+      %w.2 = bf16[3,256,512]{2,1,0} parameter(1)
+      %h = bf16[64,512]{1,0} parameter(2)
+      %v = bf16[512,32]{1,0} parameter(3)
+      %q = bf16[2,24,4,8]{3,2,1,0} parameter(4)
+      %k = bf16[2,40,2,8]{3,2,1,0} parameter(5)
+      %zero = s32[] constant(0)
+      %start = (bf16[64,256]{1,0}, bf16[3,256,512]{2,1,0}, s32[]) tuple(%x.1, %w.2, %zero)
+      %while.1 = (bf16[64,256]{1,0}, bf16[3,256,512]{2,1,0}, s32[]) while(%start), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+      %attention.1 = (bf16[2,24,4,8]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[2,24,4,8]{3,2,1,0}, bf16[2,40,2,8]{3,2,1,0}, bf16[2,40,2,8]{3,2,1,0}}, api_version=API_VERSION_STATUS_RETURNING, metadata={op_name="jit(train_step)/jvp(LlamaDecoder.blocks)/while/body/layers/self_attn/dot_product_attention_fwd"}, backend_config={"cudnn_fmha_backend_config":{"mask_type":"NO_MASK"}}
+      ROOT %gemm_fusion.1 = f32[64,32]{1,0} fusion(%h, %v), kind=kCustom, calls=%gemm, metadata={op_name="jit(train_step)/jvp(LlamaDecoder.logits)/dot_general"}
+    }
+    """  # noqa: E501 - as long as the compiler's
+)
+
+
+def test_operations_of_a_gpu_have_flops_and_bytes():
+    program = read_program(ON_GPU)
+    assert program.operations == [
+        Operation("layout", 3, 0.0, 2.0 * (2 * 256 * 512) + 4),
+        Operation("encoder", 3, 2.0 * 64 * 256 * 512, 2.0 * (64 * 256 + 256 * 512 + 64 * 512)),
+        Operation(
+            "head and loss", 1, 2.0 * 64 * 512 * 32, 2.0 * (64 * 512 + 512 * 32) + 4 * 64 * 32
+        ),
+    ]
+    assert not program.cycles
+    moved = sum(each.count * each.hbm_bytes for each in program.operations)
+    assert program.hbm_bytes == moved + 2 * (2 * 24 * 4 * 8 * 2 + 2 * (2 * 40 * 2 * 8))
+
+
+@pytest.mark.parametrize(("name", "num_products"), [("", 2), ("Backward", 5)])
+@pytest.mark.parametrize(("mask", "seen"), [("NO_MASK", 1), ("CAUSAL", 1 / 2)])
+def test_attention_of_a_gpu_counts_what_a_query_sees(name, num_products, mask, seen):
+    text = ON_GPU.replace("fmhaSoftmax", f"fmhaSoftmax{name}").replace("NO_MASK", mask)
+    (kernel,) = read_program(text).kernels
+    assert (kernel.name, kernel.part, kernel.count) == ("attention", "LLM forward", 1)
+    assert kernel.flops == seen * num_products * 2 * (2 * 4 * 24 * 40 * 8)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """How long a step takes, what limits it, and what it needs of a host: estimates, by formulas."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,10 +76,10 @@ class Estimate:
     """What is expected of a step; times are in seconds, bytes are of a chip.
 
     Attributes:
-      secs: of the step. On TPUs the sum of the compiler's estimate, of the kernels by formula and
-        of the collectives that computation does not hide; on GPUs, whose compiler estimates
-        nothing, the roofline: at least so long.
-      parts: what it consists of, on TPUs.
+      secs: of the step: all parts together.
+      parts: what it consists of. On TPUs by the compiler's estimate; on GPUs, whose compiler
+        estimates nothing, by the FLOPs or the bytes of every operation and what is attained of the
+        chip's peaks; "kernels" by formula, "collectives" those that computation does not hide.
       roofline: the least that computing, HBM, links and network would take, each alone.
       limit: which of them is the longest.
       model_flops: FLOPs that the model needs, by the formula of `FlopCounter`, over all chips.
@@ -182,12 +182,11 @@ def estimate(
         "links": links / chip.link_bandwidth,
         "network": network / chip.network_bandwidth,
     }
-    parts = {}
-    if chip.clock is not None:
-        parts = {part: cycles / chip.clock for part, cycles in program.cycles.items()}
-        parts["kernels"] = sum(kernel.flops for kernel in program.kernels) / chip.peak_flops
-        parts["collectives"] = exposed
-    secs = sum(parts.values()) or max(roofline.values())
+    parts = _parts(program, chip)
+    kernel_flops = sum(kernel.flops for kernel in program.kernels)
+    parts["kernels"] = kernel_flops / (chip.attained.kernels * chip.peak_flops)
+    parts["collectives"] = exposed
+    secs = sum(parts.values())
     return Estimate(
         secs=secs,
         parts=parts,
@@ -202,6 +201,18 @@ def estimate(
         network_bytes=network,
         **_host(topology, step, contents, secs),
     )
+
+
+def _parts(program: Program, chip: Chip) -> dict[str, float]:
+    """Seconds of all operations but kernels and collectives."""
+    if chip.clock is not None:
+        return {part: cycles / chip.clock for part, cycles in program.cycles.items()}
+    parts: dict[str, float] = defaultdict(float)
+    for each in program.operations:
+        computing = each.flops / (chip.attained.products * chip.peak_flops)
+        moving = each.hbm_bytes / (chip.attained.hbm * chip.hbm_bandwidth)
+        parts[each.part] += each.count * max(computing, moving)
+    return dict(parts)
 
 
 def _traffic(program: Program, topology: Topology) -> tuple[float, float, float]:
@@ -253,7 +264,7 @@ def decoding_of(found: tuple[int, Program], max_new_tokens: int, chip: Chip) -> 
     """How fast an evaluation decodes.
 
     The time of a token is that of the loop over tokens: on TPUs the compiler's estimate, on GPUs
-    what reading and writing its bytes takes at least.
+    what reading and writing its bytes takes at the bandwidth that is attained.
 
     Args:
       found: rows of a chip, and the program.
@@ -267,7 +278,7 @@ def decoding_of(found: tuple[int, Program], max_new_tokens: int, chip: Chip) -> 
     rows, program = found
     loops = [loop for loop in program.loops.values() if loop.count == max_new_tokens]
     hbm_secs = sum(loop.hbm_bytes for loop in loops) / chip.hbm_bandwidth
-    secs = hbm_secs
+    secs = hbm_secs / chip.attained.hbm
     if chip.clock is not None:
         secs = sum(loop.cycles for loop in loops) / chip.clock
     return {

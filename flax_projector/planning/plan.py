@@ -26,7 +26,12 @@ from flax_projector.planning.estimate import (
     mixture,
 )
 from flax_projector.planning.speech import read_speech
-from flax_projector.planning.topology import Topology, absent_devices, parse_topology
+from flax_projector.planning.topology import (
+    Topology,
+    absent_devices,
+    needs_gpu_compiler,
+    parse_topology,
+)
 from flax_projector.run import resolve_config
 from flax_projector.sharding import make_mesh, num_batch_shards
 
@@ -154,7 +159,8 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
       topology_name: see `parse_topology`.
 
     Raises:
-      ValueError: if the pod does not exist, or the run does not fit its number of chips.
+      ValueError: if the pod does not exist, the run does not fit its number of chips, or a
+        compiler is not installed.
     """
     topology = parse_topology(topology_name)
     with _absent(topology):
@@ -163,7 +169,12 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
         mesh = make_mesh(config.mesh, devices)
         speech = read_speech(config, mesh)
         run = AbstractRun.of(config, mesh, speech)
-        found = compile_all(run, speech, topology.chip)
+        try:
+            found = compile_all(run, speech, topology.chip)
+        except RuntimeError as error:
+            if "cuDNN not found" not in str(error):
+                raise
+            raise ValueError(needs_gpu_compiler(topology)) from error
         held = contents_of(speech, run.model, config.data)
     steps = found.steps
     contents = [held[step.bucket] for step in steps]

@@ -2,10 +2,11 @@
 
 The TPU's compiler writes its own estimate, in cycles of the chip, beside every fusion. Neither that
 text nor XLA's cost analysis says how often a loop runs: here every body counts as often as the
-condition of its loop lets it run. Programs for GPUs carry no estimates.
+condition of its loop lets it run. Programs for GPUs carry no estimates: there, the FLOPs of the
+products and the bytes of all operations are counted.
 
-Pallas kernels carry none either, and are counted by formula: an MXU multiplies rows of 128 numbers,
-so that a head of 64 takes the time of one of 128.
+Kernels of attention carry none either, and are counted by formula. An MXU multiplies rows of 128
+numbers, so that a head of 64 takes the time of one of 128.
 """
 
 import functools
@@ -63,19 +64,37 @@ LANES = 128
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel of attention, by formula.
+    """A kernel of attention, by formula.
 
     Attributes:
       name: the kernel's.
       part: which of `PARTS`.
       count: how often it runs in a step.
-      flops: of all its runs, with heads padded to the lanes of the MXU.
+      flops: of all its runs: on TPUs with heads padded to the lanes of the MXU, on GPUs without
+        what a causal mask hides.
     """
 
     name: str
     part: str
     count: int
     flops: float
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a program computes or moves at once, beside kernels and collectives.
+
+    Attributes:
+      part: which of `PARTS`.
+      count: how often it runs in a step.
+      flops: of the products of matrices in it, each time; on GPUs.
+      hbm_bytes: read and written each time.
+    """
+
+    part: str
+    count: int
+    flops: float
+    hbm_bytes: float
 
 
 @dataclass(frozen=True)
@@ -122,7 +141,8 @@ class Program:
 
     Attributes:
       cycles: the compiler's estimate by part; empty for GPUs.
-      kernels: what has no estimate.
+      kernels: what has no estimate on TPUs either.
+      operations: all else that touches memory, one by one.
       collectives: what chips exchange.
       hbm_bytes: read and written, estimated from the shapes of all operations.
       loops: by the names of their bodies.
@@ -130,6 +150,7 @@ class Program:
 
     cycles: Counter[str] = field(default_factory=Counter)
     kernels: list[Kernel] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     hbm_bytes: float = 0.0
     loops: dict[str, Loop] = field(default_factory=dict)
@@ -157,20 +178,23 @@ class _Reader:
             cycles += each.cycles
             if each.cycles:
                 self.program.cycles[self._part(each)] += times * each.cycles
-            self.program.hbm_bytes += times * self._hbm_bytes(each, made)
+            touched = self._hbm_bytes(each, made)
+            self.program.hbm_bytes += times * touched
             if each.opcode == "while":
                 body, count = each.find(r"body=%?([\w.\-]+)"), self._trips(each)
                 before = self.program.hbm_bytes
                 inside, runs = self._walk(body, times * count), times * count
-                touched = (self.program.hbm_bytes - before) / max(runs, 1)
-                self.program.loops[body] = Loop(runs, inside, touched)
+                moved = (self.program.hbm_bytes - before) / max(runs, 1)
+                self.program.loops[body] = Loop(runs, inside, moved)
                 cycles += count * inside
             elif each.opcode in ("call", "conditional", "async-start"):
                 for called in self._called(each):
                     cycles += self._walk(called, times)
-            elif "tpu_custom_call" in each.line and (kernel := _kernel(each, times)) is not None:
+            elif (kernel := _kernel(each, times)) is not None:
                 self.program.kernels.append(kernel)
-            self._add_collective(each, times)
+            elif not self._add_collective(each, times) and touched:
+                flops = self._flops(each, made)
+                self.program.operations.append(Operation(self._part(each), times, flops, touched))
         return cycles
 
     def _called(self, each: Instruction) -> list[str]:
@@ -259,14 +283,28 @@ class _Reader:
             return self._written(made[each.operands[0]], made)
         return math.inf
 
-    def _add_collective(self, each: Instruction, times: int) -> None:
-        """Adds what an instruction sends, if it is a collective or begins one."""
+    def _flops(self, each: Instruction, made: dict[str, Instruction]) -> float:
+        """Of the products of matrices in an operation of a GPU's program."""
+        if each.opcode == "fusion":
+            inside = {i.name: i for i in self.computations.get(each.called, [])}
+            return sum(self._flops(i, inside) for i in inside.values())
+        dims = each.find(r'lhs_contracting_dim\w*"?[=:][{\[]([^}\]]*)')  # of a dot or of cuBLAS
+        if not dims or each.operands[0] not in made:
+            return 0.0
+        left = made[each.operands[0]].results[0].shape
+        contracted = math.prod(left[int(dim)] for dim in re.findall(r"\d+", dims))
+        return 2.0 * math.prod(each.results[0].shape) * contracted
+
+    def _add_collective(self, each: Instruction, times: int) -> bool:
+        """Adds what an instruction sends, if it is a collective or begins one; says if it is."""
         if each.opcode == "fusion" and each.name.startswith("async-collective-start"):
             for inside in self.computations.get(each.called, []):
                 if inside.opcode in _SENT:
                     self._append(inside, times, is_hidden=True)
-        elif each.opcode.removesuffix("-start") in _SENT:
+            return True
+        if is_sent := each.opcode.removesuffix("-start") in _SENT:
             self._append(each, times, is_hidden=each.opcode.endswith("-start"))
+        return is_sent
 
     def _append(self, each: Instruction, times: int, *, is_hidden: bool) -> None:
         kind, crosses = each.opcode.removesuffix("-start"), "megascale" in each.line
@@ -297,7 +335,17 @@ def _group_size(line: str) -> int:
 
 def _kernel(each: Instruction, times: int) -> Kernel | None:
     """A kernel of attention: two products forward; backward five in one, or four and three."""
-    inputs = arrays_of(each.find(r"operand_layout_constraints=\{(.*?)\}, frontend"))
+    inputs = arrays_of(each.find(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|api)"))
+    part = next((p for pattern, p in _PART_OF_NAME if re.search(pattern, each.op_name)), "rest")
+    name = re.sub(r"[.\d]+$", "", each.name)
+    if "__cudnn$fmha" in each.line:  # heads after positions
+        (b, num_queries, h, dim), num_keys = inputs[0].shape, inputs[1].shape[1]
+        num_products = 5 if "Backward" in each.line else 2
+        seen = 0.5 if '"CAUSAL"' in each.line else 1.0
+        flops = seen * 2 * num_products * b * h * num_queries * num_keys * dim
+        return Kernel(name, part, times, times * flops)
+    if "tpu_custom_call" not in each.line:
+        return None
     # Queries, keys and values, with the batch if it has more than one row; the rest are masks.
     heads = [a for a in inputs if a.dtype in ("bf16", "f32") and len(a.shape) in (3, 4)]
     if len(heads) < 3:
@@ -312,6 +360,4 @@ def _kernel(each: Instruction, times: int) -> Kernel | None:
     if "dkv" in each.name:  # with the gradient of the queries too, if it has as many results more
         num_products = 5 if sum(len(array.shape) > 2 for array in each.results[2:]) > 2 else 4
     flops = 2 * num_products * math.prod(rows) * num_queries * num_keys * -(-dim // LANES) * LANES
-    part = next((p for pattern, p in _PART_OF_NAME if re.search(pattern, each.op_name)), "rest")
-    name = re.sub(r"[.\d]+$", "", each.name)
     return Kernel(name, part, times, float(times * flops))

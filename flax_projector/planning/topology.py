@@ -190,11 +190,16 @@ def _require_compiler(topology: Topology) -> None:
                 "pip install libtpu"
             )
     elif importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ValueError(
-            f"--plan {topology.name} needs the GPU's compiler, which needs no GPU: pip install "
-            "--no-deps --target gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12, "
-            "and set PYTHONPATH=gpu-compiler"
-        )
+        raise ValueError(needs_gpu_compiler(topology))
+
+
+def needs_gpu_compiler(topology: Topology) -> str:
+    """What to do if the GPU's compiler, or cuDNN for it, is not installed."""
+    return (
+        f"--plan {topology.name} needs the GPU's compiler, which needs no GPU: pip install "
+        "--no-deps --target gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12, "
+        "and set PYTHONPATH=gpu-compiler"
+    )
 
 
 _GPUS = {  # cores, KiB of shared memory in a core, MiB of L2, GHz, compute capability, full name
