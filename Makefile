@@ -39,9 +39,22 @@ demo: models
 	    --manifest examples/demo/speech/heldout_unseen_voices.jsonl --out $(RUN)/parity.json
 	$(BIN)/python examples/demo/results.py --run $(RUN) --parity $(RUN)/parity.json
 
+# The GPU's compiler, which plans need. It is in no extra but in a folder of its own, because JAX looks
+# for a GPU wherever it finds one. Attention in bfloat16 needs cuDNN, which is four times as large.
+GPU_COMPILER := .gpu-compiler
+INTO_GPU_COMPILER = $(INSTALL) --no-deps --upgrade --target $(GPU_COMPILER)
+
+$(GPU_COMPILER)/jax_plugins: $(VENV)/.installed
+	$(INTO_GPU_COMPILER) jax-cuda12-plugin jax-cuda12-pjrt
+	touch $@
+
+$(GPU_COMPILER)/nvidia: $(GPU_COMPILER)/jax_plugins
+	$(INTO_GPU_COMPILER) nvidia-cudnn-cu12
+	touch $@
+
 # Most of the time goes into compiling small programs that run once: these need no optimised code.
 # `make parity` and `make test-slow` compile as users do.
-test: lint
+test: lint $(GPU_COMPILER)/jax_plugins
 	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(BIN)/python -m pytest \
 	    -n 2 --dist loadgroup --jaxtyping-packages=flax_projector,beartype.beartype
 
@@ -52,12 +65,9 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright
 
 # Real weights, the installed wheel, and the TPU and GPU compilers, which need no such device: takes
-# minutes instead of seconds. The GPU compiler goes into a folder of its own, because JAX looks for
-# a GPU wherever it finds one.
-test-slow: models
-	test -d .gpu-compiler || $(INSTALL) \
-	    --no-deps --target .gpu-compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cudnn-cu12
-	PYTHONPATH=.gpu-compiler FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) \
+# minutes instead of seconds.
+test-slow: models $(GPU_COMPILER)/nvidia
+	PYTHONPATH=$(GPU_COMPILER) FLAX_PROJECTOR_MODELS=$(abspath $(MODELS)) \
 	    $(BIN)/python -m pytest -m slow
 
 # The wheel alone, installed outside the checkout; part of test-slow.
@@ -90,4 +100,4 @@ floors.txt: pyproject.toml constraints.txt .github/floors.py
 	$(PYTHON) .github/floors.py > $@
 
 clean:
-	rm -rf $(VENV) .gpu-compiler build dist floors.txt runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_COMPILER) build dist floors.txt runs .pytest_cache .ruff_cache
