@@ -83,7 +83,7 @@ def test_upstreams_folder_is_heard_as_upstream_trains(exported, tmp_path, tiny_t
     assert capsys.readouterr().out.startswith(f"{tmp_path}/long.wav\t")
     found = find_named(folder, projector=None, encoder="x", llm="y")
     assert found.config.data.audio_tokens == "window" and found.config.data.window_secs == 30
-    assert found.config.data.bucket_secs == (5.0, 10.0, 15.0)
+    assert found.config.data.bucket_secs[-1] == 15
     assert (found.config.encoder, found.config.llm) == ("x", "y")
     assert found.config.prompt.system == "/no_think /system_override" and not found.rendered
 

@@ -167,9 +167,9 @@ class DataConfig:
     count as no defects, and are always evaluated."""
     batch_size: PositiveInt = 8
     """Utterances per optimizer step, over all devices, of those as long as the last bucket. A batch
-    of a shorter bucket holds a multiple of it: as many as cost no more. With `bucket_secs` of 5,
-    10 and 15, a window of 30 s and a pool stride of 2, a batch size of 8 means batches of 16, 8 and
-    8."""
+    of a shorter bucket holds a multiple of it: as many as cost no more. With the default
+    `bucket_secs`, a window of 30 s and a pool stride of 2, a batch size of 8 means batches of 16
+    clips of up to 5 s, and of 8 in the other buckets."""
     eval_batch_size: Annotated[PositiveInt, MAY_CHANGE] = 16
     """Utterances per decoding batch, likewise."""
     window_secs: PositiveFloat = 30.0
@@ -182,7 +182,7 @@ class DataConfig:
     window, the silence after the clip included, so that all clips have the same length and there
     is one bucket. If not given: those that `--init-projector` was trained with (tiny-audio's with
     "window"), or else "clip"."""
-    bucket_secs: Annotated[tuple[float, ...], ASCENDING] = (5.0, 10.0, 15.0)
+    bucket_secs: Annotated[tuple[float, ...], ASCENDING] = (5.0, 8.0, 11.0, 13.0, 15.0)
     """Upper bounds of the audio-length buckets, in seconds; each bucket compiles one step. Clips
     longer than the last bound are left out, never cut."""
     max_text_tokens: PositiveInt = 128
