@@ -131,7 +131,7 @@ def spread_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def num_batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that `batch_sharding` splits axis 0 into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -14,9 +14,11 @@ import torch
 from convert.torch_projector import ResidualAudioProjector as TorchProjector
 from flax_projector.batch import AUDIO_TOKEN, Batch
 from flax_projector.config import DecodeConfig, MeshConfig, ProjectorConfig, WhisperConfig
+from flax_projector.models import decode as decode_module
 from flax_projector.models.decode import decode, generate
+from flax_projector.models.reader import Reader
 from flax_projector.models.speech_llm import SpeechLLM, encode_prefix, make_speech_llm
-from flax_projector.sharding import make_mesh, use_mesh
+from flax_projector.sharding import batch_sharding, make_mesh, replicated, use_mesh
 from tests.models import (
     DECODERS,
     VOCAB,
@@ -144,6 +146,35 @@ def test_what_follows_the_prompt_is_not_looked_at(pair, endless) -> None:
     inputs = np.where(follows[..., None], 7.0, pair.inputs)
     changed = SimpleNamespace(**{**vars(pair), "inputs": inputs})
     np.testing.assert_array_equal(run(changed, NO_TOKEN), endless)
+
+
+@oracle
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+@pytest.mark.parametrize("ways", [1, 4], ids=lambda n: f"{n} devices")
+def test_the_only_row_of_a_tpu_is_computed_twice(
+    pair, endless, platform, ways, monkeypatch
+) -> None:
+    numbers = []
+
+    def reader(model, llm_params, prompt_len, *args):
+        numbers.append(len(prompt_len))
+        return Reader(model, llm_params, prompt_len, *args)
+
+    monkeypatch.setattr(decode_module, "mesh_platform", lambda: platform)
+    monkeypatch.setattr(decode_module, "Reader", reader)
+    mesh = make_mesh(MeshConfig(data=ways), jax.devices()[:ways])
+    config = DecodeConfig(max_new_tokens=MAX_NEW_TOKENS)
+    with use_mesh(mesh):
+        run = jax.jit(functools.partial(generate, model=pair.model, config=config, end_of_turn=-1))
+        put = functools.partial(jax.device_put, device=batch_sharding(mesh))
+        found = run(
+            jax.device_put(pair.params, replicated(mesh)),
+            put(pair.inputs[:ways]),
+            put(jnp.asarray(LENGTHS[:ways])),
+        )
+    np.testing.assert_array_equal(found.tokens, endless[:ways])
+    assert found.cut_by.tolist() == [1] * ways
+    assert numbers == [2 * ways if platform == "tpu" else ways]
 
 
 @pytest.mark.parametrize("prefix_len", [1, 4])

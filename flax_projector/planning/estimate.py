@@ -260,7 +260,9 @@ def mixture(steps: Sequence[tuple[Estimate, Contents]], topology: Topology) -> M
     }
 
 
-def decoding_of(found: tuple[int, Program], max_new_tokens: int, chip: Chip) -> dict[str, float]:
+def decoding_of(
+    found: tuple[int, Program], max_new_tokens: int, chip: Chip, sharing: int
+) -> dict[str, float]:
     """How fast an evaluation decodes.
 
     The time of a token is that of the loop over tokens: on TPUs the compiler's estimate, on GPUs
@@ -270,10 +272,11 @@ def decoding_of(found: tuple[int, Program], max_new_tokens: int, chip: Chip) -> 
       found: rows of a chip, and the program.
       max_new_tokens: the most tokens of a row; the first is decoded before the loop.
       chip: the chip.
+      sharing: how many chips compute a row together.
 
     Returns:
-      "rows", of a chip; "token_secs"; "tokens_per_sec", of a chip; and "hbm_secs", the least that
-      the bytes of a token take.
+      "rows", of a chip and those that share them; "token_secs"; "tokens_per_sec", of a chip; and
+      "hbm_secs", the least that the bytes of a token take.
     """
     rows, program = found
     loops = [loop for loop in program.loops.values() if loop.count == max_new_tokens]
@@ -284,6 +287,6 @@ def decoding_of(found: tuple[int, Program], max_new_tokens: int, chip: Chip) -> 
     return {
         "rows": rows,
         "token_secs": secs,
-        "tokens_per_sec": rows / secs if secs else 0.0,
+        "tokens_per_sec": rows / secs / sharing if secs else 0.0,
         "hbm_secs": hbm_secs,
     }

@@ -194,7 +194,9 @@ def make_plan(config: TrainConfig, topology_name: str) -> Plan:
         estimates=estimates,
         mixture=dict(mixture(known, topology)) if len(known) == len(steps) else {},  # type: ignore
         most_rows=found.most_rows,
-        decoding=decoding_of(found.decoding, config.max_new_tokens, topology.chip),
+        decoding=decoding_of(
+            found.decoding, config.max_new_tokens, topology.chip, mesh.shape["tensor"]
+        ),
         shards=0 if largest.fits else next(shards_to_fit(run, largest), 0),
         notes=notes,
     )
