@@ -80,6 +80,16 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, topology, advice):
         train_tpu.cli(["tiny", "--plan", topology])
 
 
+def test_a_missing_cudnn_says_what_to_install(monkeypatch):
+    def compile_all(*args):
+        raise RuntimeError("cuDNN not found.")  # as JAX does while it traces attention
+
+    monkeypatch.setattr(plan, "absent_devices", lambda topology: jax.devices()[:8])
+    monkeypatch.setattr(plan, "compile_all", compile_all)
+    with pytest.raises(SystemExit, match=r"^error: --plan h100:8 needs .* nvidia-cudnn-cu12, and"):
+        train_tpu.cli(["whisper-base-smollm2-135m", "--plan", "h100:8"])
+
+
 def test_a_plan_leaves_the_rest_of_a_command_line_as_it_is():
     options = ["--mesh.data", "-1", "--data.train", "a.jsonl", "b.jsonl", "--no-resume"]
     assert train_tpu.split_plan(["demo", *options]) == (None, False, ["demo", *options])

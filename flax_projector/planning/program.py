@@ -335,17 +335,18 @@ def _group_size(line: str) -> int:
 
 def _kernel(each: Instruction, times: int) -> Kernel | None:
     """A kernel of attention: two products forward; backward five in one, or four and three."""
+    is_of_gpu = "__cudnn$fmha" in each.line
+    if each.opcode != "custom-call" or not (is_of_gpu or "tpu_custom_call" in each.line):
+        return None
     inputs = arrays_of(each.find(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|api)"))
     part = next((p for pattern, p in _PART_OF_NAME if re.search(pattern, each.op_name)), "rest")
     name = re.sub(r"[.\d]+$", "", each.name)
-    if "__cudnn$fmha" in each.line:  # heads after positions
+    if is_of_gpu:  # heads after positions
         (b, num_queries, h, dim), num_keys = inputs[0].shape, inputs[1].shape[1]
         num_products = 5 if "Backward" in each.line else 2
         seen = 0.5 if '"CAUSAL"' in each.line else 1.0
         flops = seen * 2 * num_products * b * h * num_queries * num_keys * dim
         return Kernel(name, part, times, times * flops)
-    if "tpu_custom_call" not in each.line:
-        return None
     # Queries, keys and values, with the batch if it has more than one row; the rest are masks.
     heads = [a for a in inputs if a.dtype in ("bf16", "f32") and len(a.shape) in (3, 4)]
     if len(heads) < 3:
