@@ -57,10 +57,12 @@ def run_script(script: str, folder: Path, **variables: str) -> list[str]:
 
     It says nothing else. `variables` are set in its environment.
     """
+    # A GPU's compiler on the path of packages would complain that there is no GPU.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
         cwd=REPO,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables,
+        env=env | {"JAX_PLATFORMS": "cpu"} | variables,
         capture_output=True,
         text=True,
         timeout=120,
