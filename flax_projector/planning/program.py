@@ -142,7 +142,7 @@ class Program:
     Attributes:
       cycles: the compiler's estimate by part; empty for GPUs.
       kernels: what has no estimate on TPUs either.
-      operations: all else that touches memory, one by one.
+      operations: all else that touches memory and has no estimate, one by one.
       collectives: what chips exchange.
       hbm_bytes: read and written, estimated from the shapes of all operations.
       loops: by the names of their bodies.
@@ -192,7 +192,7 @@ class _Reader:
                     cycles += self._walk(called, times)
             elif (kernel := _kernel(each, times)) is not None:
                 self.program.kernels.append(kernel)
-            elif not self._add_collective(each, times) and touched:
+            elif not self._add_collective(each, times) and touched and not each.cycles:
                 flops = self._flops(each, made)
                 self.program.operations.append(Operation(self._part(each), times, flops, touched))
         return cycles
